@@ -1,0 +1,2 @@
+//! Fine-tunes chat models.
+fn main() {}

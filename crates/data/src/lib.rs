@@ -1,0 +1,1 @@
+//! Rows of any data set to conversations, to text, to marked tokens, to packed batches.

@@ -1,0 +1,1 @@
+//! Low-rank adapters: LoRA and rsLoRA, their initialisation, merge and PEFT names.

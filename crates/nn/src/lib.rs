@@ -1,0 +1,1 @@
+//! Differentiable pieces, each with its forward and its backward side by side.

@@ -1,0 +1,1 @@
+//! Rows x columns of numbers on a device: storage, products, memory.
