@@ -1,1 +1,22 @@
-//! Rows x columns of numbers on a device: storage, products, memory.
+//! Rows × columns of numbers on a device: storage, products, memory.
+//!
+//! A [`Tensor`] is contiguous and two-dimensional; activations are `(N, C)`, every token of every
+//! packed sequence being one row. On the CPU the numbers live in candle's [`CpuStorage`]
+//! (`candle_core::CpuStorage`), so that candle's readers fill them and its autograd can check them;
+//! on CUDA they are an allocation of cudarc's. This crate knows no network.
+
+mod device;
+mod error;
+mod memory;
+pub mod product;
+mod random;
+mod tensor;
+
+pub use candle_core::DType;
+pub use device::{CudaLibrary, CudaStatus, Device, Gpu, cuda_status};
+pub use error::{Error, Result};
+pub use half::{bf16, f16};
+pub use memory::{peak_resident_bytes, resident_bytes};
+pub use product::{Matrix, MatrixMut, Precision, Tiles};
+pub use random::{Counter, uniform};
+pub use tensor::{Element, Real, Tensor};
