@@ -1,3 +1,12 @@
+//! y = down(act(gate(x)) · up(x)), or down(act(up(x))) without a gate.
+//!   backward, h = act(g)·u:  dg = dh·u·act′(g),  du = dh·act(g)
+
+use ferrotune_tensor::{Real, Result, Tensor, for_real};
+use rayon::prelude::*;
+
+use crate::lanes::{sigmoid, tanh, vectorised};
+use crate::{Context, Layer, Linear, Parameter};
+
 /// What a gate is passed through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {
@@ -5,4 +14,122 @@ pub enum Activation {
     Silu,
     /// The tanh form of GELU.
     GeluTanh,
+}
+
+impl Activation {
+    /// act(x) and act′(x)
+    #[inline(always)]
+    fn at<T: Real>(self, x: T) -> (T, T) {
+        let one = T::one();
+        match self {
+            Activation::Silu => {
+                let s = sigmoid(x);
+                (x * s, s * (one + x * (one - s)))
+            }
+            Activation::GeluTanh => {
+                let (c, k, half) = (T::of((2.0 / std::f64::consts::PI).sqrt()), T::of(0.044715), T::of(0.5));
+                let t = tanh(c * (x + k * x * x * x));
+                let inner = c * (one + T::of(3.0) * k * x * x);
+                (half * x * (one + t), half * (one + t) + half * x * (one - t * t) * inner)
+            }
+        }
+    }
+}
+
+/// The feed-forward half of a block.
+pub struct Mlp {
+    /// Parts gate and up, or up alone.
+    pub gate_up: Linear,
+    /// Back to the width of the residual stream.
+    pub down: Linear,
+    /// What the gate (or up, without one) is passed through.
+    pub activation: Activation,
+}
+
+/// What [`Mlp`]'s backward reads.
+pub struct MlpSaved {
+    /// (N, 2F): gate, then up; (N, F) without a gate.
+    pub gate_up: Tensor,
+}
+
+impl Mlp {
+    fn gated(&self) -> bool {
+        self.gate_up.parts.len() == 2
+    }
+
+    /// act(gate)·up, (N, F)
+    fn hidden(&self, gate_up: &Tensor) -> Result<Tensor> {
+        let width = gate_up.cols();
+        let inner = if self.gated() { width / 2 } else { width };
+        let mut hidden = gate_up.empty_like(gate_up.rows(), inner)?;
+        for_real!("mlp", gate_up.dtype(), T => {
+            let rows = hidden.values_mut::<T>()?.par_chunks_mut(inner).zip(gate_up.values::<T>()?.par_chunks(width));
+            rows.for_each(|(hidden, row)| {
+                let (gate, up) = row.split_at(inner);
+                activate::<T>(self.activation, gate, up, hidden);
+            });
+            Ok(())
+        })?;
+        Ok(hidden)
+    }
+
+    /// The gradient of gate and up, written over them.
+    fn hidden_backward(&self, gate_up: &mut Tensor, dhidden: &Tensor) -> Result<()> {
+        let (width, inner) = (gate_up.cols(), dhidden.cols());
+        for_real!("mlp", gate_up.dtype(), T => {
+            let rows = gate_up.values_mut::<T>()?.par_chunks_mut(width).zip(dhidden.values::<T>()?.par_chunks(inner));
+            rows.for_each(|(row, dhidden)| {
+                let (gate, up) = row.split_at_mut(inner);
+                activate_backward::<T>(self.activation, gate, up, dhidden);
+            });
+            Ok(())
+        })
+    }
+}
+
+impl Layer for Mlp {
+    type Saved = MlpSaved;
+
+    fn forward(&self, ctx: &Context, x: &Tensor) -> Result<(Tensor, MlpSaved)> {
+        let saved = self.recompute(ctx, x)?;
+        Ok((self.down.forward(ctx, &self.hidden(&saved.gate_up)?)?, saved))
+    }
+
+    fn recompute(&self, ctx: &Context, x: &Tensor) -> Result<MlpSaved> {
+        Ok(MlpSaved { gate_up: self.gate_up.forward(ctx, x)? })
+    }
+
+    fn backward(&mut self, ctx: &Context, x: &Tensor, saved: MlpSaved, dy: Tensor) -> Result<Tensor> {
+        let MlpSaved { mut gate_up } = saved;
+        let dhidden = self.down.backward(ctx, &self.hidden(&gate_up)?, &dy)?;
+        self.hidden_backward(&mut gate_up, &dhidden)?;
+        self.gate_up.backward(ctx, x, &gate_up)
+    }
+
+    fn parameters(&mut self) -> Vec<&mut Parameter> {
+        self.gate_up.parameters().into_iter().chain(self.down.parameters()).collect()
+    }
+}
+
+vectorised! {
+    fn activate<T>(activation: Activation, gate: &[T], up: &[T], hidden: &mut [T]) {
+        if up.is_empty() {
+            hidden.iter_mut().zip(gate).for_each(|(h, g)| *h = activation.at(*g).0);
+        } else {
+            hidden.iter_mut().zip(gate).zip(up).for_each(|((h, g), u)| *h = activation.at(*g).0 * *u);
+        }
+    }
+}
+
+vectorised! {
+    fn activate_backward<T>(activation: Activation, gate: &mut [T], up: &mut [T], dhidden: &[T]) {
+        if up.is_empty() {
+            gate.iter_mut().zip(dhidden).for_each(|(g, dh)| *g = *dh * activation.at(*g).1);
+        } else {
+            for ((g, u), dh) in gate.iter_mut().zip(up).zip(dhidden) {
+                let (act, slope) = activation.at(*g);
+                (*g, *u) = (*dh * *u * slope, *dh * act);
+            }
+        }
+    }
 }

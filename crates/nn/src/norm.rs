@@ -1,3 +1,14 @@
+//! RMSNorm:   y = x·r·w,            r = 1/√(mean(x²) + ε)
+//!   backward dx = r·(g − x̂·mean(g·x̂)),  x̂ = x·r,  g = dy·w
+//! LayerNorm is the same with x − mean(x) for x, and g − mean(g) for the first g.
+//! The weight is frozen. A weight narrower than a row norms each group of it by itself (Qwen3's q and k).
+//! Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
+
+use ferrotune_tensor::{Real, Result, Tensor, for_real};
+use rayon::prelude::*;
+
+use crate::lanes::{sum_of, vectorised};
+
 /// Which statistics a norm takes out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NormKind {
@@ -5,4 +16,121 @@ pub enum NormKind {
     Rms,
     /// Mean and variance.
     Layer,
+}
+
+/// A norm over groups of `weight.cols()` channels.
+#[derive(Debug)]
+pub struct Norm {
+    /// Which statistics.
+    pub kind: NormKind,
+    /// (1, group), f32.
+    pub weight: Tensor,
+    /// (1, group), f32.
+    pub bias: Option<Tensor>,
+    /// Added to the variance.
+    pub eps: f64,
+}
+
+impl Norm {
+    /// (N, C) → (N, C); C is a multiple of the group.
+    ///
+    /// # Errors
+    /// When the type is not a real one.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let mut y = x.empty_like(x.rows(), x.cols())?;
+        self.forward_into(x, 0..x.cols(), &mut y)?;
+        Ok(y)
+    }
+
+    /// Norms some columns of x into the same columns of y.
+    ///
+    /// # Errors
+    /// When the type is not a real one.
+    pub fn forward_into(&self, x: &Tensor, columns: std::ops::Range<usize>, y: &mut Tensor) -> Result<()> {
+        let (weight, width) = (self.weight.values::<f32>()?, x.cols());
+        let bias = self.bias.as_ref().map(|it| it.values::<f32>()).transpose()?;
+        for_real!("norm", x.dtype(), T => {
+            let rows = y.values_mut::<T>()?.par_chunks_mut(width).zip(x.values::<T>()?.par_chunks(width));
+            rows.for_each(|(y, x)| {
+                let groups = y[columns.clone()].chunks_mut(weight.len());
+                for (y, x) in groups.zip(x[columns.clone()].chunks(weight.len())) {
+                    norm_group::<T>(self.kind, weight, bias, T::of(self.eps), x, y);
+                }
+            });
+            Ok(())
+        })
+    }
+
+    /// dx, written over dy. Needs only x: a row's statistics are recomputed.
+    ///
+    /// # Errors
+    /// When the type is not a real one.
+    pub fn backward(&self, x: &Tensor, mut dy: Tensor) -> Result<Tensor> {
+        self.backward_columns(x, 0..x.cols(), &mut dy)?;
+        Ok(dy)
+    }
+
+    /// The same for some of the columns.
+    ///
+    /// # Errors
+    /// When the type is not a real one.
+    pub fn backward_columns(
+        &self,
+        x: &Tensor,
+        columns: std::ops::Range<usize>,
+        dy: &mut Tensor,
+    ) -> Result<()> {
+        let (weight, width) = (self.weight.values::<f32>()?, x.cols());
+        for_real!("norm", x.dtype(), T => {
+            let rows = dy.values_mut::<T>()?.par_chunks_mut(width).zip(x.values::<T>()?.par_chunks(width));
+            rows.for_each(|(dy, x)| {
+                let groups = dy[columns.clone()].chunks_mut(weight.len());
+                for (dy, x) in groups.zip(x[columns.clone()].chunks(weight.len())) {
+                    norm_group_backward::<T>(self.kind, weight, T::of(self.eps), x, dy);
+                }
+            });
+            Ok(())
+        })
+    }
+}
+
+#[inline(always)]
+fn statistics<T: Real>(kind: NormKind, eps: T, x: &[T]) -> (T, T) {
+    let n = T::of(x.len() as f64);
+    let mean = match kind {
+        NormKind::Rms => T::zero(),
+        NormKind::Layer => sum_of(x.len(), |i| x[i]) / n,
+    };
+    let variance = sum_of(x.len(), |i| (x[i] - mean) * (x[i] - mean)) / n;
+    (mean, T::one() / (variance + eps).sqrt())
+}
+
+vectorised! {
+    fn norm_group<T>(kind: NormKind, weight: &[f32], bias: Option<&[f32]>, eps: T, x: &[T], y: &mut [T]) {
+        let (mean, r) = statistics(kind, eps, x);
+        for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
+            *y = (*x - mean) * r * T::of(f64::from(*w));
+        }
+        if let Some(bias) = bias {
+            y.iter_mut().zip(bias).for_each(|(y, b)| *y += T::of(f64::from(*b)));
+        }
+    }
+}
+
+vectorised! {
+    fn norm_group_backward<T>(kind: NormKind, weight: &[f32], eps: T, x: &[T], dy: &mut [T]) {
+        let (mean, r) = statistics(kind, eps, x);
+        let n = T::of(x.len() as f64);
+        for (dy, w) in dy.iter_mut().zip(weight) {
+            *dy *= T::of(f64::from(*w));
+        }
+        let dot = sum_of(x.len(), |i| dy[i] * (x[i] - mean)) * r / n;
+        let g_mean = match kind {
+            NormKind::Rms => T::zero(),
+            NormKind::Layer => sum_of(x.len(), |i| dy[i]) / n,
+        };
+        for (dy, x) in dy.iter_mut().zip(x) {
+            *dy = r * (*dy - g_mean - (*x - mean) * r * dot);
+        }
+    }
 }

@@ -1,4 +1,16 @@
-/// Turns pairs of a head's channels by position · inverse frequency.
+//! Turns pairs of a head's channels by position · inverse frequency. The backward turns back.
+//! Every scaling (linear, llama3, yarn, longrope) is only another list of inverse frequencies.
+//! Su et al. 2021, "RoFormer".
+
+use std::sync::{Arc, Mutex};
+
+use ferrotune_tensor::{DType, Real, Result, Tensor, for_real};
+use rayon::prelude::*;
+
+use crate::Context;
+use crate::lanes::vectorised;
+
+/// How a head's channels are turned.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rope {
     /// Half the rotary width; the other channels of a head pass unturned.
@@ -7,4 +19,98 @@ pub struct Rope {
     pub attention_factor: f64,
     /// Pairs are (2i, 2i+1), not (i, i + width/2).
     pub interleaved: bool,
+}
+
+/// Which way to turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Direction {
+    Forward,
+    Backward,
+}
+
+/// Cosines, then sines of every row of a pass: made once, read by every layer.
+#[derive(Debug, Default)]
+pub(crate) struct Tables(Mutex<Vec<(Rope, DType, Arc<Tensor>)>>);
+
+impl Rope {
+    /// Unscaled frequencies: theta^(−2i/width).
+    pub fn new(theta: f64, rotary_width: usize) -> Rope {
+        let inverse_frequencies =
+            (0..rotary_width / 2).map(|i| theta.powf(-2.0 * i as f64 / rotary_width as f64)).collect();
+        Rope { inverse_frequencies, attention_factor: 1.0, interleaved: false }
+    }
+
+    /// Turns the heads in some columns of x, in place.
+    pub(crate) fn turn(
+        &self,
+        ctx: &Context,
+        x: &mut Tensor,
+        columns: std::ops::Range<usize>,
+        head_dim: usize,
+        direction: Direction,
+    ) -> Result<()> {
+        let width = x.cols();
+        for_real!("rope", x.dtype(), T => {
+            let table = self.table::<T>(ctx)?;
+            let half = self.inverse_frequencies.len();
+            let rows = x.values_mut::<T>()?.par_chunks_mut(width).zip(table.values::<T>()?.par_chunks(2 * half));
+            rows.for_each(|(row, angles)| {
+                let (cos, sin) = angles.split_at(half);
+                turn_heads::<T>(&mut row[columns.clone()], cos, sin, head_dim, self.interleaved, direction);
+            });
+            Ok(())
+        })
+    }
+
+    /// (N, rotary width): cosines and sines. Angles are rounded as transformers rounds them.
+    fn table<T: Real>(&self, ctx: &Context) -> Result<Arc<Tensor>> {
+        let mut tables = ctx.tables.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some((.., table)) = tables.iter().find(|(rope, dtype, _)| *dtype == T::DTYPE && rope == self) {
+            return Ok(table.clone());
+        }
+        let frequencies: Vec<T> = self.inverse_frequencies.iter().map(|it| T::of(*it)).collect();
+        let (half, factor) = (frequencies.len(), T::of(self.attention_factor));
+        let mut values = vec![T::zero(); ctx.rows() * 2 * half];
+        for sequence in ctx.sequences() {
+            for row in sequence.clone() {
+                let position = T::of((row - sequence.start + ctx.first_position) as f64);
+                for (i, frequency) in frequencies.iter().enumerate() {
+                    let (sin, cos) = (position * *frequency).sin_cos();
+                    values[row * 2 * half + i] = cos * factor;
+                    values[row * 2 * half + half + i] = sin * factor;
+                }
+            }
+        }
+        let table = Arc::new(Tensor::from_vec(ctx.rows(), 2 * half, values)?);
+        tables.push((self.clone(), T::DTYPE, table.clone()));
+        Ok(table)
+    }
+}
+
+vectorised! {
+    fn turn_heads<T>(
+        heads: &mut [T],
+        cos: &[T],
+        sin: &[T],
+        head_dim: usize,
+        interleaved: bool,
+        direction: Direction,
+    ) {
+        let half = cos.len();
+        let sign = if direction == Direction::Forward { T::one() } else { -T::one() };
+        for head in heads.chunks_mut(head_dim) {
+            if interleaved {
+                for (i, pair) in head[..2 * half].chunks_mut(2).enumerate() {
+                    let (a, b, sin) = (pair[0], pair[1], sin[i] * sign);
+                    (pair[0], pair[1]) = (a * cos[i] - b * sin, a * sin + b * cos[i]);
+                }
+            } else {
+                let (first, second) = head[..2 * half].split_at_mut(half);
+                for i in 0..half {
+                    let (a, b, sin) = (first[i], second[i], sin[i] * sign);
+                    (first[i], second[i]) = (a * cos[i] - b * sin, a * sin + b * cos[i]);
+                }
+            }
+        }
+    }
 }

@@ -135,6 +135,15 @@ impl Tensor {
         Tensor::zeros(rows, cols, self.dtype(), &self.device())
     }
 
+    /// A tensor like this one in type and device, of another shape, to be written whole before it is
+    /// read: what it holds is unspecified.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn empty_like(&self, rows: usize, cols: usize) -> Result<Tensor> {
+        self.zeros_like(rows, cols)
+    }
+
     /// Takes over `rows · cols` numbers, row after row, on the CPU.
     ///
     /// # Errors

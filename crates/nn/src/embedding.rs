@@ -1,0 +1,40 @@
+//! x = scale · E[token]
+
+use ferrotune_tensor::{DType, Error, Real, Result, Tensor, Tiles, for_real};
+use rayon::prelude::*;
+
+use crate::DenseWeight;
+
+/// The table of token vectors, frozen.
+pub struct Embedding {
+    /// (V, C), shared with the head where that is tied.
+    pub table: std::sync::Arc<DenseWeight>,
+    /// What vectors are multiplied by (Gemma: √C; else 1).
+    pub scale: f64,
+}
+
+impl Embedding {
+    /// (N,) tokens → (N, C) in this type.
+    ///
+    /// # Errors
+    /// When a token is outside the vocabulary.
+    pub fn forward(&self, tokens: &[u32], dtype: DType) -> Result<Tensor> {
+        let (vocab_size, width) = (self.table.rows(), self.table.cols());
+        if let Some((row, token)) = tokens.iter().enumerate().find(|(_, it)| **it as usize >= vocab_size) {
+            let message = format!(
+                "token {token} at row {row} is outside the vocabulary of {vocab_size}; does the tokenizer belong to this model?"
+            );
+            return Err(Error::msg(message));
+        }
+        let mut x = Tensor::zeros(tokens.len(), width, dtype, &self.table.value.device())?;
+        for_real!("embedding", dtype, T => {
+            let rows = x.values_mut::<T>()?.par_chunks_mut(width).zip(tokens);
+            rows.for_each_init(|| vec![0.0; width], |vector, (x, token)| {
+                self.table.read(*token as usize..*token as usize + 1, 0..width, vector);
+                x.iter_mut().zip(vector).for_each(|(x, v)| *x = T::of(f64::from(*v) * self.scale));
+            });
+            Ok(())
+        })?;
+        Ok(x)
+    }
+}

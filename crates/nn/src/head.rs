@@ -1,0 +1,179 @@
+//! Hidden states to log-probabilities of target tokens, and back.
+//!   z = scale·h·Wᵀ (capped: cap·tanh(z/cap)),  log p = z[target] − log Σ exp(z)
+//!   ∂/∂z = dlogp·(1[target] − p)
+//! Logits exist for a chunk of tokens at a time; rows without weight are never computed.
+
+use std::sync::Arc;
+
+use ferrotune_tensor::{Error, Real, Result, Tensor, for_real};
+use rayon::prelude::*;
+
+use crate::Weight;
+use crate::lanes::{exp, max_of, sum_of, tanh, vectorised};
+
+/// Bytes of logits that exist at once.
+const CHUNK_BYTES: usize = 48 << 20;
+
+/// The output projection, frozen.
+pub struct Head {
+    /// (V, C), shared with the embedding where tied.
+    pub weight: Arc<dyn Weight>,
+    /// What logits are multiplied by.
+    pub scale: f64,
+    /// Logits are squeezed to ± this.
+    pub softcap: Option<f64>,
+}
+
+/// What one pass through the head gives.
+#[derive(Debug)]
+pub struct HeadPass {
+    /// log p(target) of each row; 0 where a row has no weight.
+    pub logp: Vec<f64>,
+    /// The target was the most likely token (false where a row has no weight).
+    pub correct: Vec<bool>,
+    /// (N, C): the gradient of the hidden states.
+    pub dhidden: Option<Tensor>,
+}
+
+/// What is wanted besides the log-probabilities.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wanted {
+    LogProbs,
+    Gradient,
+}
+
+impl Head {
+    /// (N, C) → (N, V)
+    ///
+    /// # Errors
+    /// When shapes don't fit.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        let mut logits = hidden.empty_like(hidden.rows(), self.weight.rows())?;
+        self.weight.forward(hidden, &mut logits, 0)?;
+        for_real!("head", logits.dtype(), T => {
+            let rows = logits.values_mut::<T>()?.par_chunks_mut(self.weight.rows());
+            rows.for_each(|row| bend::<T>(self.scale, self.softcap, row));
+            Ok(())
+        })?;
+        Ok(logits)
+    }
+
+    /// log p(target) of every row with a weight other than 0.
+    ///
+    /// # Errors
+    /// When shapes don't fit or a target is outside the vocabulary.
+    pub fn log_probs(&self, hidden: &Tensor, targets: &[u32], weights: &[f64]) -> Result<HeadPass> {
+        self.pass(hidden, targets, weights, Wanted::LogProbs)
+    }
+
+    /// Log-probabilities and the hidden states' gradient, given how much each row's log-probability
+    /// moves the loss (`dlogp`, known ahead for next-token losses), in one pass over the weight.
+    ///
+    /// # Errors
+    /// When shapes don't fit or a target is outside the vocabulary.
+    pub fn with_gradient(&self, hidden: &Tensor, targets: &[u32], dlogp: &[f64]) -> Result<HeadPass> {
+        self.pass(hidden, targets, dlogp, Wanted::Gradient)
+    }
+
+    fn pass(&self, hidden: &Tensor, targets: &[u32], dlogp: &[f64], wanted: Wanted) -> Result<HeadPass> {
+        let (n, width, vocab_size) = (hidden.rows(), hidden.cols(), self.weight.rows());
+        if targets.len() != n || dlogp.len() != n {
+            let message =
+                format!("head: {n} rows, but {} targets and {} weights", targets.len(), dlogp.len());
+            return Err(Error::msg(message));
+        }
+        let rows: Vec<usize> = (0..n).filter(|row| dlogp[*row] != 0.0).collect();
+        if let Some(row) = rows.iter().find(|row| targets[**row] as usize >= vocab_size) {
+            let message = format!("target {} is outside the vocabulary of {vocab_size}", targets[*row]);
+            return Err(Error::msg(message));
+        }
+        let (mut logp, mut correct) = (vec![0.0; n], vec![false; n]);
+        let mut dhidden = match wanted {
+            Wanted::Gradient => Some(hidden.zeros_like(n, width)?),
+            Wanted::LogProbs => None,
+        };
+        let chunk = (CHUNK_BYTES / (vocab_size * hidden.dtype().size_in_bytes())).max(16);
+        for_real!("head", hidden.dtype(), T => {
+            for rows in rows.chunks(chunk) {
+                let gathered = gather::<T>(hidden, rows)?;
+                let mut logits = self.logits(&gathered)?;
+                let by_row = logits.values_mut::<T>()?.par_chunks_mut(vocab_size).zip(rows);
+                let facts: Vec<(f64, bool)> = by_row
+                    .map(|(z, row)| {
+                        let target = targets[*row] as usize;
+                        let (lse, best) = log_sum_exp::<T>(z);
+                        let logp = (z[target] - lse).wide();
+                        let correct = z[target] >= best;
+                        if wanted == Wanted::Gradient {
+                            let d = T::of(dlogp[*row]);
+                            logits_backward::<T>(self.scale, self.softcap, lse, d, target, z);
+                        }
+                        (logp, correct)
+                    })
+                    .collect();
+                for (row, (lp, hit)) in rows.iter().zip(facts) {
+                    (logp[*row], correct[*row]) = (lp, hit);
+                }
+                if let Some(dhidden) = &mut dhidden {
+                    let mut chunk_grad = gathered;
+                    self.weight.backward(&logits, 0, 0.0, &mut chunk_grad)?;
+                    let all = dhidden.values_mut::<T>()?;
+                    for (row, grad) in rows.iter().zip(chunk_grad.values::<T>()?.chunks(width)) {
+                        all[row * width..(row + 1) * width].copy_from_slice(grad);
+                    }
+                }
+            }
+            Ok(())
+        })?;
+        Ok(HeadPass { logp, correct, dhidden })
+    }
+}
+
+fn gather<T: Real>(hidden: &Tensor, rows: &[usize]) -> Result<Tensor> {
+    let width = hidden.cols();
+    let mut out = hidden.empty_like(rows.len(), width)?;
+    let values = hidden.values::<T>()?;
+    for (out, row) in out.values_mut::<T>()?.chunks_mut(width).zip(rows) {
+        out.copy_from_slice(&values[row * width..(row + 1) * width]);
+    }
+    Ok(out)
+}
+
+vectorised! {
+    fn bend<T>(scale: f64, softcap: Option<f64>, z: &mut [T]) {
+        if scale != 1.0 {
+            z.iter_mut().for_each(|it| *it *= T::of(scale));
+        }
+        if let Some(cap) = softcap {
+            let cap = T::of(cap);
+            z.iter_mut().for_each(|it| *it = cap * tanh(*it / cap));
+        }
+    }
+}
+
+vectorised! {
+    /// log Σ exp(z), and the largest z.
+    fn log_sum_exp<T>(z: &[T]) -> (T, T) {
+        let max = max_of(z);
+        (max + sum_of(z.len(), |i| exp(z[i] - max)).ln(), max)
+    }
+}
+
+vectorised! {
+    /// Logits to the gradient of the raw products, in place.
+    fn logits_backward<T>(scale: f64, softcap: Option<f64>, lse: T, dlogp: T, target: usize, z: &mut [T]) {
+        let (scale, bent) = (T::of(scale), z[target]);
+        match softcap {
+            None => {
+                z.iter_mut().for_each(|it| *it = -dlogp * exp(*it - lse) * scale);
+                z[target] += dlogp * scale;
+            }
+            Some(cap) => {
+                let cap = T::of(cap);
+                let slope = |it: T| (T::one() - (it / cap) * (it / cap)) * scale;
+                z.iter_mut().for_each(|it| *it = -dlogp * exp(*it - lse) * slope(*it));
+                z[target] += dlogp * slope(bent);
+            }
+        }
+    }
+}

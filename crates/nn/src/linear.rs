@@ -1,0 +1,137 @@
+//! y = x·Wᵀ + adapter + bias, for several W that read the same x.
+//!
+//! Projections that read the same input are parts of one `Linear` (q, k, v; gate, up): their outputs
+//! stand side by side in one tensor, and each part keeps its own name, weight, adapter and bias.
+
+use ferrotune_tensor::{Real, Result, Tensor, for_real};
+use rayon::prelude::*;
+
+use crate::{Context, Parameter, Weight};
+
+/// A trained change of a weight.
+pub trait Adapter: Send + Sync {
+    /// `y[:, at..] = ` the adapted product, which calls the weight's own.
+    ///
+    /// # Errors
+    /// When shapes or types don't fit.
+    fn forward(
+        &self,
+        ctx: &Context,
+        x: &Tensor,
+        weight: &dyn Weight,
+        y: &mut Tensor,
+        at: usize,
+    ) -> Result<()>;
+
+    /// `dx = ` the gradient through weight and adapter `+ beta·dx`; adds to the adapter's gradients.
+    ///
+    /// # Errors
+    /// When shapes or types don't fit.
+    #[expect(clippy::too_many_arguments, reason = "the operands of one product and where they stand")]
+    fn backward(
+        &mut self,
+        ctx: &Context,
+        x: &Tensor,
+        weight: &dyn Weight,
+        dy: &Tensor,
+        at: usize,
+        beta: f64,
+        dx: &mut Tensor,
+    ) -> Result<()>;
+
+    /// The trained tensors, in a fixed order.
+    fn parameters(&mut self) -> Vec<&mut Parameter>;
+
+    /// The adapted weight as f32 numbers (output, input).
+    ///
+    /// # Errors
+    /// When there is no room.
+    fn merged(&self, weight: &dyn Weight) -> Result<Tensor>;
+}
+
+/// One projection of a [`Linear`].
+pub struct Part {
+    /// Canonical name, such as `model.layers.0.self_attn.q_proj`.
+    pub name: String,
+    /// (output, input), frozen or trained.
+    pub weight: Box<dyn Weight>,
+    /// (1, output), frozen, f32.
+    pub bias: Option<Tensor>,
+    /// The trained change, if there is one.
+    pub adapter: Option<Box<dyn Adapter>>,
+}
+
+impl Part {
+    fn parameters(&mut self) -> Vec<&mut Parameter> {
+        let adapter = self.adapter.iter_mut().flat_map(|it| it.parameters());
+        self.weight.parameters().into_iter().chain(adapter).collect()
+    }
+}
+
+/// Projections side by side.
+pub struct Linear {
+    /// In the order of their columns in the output.
+    pub parts: Vec<Part>,
+}
+
+impl Linear {
+    /// Output features of all parts.
+    pub fn rows(&self) -> usize {
+        self.parts.iter().map(|part| part.weight.rows()).sum()
+    }
+
+    /// (N, input) → (N, output)
+    ///
+    /// # Errors
+    /// When shapes or types don't fit.
+    pub fn forward(&self, ctx: &Context, x: &Tensor) -> Result<Tensor> {
+        let mut y = x.empty_like(x.rows(), self.rows())?;
+        let mut at = 0;
+        for part in &self.parts {
+            match &part.adapter {
+                Some(adapter) if ctx.adapters => adapter.forward(ctx, x, part.weight.as_ref(), &mut y, at)?,
+                _ => part.weight.forward(x, &mut y, at)?,
+            }
+            if let Some(bias) = &part.bias {
+                add_bias(bias, &mut y, at)?;
+            }
+            at += part.weight.rows();
+        }
+        Ok(y)
+    }
+
+    /// dx (N, input). Nothing is saved: the caller keeps x once, for every `Linear` that reads it.
+    ///
+    /// # Errors
+    /// When shapes or types don't fit.
+    pub fn backward(&mut self, ctx: &Context, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
+        let mut dx = x.empty_like(x.rows(), x.cols())?;
+        let mut at = 0;
+        for part in &mut self.parts {
+            let beta = if at == 0 { 0.0 } else { 1.0 };
+            let weight = part.weight.as_ref();
+            match &mut part.adapter {
+                Some(adapter) if ctx.adapters => adapter.backward(ctx, x, weight, dy, at, beta, &mut dx)?,
+                _ => weight.backward(dy, at, beta, &mut dx)?,
+            }
+            part.weight.accumulate_grad(x, dy, at)?;
+            at += part.weight.rows();
+        }
+        Ok(dx)
+    }
+
+    /// The trained tensors of all parts.
+    pub fn parameters(&mut self) -> Vec<&mut Parameter> {
+        self.parts.iter_mut().flat_map(Part::parameters).collect()
+    }
+}
+
+fn add_bias(bias: &Tensor, y: &mut Tensor, at: usize) -> Result<()> {
+    let (width, bias) = (y.cols(), bias.values::<f32>()?);
+    for_real!("bias", y.dtype(), T => {
+        y.values_mut::<T>()?.par_chunks_mut(width).for_each(|row| {
+            row[at..].iter_mut().zip(bias).for_each(|(y, b)| *y += T::of(f64::from(*b)));
+        });
+        Ok(())
+    })
+}

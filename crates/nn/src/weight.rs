@@ -1,0 +1,174 @@
+//! The matrix of a linear layer, in whatever format it is stored.
+
+use std::ops::Range;
+
+use ferrotune_tensor::{DType, Error, Precision, Result, Tensor, Tiles, bf16, f16, for_real, product};
+use half::slice::HalfFloatSliceExt;
+
+use crate::Parameter;
+
+/// A matrix W of (output, input) features.
+pub trait Weight: Send + Sync {
+    /// Output features.
+    fn rows(&self) -> usize;
+    /// Input features.
+    fn cols(&self) -> usize;
+    /// Bytes held.
+    fn bytes(&self) -> usize;
+
+    /// `y[:, at..at + rows] = x·Wᵀ`
+    ///
+    /// # Errors
+    /// When shapes or types don't fit.
+    fn forward(&self, x: &Tensor, y: &mut Tensor, at: usize) -> Result<()>;
+
+    /// `dx = dy[:, at..at + rows]·W + beta·dx`
+    ///
+    /// # Errors
+    /// When shapes or types don't fit.
+    fn backward(&self, dy: &Tensor, at: usize, beta: f64, dx: &mut Tensor) -> Result<()>;
+
+    /// Adds `dyᵀ·x` to W's own gradient; nothing unless W is trained.
+    ///
+    /// # Errors
+    /// When shapes or types don't fit.
+    fn accumulate_grad(&mut self, _x: &Tensor, _dy: &Tensor, _at: usize) -> Result<()> {
+        Ok(())
+    }
+
+    /// W's own trained tensor, if it is trained.
+    fn parameters(&mut self) -> Vec<&mut Parameter> {
+        Vec::new()
+    }
+
+    /// W as f32 numbers (output, input).
+    ///
+    /// # Errors
+    /// When there is no room.
+    fn to_dense(&self) -> Result<Tensor>;
+}
+
+/// A weight stored as plain numbers: f32, bf16 or f16.
+pub struct DenseWeight {
+    /// (output, input)
+    pub value: Tensor,
+    /// How exactly its products are computed.
+    pub precision: Precision,
+}
+
+impl Tiles for DenseWeight {
+    fn rows(&self) -> usize {
+        self.value.rows()
+    }
+
+    fn cols(&self) -> usize {
+        self.value.cols()
+    }
+
+    fn read(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
+        let width = self.value.cols();
+        for (row, out) in rows.zip(out.chunks_mut(cols.len())) {
+            let piece = row * width + cols.start..row * width + cols.end;
+            if let Ok(values) = self.value.values::<f32>() {
+                out.copy_from_slice(&values[piece]);
+            } else if let Ok(values) = self.value.values::<bf16>() {
+                // A bf16 is the upper half of an f32; written so, the loop vectorises.
+                let widen = |it: &bf16| f32::from_bits(u32::from(it.to_bits()) << 16);
+                out.iter_mut().zip(&values[piece]).for_each(|(out, it)| *out = widen(it));
+            } else if let Ok(values) = self.value.values::<f16>() {
+                values[piece].convert_to_f32_slice(out);
+            }
+        }
+    }
+}
+
+impl Weight for DenseWeight {
+    fn rows(&self) -> usize {
+        self.value.rows()
+    }
+
+    fn cols(&self) -> usize {
+        self.value.cols()
+    }
+
+    fn bytes(&self) -> usize {
+        self.value.bytes()
+    }
+
+    fn forward(&self, x: &Tensor, y: &mut Tensor, at: usize) -> Result<()> {
+        forward_tiles(self, self.precision, x, y, at)
+    }
+
+    fn backward(&self, dy: &Tensor, at: usize, beta: f64, dx: &mut Tensor) -> Result<()> {
+        backward_tiles(self, self.precision, dy, at, beta, dx)
+    }
+
+    fn to_dense(&self) -> Result<Tensor> {
+        self.value.clone().cast(DType::F32)
+    }
+}
+
+/// `y[:, at..at + rows] = x·Wᵀ` for a weight that is read in pieces.
+///
+/// # Errors
+/// When shapes or types don't fit.
+pub fn forward_tiles(
+    w: &dyn Tiles,
+    precision: Precision,
+    x: &Tensor,
+    y: &mut Tensor,
+    at: usize,
+) -> Result<()> {
+    Error::check_shape("input of a linear layer", (x.rows(), w.cols()), x.shape())?;
+    let part = at..at + w.rows();
+    if y.rows() != x.rows() || part.end > y.cols() {
+        return Error::check_shape("output of a linear layer", (x.rows(), part.end), y.shape());
+    }
+    if x.dtype() == DType::F32 {
+        product::matmul_tiles(precision, 1.0, x.matrix()?, w, true, 0.0, y.matrix_mut()?.columns(part));
+        return Ok(());
+    }
+    for_real!("linear", x.dtype(), T => {
+        let dense = widen(w).cast(x.dtype())?;
+        let w = dense.matrix::<T>()?.transposed();
+        product::matmul(precision, 1.0, x.matrix::<T>()?, w, 0.0, y.matrix_mut()?.columns(part));
+        Ok(())
+    })
+}
+
+/// `dx = dy[:, at..at + rows]·W + beta·dx` for a weight that is read in pieces.
+///
+/// # Errors
+/// When shapes or types don't fit.
+pub fn backward_tiles(
+    w: &dyn Tiles,
+    precision: Precision,
+    dy: &Tensor,
+    at: usize,
+    beta: f64,
+    dx: &mut Tensor,
+) -> Result<()> {
+    Error::check_shape("input gradient of a linear layer", (dy.rows(), w.cols()), dx.shape())?;
+    let part = at..at + w.rows();
+    if part.end > dy.cols() {
+        return Error::check_shape("output gradient of a linear layer", (dx.rows(), part.end), dy.shape());
+    }
+    if dy.dtype() == DType::F32 {
+        let dy = dy.matrix()?.columns(part);
+        product::matmul_tiles(precision, 1.0, dy, w, false, beta as f32, dx.matrix_mut()?);
+        return Ok(());
+    }
+    for_real!("linear", dy.dtype(), T => {
+        let dense = widen(w).cast(dy.dtype())?;
+        let dy = dy.matrix::<T>()?.columns(part);
+        product::matmul(precision, 1.0, dy, dense.matrix::<T>()?, beta as T, dx.matrix_mut()?);
+        Ok(())
+    })
+}
+
+/// All of a weight as f32, for f64 gradient checks and merging.
+pub fn widen(w: &dyn Tiles) -> Tensor {
+    let mut values = vec![0.0; w.rows() * w.cols()];
+    w.read(0..w.rows(), 0..w.cols(), &mut values);
+    Tensor::from_vec(w.rows(), w.cols(), values).expect("as many numbers as rows times columns")
+}
