@@ -1,0 +1,187 @@
+//! Chat templates: a conversation to the text the model sees.
+//!
+//! Output is byte-equal to transformers' `apply_chat_template`; the settings mirrored are in [`crate::jinja`].
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use minijinja::Environment;
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+use crate::jinja::{self, GENERATION_END, GENERATION_START, Now};
+
+/// A parsed chat template with the special tokens it may name.
+#[derive(Debug)]
+pub struct Template {
+    name: String,
+    env: Environment<'static>,
+    special_tokens: BTreeMap<String, String>,
+    marks_generation: bool,
+    has_tool_use: bool,
+    source: Value,
+}
+
+/// What a template made of a conversation.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rendered {
+    /// The text.
+    pub text: String,
+    /// What stood between `{% generation %}` and `{% endgeneration %}`, in Unicode code points of `text`.
+    pub generation_spans: Vec<Range<usize>>,
+}
+
+impl Template {
+    /// Parses `source`. `special_tokens` are `bos_token`, `eos_token` … by the names templates use.
+    ///
+    /// Fails where the template does not parse, with the line.
+    pub fn new(name: &str, source: &str, special_tokens: &BTreeMap<String, String>) -> Result<Template> {
+        Template::from_value(name, &Value::from(source), special_tokens)
+    }
+
+    /// As [`Template::new`], from the value of `chat_template` in `tokenizer_config.json`: one text, or a list
+    /// of `{name, template}` (or a map), of which `tool_use` is taken where there are tools, else `default`.
+    pub fn from_value(
+        name: &str,
+        source: &Value,
+        special_tokens: &BTreeMap<String, String>,
+    ) -> Result<Template> {
+        Template::from_value_at(name, source, special_tokens, Now::system())
+    }
+
+    /// As [`Template::from_value`], with the date and time `strftime_now` answers with.
+    pub fn from_value_at(
+        name: &str,
+        source: &Value,
+        special_tokens: &BTreeMap<String, String>,
+        now: Now,
+    ) -> Result<Template> {
+        let mut template = Template {
+            name: name.to_string(),
+            env: jinja::environment(now),
+            special_tokens: special_tokens.clone(),
+            marks_generation: false,
+            has_tool_use: false,
+            source: source.clone(),
+        };
+        for (key, text) in named_texts(name, source)? {
+            let (text, marks) = jinja::rewrite(text);
+            template.marks_generation |= marks;
+            template.has_tool_use |= key == "tool_use";
+            template
+                .env
+                .add_template_owned(key.to_string(), text)
+                .map_err(|error| template_error(name, &error))?;
+        }
+        Ok(template)
+    }
+
+    /// The name given to it: a file, or the model it came with.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The value it was made from: a text, or a list of named texts.
+    pub fn source(&self) -> &Value {
+        &self.source
+    }
+
+    /// Whether it says by `{% generation %}` what the assistant generated.
+    pub fn marks_generation(&self) -> bool {
+        self.marks_generation
+    }
+
+    /// The special tokens it was given.
+    pub fn special_tokens(&self) -> &BTreeMap<String, String> {
+        &self.special_tokens
+    }
+
+    /// Renders `messages` (objects with `role`, `content` …) and `tools`.
+    ///
+    /// `extra` are further variables (`enable_thinking` …); they win over everything else. Fails with the
+    /// template's own message where it raises.
+    pub fn render(
+        &self,
+        messages: &[Value],
+        tools: Option<&Value>,
+        add_generation_prompt: bool,
+        extra: &Map<String, Value>,
+    ) -> Result<Rendered> {
+        let marked = self.render_marked(messages, tools, add_generation_prompt, extra)?;
+        Ok(take_marks(&marked))
+    }
+
+    fn render_marked(
+        &self,
+        messages: &[Value],
+        tools: Option<&Value>,
+        add_generation_prompt: bool,
+        extra: &Map<String, Value>,
+    ) -> Result<String> {
+        let mut variables: BTreeMap<&str, minijinja::Value> = BTreeMap::new();
+        for (key, token) in &self.special_tokens {
+            variables.insert(key, minijinja::Value::from(token.as_str()));
+        }
+        variables.insert("messages", messages.iter().map(jinja::from_json).collect());
+        variables.insert("tools", tools.map_or_else(|| minijinja::Value::from(()), jinja::from_json));
+        variables.insert("documents", minijinja::Value::from(()));
+        variables.insert("add_generation_prompt", minijinja::Value::from(add_generation_prompt));
+        for (key, value) in extra {
+            variables.insert(key, jinja::from_json(value));
+        }
+        let has_tools = tools.is_some_and(|tools| !tools.is_null());
+        let key = if has_tools && self.has_tool_use { "tool_use" } else { "default" };
+        let template = self.env.get_template(key).map_err(|error| template_error(&self.name, &error))?;
+        template.render(variables).map_err(|error| template_error(&self.name, &error))
+    }
+}
+
+/// The named texts of a `chat_template` value; a `default` among them.
+fn named_texts<'a>(name: &str, source: &'a Value) -> Result<Vec<(&'a str, &'a str)>> {
+    let wrong = |message: &str| Error::Template { name: name.to_string(), message: message.to_string() };
+    let texts: Vec<(&str, &str)> = match source {
+        Value::String(text) => vec![("default", text)],
+        Value::Object(map) => {
+            map.iter().filter_map(|(key, text)| Some((key.as_str(), text.as_str()?))).collect()
+        }
+        Value::Array(list) => list
+            .iter()
+            .filter_map(|entry| Some((entry.get("name")?.as_str()?, entry.get("template")?.as_str()?)))
+            .collect(),
+        _ => return Err(wrong("expected a text or a list of {name, template}")),
+    };
+    match texts.as_slice() {
+        // A single named template is the default, whatever its name.
+        [(_, text)] => Ok(vec![("default", text)]),
+        _ if texts.iter().any(|(key, _)| *key == "default") => Ok(texts),
+        _ => Err(wrong("none of its named templates is called `default`")),
+    }
+}
+
+fn template_error(name: &str, error: &minijinja::Error) -> Error {
+    let mut message = error.detail().map_or_else(|| error.kind().to_string(), str::to_string);
+    let raised = error.kind() == minijinja::ErrorKind::InvalidOperation;
+    if let (Some(line), false) = (error.line(), raised) {
+        message = format!("{message} (line {line})");
+    }
+    Error::Template { name: name.to_string(), message }
+}
+
+/// Takes the generation marks out of a rendered text.
+fn take_marks(marked: &str) -> Rendered {
+    let mut text = String::with_capacity(marked.len());
+    let mut spans = Vec::new();
+    let mut start = None;
+    let mut length = 0;
+    for c in marked.chars() {
+        match c {
+            GENERATION_START => start = Some(length),
+            GENERATION_END => spans.extend(start.take().map(|start| start..length)),
+            c => {
+                text.push(c);
+                length += 1;
+            }
+        }
+    }
+    Rendered { text, generation_spans: spans }
+}

@@ -1,0 +1,492 @@
+//! Text to token ids and back, from a Hugging Face folder or a GGUF vocabulary.
+//!
+//! Two ways in: [`Tokenizer::encode_with_control`] recognises control tokens (`<|im_end|>`) in the text, as
+//! transformers does; [`Tokenizer::encode_plain`] does not, so that what a person typed stays text. *Control*
+//! means special; other added tokens (runs of spaces, `<think>`) are part of the vocabulary in both.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::OnceLock;
+
+use serde_json::{Map, Value, json};
+use tokenizers::decoders::DecoderWrapper;
+use tokenizers::pre_tokenizers::PreTokenizerWrapper;
+use tokenizers::pre_tokenizers::metaspace::PrependScheme;
+
+use crate::error::{Error, Result, read_file, write_file};
+use crate::gguf_vocabulary::{self, GgufVocabulary};
+use crate::template::Template;
+
+/// A tokenizer with its special tokens and chat template.
+pub struct Tokenizer {
+    name: String,
+    /// Without its post-processor: what that adds is in `prefix` and `suffix`.
+    inner: tokenizers::Tokenizer,
+    plain: OnceLock<Plain>,
+    prefix: Vec<u32>,
+    suffix: Vec<u32>,
+    special_tokens: BTreeMap<String, String>,
+    chat_template: Option<Value>,
+    /// `tokenizer.json` as it was read, to be saved unchanged.
+    original: Option<Vec<u8>>,
+    config: Map<String, Value>,
+}
+
+/// Encoders that take control tokens for text: at the start of a text, and after something else.
+struct Plain {
+    at_start: tokenizers::Tokenizer,
+    later: Option<tokenizers::Tokenizer>,
+}
+
+/// Token ids with the bytes of the text each stands for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Encoded {
+    /// Token ids.
+    pub ids: Vec<u32>,
+    /// For each id, the byte range of the text; tokens that share one character share its range.
+    pub ranges: Vec<Range<usize>>,
+}
+
+const SPECIAL_KEYS: [&str; 7] =
+    ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+
+impl std::fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tokenizer").field("name", &self.name).field("special", &self.special_tokens).finish()
+    }
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json`, and where present `tokenizer_config.json`, `special_tokens_map.json` and
+    /// `chat_template.jinja` (which wins over the configuration's `chat_template`).
+    pub fn from_folder(folder: &Path) -> Result<Tokenizer> {
+        let name = folder.display().to_string();
+        let file = folder.join("tokenizer.json");
+        let bytes = read_file(&file)?;
+        let wrong = |message: String| Error::Tokenizer { name: file.display().to_string(), message };
+        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| wrong(error.to_string()))?;
+        // Padding and truncation of the file are other programs' settings.
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(|error| wrong(error.to_string()))?;
+        let (prefix, suffix) = added_around(&inner).map_err(|error| wrong(error.to_string()))?;
+        inner.with_post_processor(None::<tokenizers::PostProcessorWrapper>);
+        let config = read_object(&folder.join("tokenizer_config.json"))?;
+        let map = read_object(&folder.join("special_tokens_map.json"))?;
+        let mut special_tokens = BTreeMap::new();
+        for key in SPECIAL_KEYS {
+            let token = config.get(key).filter(|token| !token.is_null()).or_else(|| map.get(key));
+            if let Some(token) = token.and_then(token_text) {
+                special_tokens.insert(key.to_string(), token);
+            }
+        }
+        let jinja = folder.join("chat_template.jinja");
+        let chat_template = if jinja.is_file() {
+            let text = String::from_utf8(read_file(&jinja)?).map_err(|_| Error::Template {
+                name: jinja.display().to_string(),
+                message: "not UTF-8 text".to_string(),
+            })?;
+            Some(Value::from(text))
+        } else {
+            config.get("chat_template").filter(|template| !template.is_null()).cloned()
+        };
+        let plain = OnceLock::new();
+        let original = Some(bytes);
+        Ok(Tokenizer {
+            name, inner, plain, prefix, suffix, special_tokens, chat_template, original, config,
+        })
+    }
+
+    /// Builds the tokenizer a GGUF file describes. Fails on an unknown `tokenizer.ggml.pre`, by name.
+    pub fn from_gguf(vocabulary: &GgufVocabulary) -> Result<Tokenizer> {
+        let inner = gguf_vocabulary::build(vocabulary)?;
+        let mut special_tokens = BTreeMap::new();
+        for (key, id) in [
+            ("bos_token", vocabulary.bos),
+            ("eos_token", vocabulary.eos),
+            ("unk_token", vocabulary.unk),
+            ("pad_token", vocabulary.pad),
+        ] {
+            let Some(id) = id else { continue };
+            let token = vocabulary.tokens.get(id as usize).ok_or_else(|| Error::Tokenizer {
+                name: vocabulary.pre.clone(),
+                message: format!("{key} has id {id}, but there are only {} tokens", vocabulary.tokens.len()),
+            })?;
+            special_tokens.insert(key.to_string(), token.clone());
+        }
+        let prefix = vocabulary.bos.filter(|_| vocabulary.adds_bos()).into_iter().collect();
+        Ok(Tokenizer {
+            name: format!("{}/{}", vocabulary.model, vocabulary.pre),
+            inner,
+            plain: OnceLock::new(),
+            prefix,
+            suffix: Vec::new(),
+            special_tokens,
+            chat_template: vocabulary.chat_template.clone().map(Value::from),
+            original: None,
+            config: Map::new(),
+        })
+    }
+
+    /// What it was made from.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Number of tokens, added ones included; the model's embedding may have more rows.
+    pub fn vocabulary_size(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+
+    /// `bos_token`, `eos_token`, `unk_token`, `pad_token` … by the names templates use.
+    pub fn special_tokens(&self) -> &BTreeMap<String, String> {
+        &self.special_tokens
+    }
+
+    /// Id of `bos_token`.
+    pub fn bos(&self) -> Option<u32> {
+        self.special("bos_token")
+    }
+
+    /// Id of `eos_token`.
+    pub fn eos(&self) -> Option<u32> {
+        self.special("eos_token")
+    }
+
+    /// Id of `pad_token`.
+    pub fn pad(&self) -> Option<u32> {
+        self.special("pad_token")
+    }
+
+    /// Id of `unk_token`.
+    pub fn unk(&self) -> Option<u32> {
+        self.special("unk_token")
+    }
+
+    fn special(&self, key: &str) -> Option<u32> {
+        self.inner.token_to_id(self.special_tokens.get(key)?)
+    }
+
+    /// The `chat_template` value: a text, or a list of named texts.
+    pub fn chat_template(&self) -> Option<&Value> {
+        self.chat_template.as_ref()
+    }
+
+    /// Takes another chat template, for encoding and for [`Tokenizer::save`].
+    pub fn set_chat_template(&mut self, template: Value) {
+        self.chat_template = Some(template);
+    }
+
+    /// The parsed chat template. Fails where there is none, or it does not parse.
+    pub fn template(&self) -> Result<Template> {
+        let source = self.chat_template.as_ref().ok_or_else(|| Error::Template {
+            name: self.name.clone(),
+            message: "the model has no chat template; give one with `chat_template`".to_string(),
+        })?;
+        Template::from_value(&self.name, source, &self.special_tokens)
+    }
+
+    /// Id of a token by its exact text in the vocabulary.
+    pub fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// Whether `id` is an added token that is special: a control token.
+    pub fn is_control(&self, id: u32) -> bool {
+        self.inner.get_added_vocabulary().get_added_tokens_decoder().get(&id).is_some_and(|t| t.special)
+    }
+
+    /// Texts of all control tokens.
+    pub fn control_tokens(&self) -> Vec<String> {
+        let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
+        let mut tokens: Vec<String> =
+            added.values().filter(|token| token.special).map(|token| token.content.clone()).collect();
+        tokens.sort();
+        tokens
+    }
+
+    /// Whether `token` is an added token, special or not, that text is cut at.
+    pub fn is_added(&self, token: &str) -> bool {
+        self.inner.get_added_vocabulary().get_vocab().contains_key(token)
+    }
+
+    /// Ids of `text`; control tokens in it are text like any other.
+    pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self.plain()?.at_start.encode_fast(text, false);
+        Ok(encoding.map_err(|error| self.error(error.to_string()))?.get_ids().to_vec())
+    }
+
+    /// Ids of `text`; control tokens in it are recognised. Nothing is added around it.
+    pub fn encode_with_control(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self.inner.encode_fast(text, false);
+        Ok(encoding.map_err(|error| self.error(error.to_string()))?.get_ids().to_vec())
+    }
+
+    /// As transformers' `tokenizer(text)`: control tokens recognised, and BOS (or whatever the tokenizer adds)
+    /// around it, unless the text already starts with it.
+    pub fn encode_document(&self, text: &str) -> Result<Vec<u32>> {
+        let ids = self.encode_with_control(text)?;
+        let mut all = if ids.starts_with(&self.prefix) { Vec::new() } else { self.prefix.clone() };
+        all.extend(ids);
+        all.extend(&self.suffix);
+        Ok(all)
+    }
+
+    /// Ids of `text` with their byte ranges. Control tokens are recognised, except where they touch `typed`:
+    /// byte ranges, in order, that a person wrote.
+    pub fn encode_segments(&self, text: &str, typed: &[Range<usize>]) -> Result<Encoded> {
+        let whole = encoded(&self.inner, text, 0).map_err(|error| self.error(error.to_string()))?;
+        let touches = |range: &Range<usize>| {
+            typed.iter().any(|typed| typed.start < range.end && range.start < typed.end)
+        };
+        let control = |at: &usize| self.is_control(whole.ids[*at]);
+        if !(0..whole.ids.len()).filter(control).any(|at| touches(&whole.ranges[at])) {
+            return Ok(whole);
+        }
+        // The control tokens that remain are hard boundaries; what lies between is encoded as plain text.
+        let mut out = Encoded::default();
+        let mut start = 0;
+        let boundaries = (0..whole.ids.len()).filter(control).filter(|at| !touches(&whole.ranges[*at]));
+        for at in boundaries {
+            let range = whole.ranges[at].clone();
+            self.encode_between(text, start..range.start, &mut out)?;
+            start = range.end;
+            out.ids.push(whole.ids[at]);
+            out.ranges.push(range);
+        }
+        self.encode_between(text, start..text.len(), &mut out)?;
+        Ok(out)
+    }
+
+    fn encode_between(&self, text: &str, range: Range<usize>, out: &mut Encoded) -> Result<()> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        let plain = self.plain()?;
+        let encoder = match &plain.later {
+            Some(later) if range.start > 0 => later,
+            _ => &plain.at_start,
+        };
+        let piece = encoded(encoder, &text[range.clone()], range.start);
+        let piece = piece.map_err(|error| self.error(error.to_string()))?;
+        out.ids.extend(piece.ids);
+        out.ranges.extend(piece.ranges);
+        Ok(())
+    }
+
+    fn plain(&self) -> Result<&Plain> {
+        if let Some(plain) = self.plain.get() {
+            return Ok(plain);
+        }
+        let mut at_start = self.inner.clone();
+        at_start.set_encode_special_tokens(true);
+        // A Metaspace that marks only the beginning of a text must not mark the beginning of a later segment.
+        let later = match at_start.get_pre_tokenizer() {
+            Some(PreTokenizerWrapper::Metaspace(space))
+                if space.get_prepend_scheme() == PrependScheme::First =>
+            {
+                let mut space = space.clone();
+                space.set_prepend_scheme(PrependScheme::Never);
+                let mut later = at_start.clone();
+                later.with_pre_tokenizer(Some(PreTokenizerWrapper::Metaspace(space)));
+                Some(later)
+            }
+            _ => None,
+        };
+        Ok(self.plain.get_or_init(|| Plain { at_start, later }))
+    }
+
+    /// Text of `ids`; control tokens are left out where `skip_control`. An incomplete character becomes U+FFFD.
+    pub fn decode(&self, ids: &[u32], skip_control: bool) -> Result<String> {
+        self.inner.decode(ids, skip_control).map_err(|error| self.error(error.to_string()))
+    }
+
+    /// A decoder that gives out text as tokens arrive; control tokens are left out where `skip_control`.
+    pub fn stream(&self, skip_control: bool) -> TokenStream<'_> {
+        TokenStream { tokenizer: self, skip_control, ids: Vec::new(), given: 0 }
+    }
+
+    /// The token as the vocabulary writes it (`Ġthe`, `▁the`, `<|im_end|>`).
+    pub fn piece(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// The bytes a token stands for, which need not be whole characters.
+    pub fn token_bytes(&self, id: u32) -> Option<Vec<u8>> {
+        let piece = self.inner.id_to_token(id)?;
+        if let Some(added) = self.inner.get_added_vocabulary().get_added_tokens_decoder().get(&id) {
+            return Some(added.content.clone().into_bytes());
+        }
+        if matches!(self.inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_))) {
+            return Some(piece.chars().flat_map(byte_of_alphabet).collect());
+        }
+        if let Some(byte) = piece.strip_prefix("<0x").and_then(|hex| hex.strip_suffix('>')) {
+            if let Ok(byte) = u8::from_str_radix(byte, 16) {
+                return Some(vec![byte]);
+            }
+        }
+        Some(piece.replace('▁', " ").into_bytes())
+    }
+
+    /// Writes `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json` and `chat_template.jinja`,
+    /// for transformers' `AutoTokenizer` and for [`Tokenizer::from_folder`].
+    pub fn save(&self, folder: &Path) -> Result<()> {
+        let json_error = |error: serde_json::Error| self.error(error.to_string());
+        match &self.original {
+            Some(bytes) => write_file(&folder.join("tokenizer.json"), bytes)?,
+            None => {
+                let text = self.inner.to_string(false).map_err(|error| self.error(error.to_string()))?;
+                let mut value: Value = serde_json::from_str(&text).map_err(json_error)?;
+                value["post_processor"] = self.post_processor();
+                let bytes = serde_json::to_vec(&value).map_err(json_error)?;
+                write_file(&folder.join("tokenizer.json"), &bytes)?;
+            }
+        }
+        let mut config = self.config.clone();
+        if self.original.is_none() {
+            config.insert("added_tokens_decoder".to_string(), self.added_tokens());
+            config.insert("add_bos_token".to_string(), json!(!self.prefix.is_empty()));
+            config.insert("clean_up_tokenization_spaces".to_string(), json!(false));
+            config.insert("tokenizer_class".to_string(), json!("PreTrainedTokenizerFast"));
+        }
+        let mut special = Map::new();
+        for (key, token) in &self.special_tokens {
+            config.entry(key.clone()).or_insert_with(|| json!(token));
+            special.insert(key.clone(), json!(token));
+        }
+        if let Some(template) = &self.chat_template {
+            config.insert("chat_template".to_string(), template.clone());
+            if let Some(text) = template.as_str() {
+                write_file(&folder.join("chat_template.jinja"), text.as_bytes())?;
+            }
+        }
+        for (file, value) in [("tokenizer_config.json", config), ("special_tokens_map.json", special)] {
+            let mut bytes = serde_json::to_vec_pretty(&value).map_err(json_error)?;
+            bytes.push(b'\n');
+            write_file(&folder.join(file), &bytes)?;
+        }
+        Ok(())
+    }
+
+    fn post_processor(&self) -> Value {
+        let Some((&bos, token)) = self.prefix.first().zip(self.special_tokens.get("bos_token")) else {
+            return Value::Null;
+        };
+        let special = json!({"SpecialToken": {"id": token, "type_id": 0}});
+        let (first, second) = (json!({"Sequence": {"id": "A", "type_id": 0}}), json!({"Sequence": {"id": "B", "type_id": 1}}));
+        let again = json!({"SpecialToken": {"id": token, "type_id": 1}});
+        json!({
+            "type": "TemplateProcessing",
+            "single": [special, first],
+            "pair": [special, first, again, second],
+            "special_tokens": {token: {"id": token, "ids": [bos], "tokens": [token]}},
+        })
+    }
+
+    fn added_tokens(&self) -> Value {
+        let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
+        let sorted: BTreeMap<u32, &tokenizers::AddedToken> =
+            added.iter().map(|(id, token)| (*id, token)).collect();
+        let entries = sorted.into_iter().map(|(id, token)| {
+            let entry = json!({
+                "content": token.content, "lstrip": token.lstrip, "normalized": token.normalized,
+                "rstrip": token.rstrip, "single_word": token.single_word, "special": token.special,
+            });
+            (id.to_string(), entry)
+        });
+        Value::Object(entries.collect())
+    }
+
+    fn error(&self, message: String) -> Error {
+        Error::Tokenizer { name: self.name.clone(), message }
+    }
+}
+
+/// Gives out text as tokens arrive, whole characters only.
+#[derive(Debug)]
+pub struct TokenStream<'a> {
+    tokenizer: &'a Tokenizer,
+    skip_control: bool,
+    /// Tokens whose text may still change the spacing of what follows.
+    ids: Vec<u32>,
+    /// How many of `ids` have been given out.
+    given: usize,
+}
+
+impl TokenStream<'_> {
+    /// Takes one token and returns the text that is now certain; empty while a character is incomplete.
+    pub fn push(&mut self, id: u32) -> Result<String> {
+        self.ids.push(id);
+        let before = self.tokenizer.decode(&self.ids[..self.given], self.skip_control)?;
+        let now = self.tokenizer.decode(&self.ids, self.skip_control)?;
+        if now.ends_with('\u{FFFD}') || now.len() <= before.len() {
+            return Ok(String::new());
+        }
+        let Some(text) = now.strip_prefix(before.as_str()) else { return Ok(String::new()) };
+        let text = text.to_string();
+        // The last given tokens stay as context, because decoders treat the first token of a text differently.
+        self.ids.drain(..self.given);
+        self.given = self.ids.len();
+        Ok(text)
+    }
+
+    /// What is left when no more tokens come: an incomplete character, as U+FFFD.
+    pub fn finish(self) -> Result<String> {
+        let before = self.tokenizer.decode(&self.ids[..self.given], self.skip_control)?;
+        let now = self.tokenizer.decode(&self.ids, self.skip_control)?;
+        Ok(now.strip_prefix(before.as_str()).unwrap_or_default().to_string())
+    }
+}
+
+fn encoded(
+    tokenizer: &tokenizers::Tokenizer,
+    text: &str,
+    offset: usize,
+) -> Result<Encoded, tokenizers::Error> {
+    let encoding = tokenizer.encode(text, false)?;
+    let ranges = encoding.get_offsets().iter().map(|(start, end)| start + offset..end + offset).collect();
+    Ok(Encoded { ids: encoding.get_ids().to_vec(), ranges })
+}
+
+/// What the post-processor puts before and after a text.
+fn added_around(
+    tokenizer: &tokenizers::Tokenizer,
+) -> Result<(Vec<u32>, Vec<u32>), tokenizers::Error> {
+    let with = tokenizer.encode_fast("a", true)?.get_ids().to_vec();
+    let without = tokenizer.encode_fast("a", false)?.get_ids().to_vec();
+    let at = with.windows(without.len().max(1)).position(|window| window == without);
+    Ok(match at {
+        Some(at) => (with[..at].to_vec(), with[at + without.len()..].to_vec()),
+        None => (Vec::new(), Vec::new()),
+    })
+}
+
+/// GPT-2's alphabet backwards: printable bytes are themselves, the others were moved to U+0100 and up.
+fn byte_of_alphabet(c: char) -> Vec<u8> {
+    let printable = |byte: u32| matches!(byte, 0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF);
+    let code = c as u32;
+    if printable(code) {
+        return vec![code as u8];
+    }
+    let moved = (0..256).filter(|byte| !printable(*byte)).nth((code as usize).wrapping_sub(256));
+    match moved {
+        Some(byte) => vec![byte as u8],
+        None => c.to_string().into_bytes(),
+    }
+}
+
+fn token_text(token: &Value) -> Option<String> {
+    Some(token.as_str().or_else(|| token.get("content")?.as_str())?.to_string())
+}
+
+/// A JSON object from a file; empty where there is no such file.
+fn read_object(path: &Path) -> Result<Map<String, Value>> {
+    if !path.is_file() {
+        return Ok(Map::new());
+    }
+    let bytes = read_file(path)?;
+    serde_json::from_slice(&bytes).map_err(|error| Error::Tokenizer {
+        name: path.display().to_string(),
+        message: format!("not a JSON object: {error}"),
+    })
+}

@@ -1,0 +1,175 @@
+//! llama.cpp's own tokenizer vectors on vocabularies out of GGUF files, where they are beside the checkout.
+
+use std::path::{Path, PathBuf};
+
+use ferrotune_data::{GgufVocabulary, Tokenizer};
+
+/// Reads the metadata of a GGUF file: just enough for the vocabulary.
+struct Reader<'a> {
+    bytes: &'a [u8],
+}
+
+#[derive(Debug)]
+enum Item {
+    Number(f64),
+    Text(String),
+    List(Vec<Item>),
+}
+
+impl Reader<'_> {
+    fn take<const N: usize>(&mut self) -> [u8; N] {
+        let (head, rest) = self.bytes.split_at(N);
+        self.bytes = rest;
+        head.try_into().unwrap()
+    }
+
+    fn text(&mut self) -> String {
+        let length = u64::from_le_bytes(self.take()) as usize;
+        let (head, rest) = self.bytes.split_at(length);
+        self.bytes = rest;
+        String::from_utf8_lossy(head).into_owned()
+    }
+
+    fn item(&mut self, kind: u32) -> Item {
+        Item::Number(match kind {
+            0 | 7 => f64::from(self.take::<1>()[0]),
+            1 => f64::from(i8::from_le_bytes(self.take())),
+            2 => f64::from(u16::from_le_bytes(self.take())),
+            3 => f64::from(i16::from_le_bytes(self.take())),
+            4 => f64::from(u32::from_le_bytes(self.take())),
+            5 => f64::from(i32::from_le_bytes(self.take())),
+            6 => f64::from(f32::from_le_bytes(self.take())),
+            10 => u64::from_le_bytes(self.take()) as f64,
+            11 => i64::from_le_bytes(self.take()) as f64,
+            12 => f64::from_le_bytes(self.take()),
+            8 => return Item::Text(self.text()),
+            9 => {
+                let kind = u32::from_le_bytes(self.take());
+                let length = u64::from_le_bytes(self.take());
+                return Item::List((0..length).map(|_| self.item(kind)).collect());
+            }
+            other => panic!("unknown kind {other}"),
+        })
+    }
+}
+
+fn vocabulary(path: &Path) -> GgufVocabulary {
+    let file = std::fs::read(path).unwrap();
+    let mut reader = Reader { bytes: &file };
+    assert_eq!(&reader.take::<4>(), b"GGUF");
+    let _version: [u8; 4] = reader.take();
+    let _tensors: [u8; 8] = reader.take();
+    let count = u64::from_le_bytes(reader.take());
+    let mut vocabulary = GgufVocabulary::default();
+    let texts = |list: Vec<Item>| -> Vec<String> {
+        list.into_iter().map(|item| if let Item::Text(t) = item { t } else { panic!() }).collect()
+    };
+    let numbers = |list: Vec<Item>| -> Vec<f64> {
+        list.into_iter().map(|item| if let Item::Number(n) = item { n } else { panic!() }).collect()
+    };
+    for _ in 0..count {
+        let key = reader.text();
+        let kind = u32::from_le_bytes(reader.take());
+        match (key.as_str(), reader.item(kind)) {
+            ("tokenizer.ggml.model", Item::Text(text)) => vocabulary.model = text,
+            ("tokenizer.ggml.pre", Item::Text(text)) => vocabulary.pre = text,
+            ("tokenizer.chat_template", Item::Text(text)) => vocabulary.chat_template = Some(text),
+            ("tokenizer.ggml.tokens", Item::List(list)) => vocabulary.tokens = texts(list),
+            ("tokenizer.ggml.merges", Item::List(list)) => vocabulary.merges = texts(list),
+            ("tokenizer.ggml.scores", Item::List(list)) => {
+                vocabulary.scores = numbers(list).into_iter().map(|n| n as f32).collect();
+            }
+            ("tokenizer.ggml.token_type", Item::List(list)) => {
+                vocabulary.token_types = numbers(list).into_iter().map(|n| n as i32).collect();
+            }
+            ("tokenizer.ggml.bos_token_id", Item::Number(n)) => vocabulary.bos = Some(n as u32),
+            ("tokenizer.ggml.eos_token_id", Item::Number(n)) => vocabulary.eos = Some(n as u32),
+            ("tokenizer.ggml.unknown_token_id", Item::Number(n)) => vocabulary.unk = Some(n as u32),
+            ("tokenizer.ggml.padding_token_id", Item::Number(n)) => vocabulary.pad = Some(n as u32),
+            ("tokenizer.ggml.add_bos_token", Item::Number(n)) => vocabulary.add_bos = Some(n != 0.0),
+            ("tokenizer.ggml.add_space_prefix", Item::Number(n)) => {
+                vocabulary.add_space_prefix = Some(n != 0.0);
+            }
+            _ => {}
+        }
+    }
+    vocabulary
+}
+
+fn folder() -> Option<PathBuf> {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../../shared/data/llama.cpp/vocab");
+    let present = folder.is_dir();
+    if !present {
+        eprintln!("skipped: {} is not there", folder.display());
+    }
+    present.then_some(folder)
+}
+
+fn check(name: &str, expected_right: usize) {
+    let Some(folder) = folder() else { return };
+    let tokenizer = Tokenizer::from_gguf(&vocabulary(&folder.join(format!("ggml-vocab-{name}.gguf")))).unwrap();
+    let texts = std::fs::read_to_string(folder.join(format!("ggml-vocab-{name}.gguf.inp"))).unwrap();
+    let ids = std::fs::read_to_string(folder.join(format!("ggml-vocab-{name}.gguf.out"))).unwrap();
+    let texts: Vec<&str> = texts.split("\n__ggml_vocab_test__\n").collect();
+    let mut right = 0;
+    for (text, line) in texts.iter().zip(ids.split('\n')) {
+        let expected: Vec<u32> = line.split_whitespace().map(|id| id.parse().unwrap()).collect();
+        let ours = tokenizer.encode_plain(text).unwrap();
+        right += usize::from(ours == expected);
+        if ours != expected {
+            eprintln!("{name}: {text:?}\n  ours {ours:?}\n  want {expected:?}");
+        }
+    }
+    assert_eq!((right, texts.len()), (expected_right, 47), "{name}");
+}
+
+#[test]
+fn llama_bpe() {
+    check("llama-bpe", 47);
+}
+
+#[test]
+fn qwen2() {
+    check("qwen2", 47);
+}
+
+#[test]
+fn gpt_2() {
+    check("gpt-2", 47);
+}
+
+#[test]
+fn deepseek_coder() {
+    check("deepseek-coder", 47);
+}
+
+#[test]
+fn phi_3() {
+    check("phi-3", 47);
+}
+
+#[test]
+fn llama_spm() {
+    check("llama-spm", 47);
+}
+
+#[test]
+fn building_is_quick() {
+    let Some(path) = std::env::var_os("FERROTUNE_TEST_GGUF") else { return };
+    let vocabulary = vocabulary(Path::new(&path));
+    let start = std::time::Instant::now();
+    let tokenizer = Tokenizer::from_gguf(&vocabulary).unwrap();
+    let built = start.elapsed();
+    eprintln!(
+        "{} {} tokens, {} merges: {built:?}; bos {:?} eos {:?} add_bos {:?}\n{:?}\n{:?}",
+        vocabulary.pre,
+        vocabulary.tokens.len(),
+        vocabulary.merges.len(),
+        vocabulary.bos,
+        vocabulary.eos,
+        vocabulary.add_bos,
+        tokenizer,
+        tokenizer.chat_template(),
+    );
+    assert!(built.as_millis() < 150, "{built:?}");
+}
