@@ -1,1 +1,10 @@
-//! Low-rank adapters: LoRA and rsLoRA, their initialisation, merge and PEFT names.
+//! Low-rank adapters: LoRA (Hu et al. 2021) and rsLoRA (Kalajdzievski 2023).
+//!
+//! A [`LoraAdapter`] joins a network as an [`Adapter`](ferrotune_nn::Adapter): it knows neither the
+//! format of the weight beside it nor the model around it.
+
+mod adapter;
+mod config;
+
+pub use adapter::LoraAdapter;
+pub use config::{LoraConfig, Target};

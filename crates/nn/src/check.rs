@@ -1,6 +1,6 @@
 //! Gradients against finite differences, for the tests of every crate that has a backward.
 
-use ferrotune_tensor::{Counter, DType, Device, Result, Tensor};
+use ferrotune_tensor::{Counter, Result, Tensor};
 
 use crate::{Context, Layer};
 
@@ -61,7 +61,7 @@ pub fn gradients<L: Layer>(layer: &mut L, ctx: &Context, x: &Tensor) -> Result<f
 
 #[cfg(test)]
 mod tests {
-    use ferrotune_tensor::Precision;
+    use ferrotune_tensor::{DType, Precision};
 
     use super::*;
     use crate::{Activation, Attention, DenseWeight, Linear, Mlp, Norm, NormKind, Part, Rope};

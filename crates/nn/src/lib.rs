@@ -29,7 +29,7 @@ pub use linear::{Adapter, Linear, Part};
 pub use mlp::{Activation, Mlp, MlpSaved};
 pub use model::LanguageModel;
 pub use norm::{Norm, NormKind};
-pub use rope::Rope;
+pub use rope::{Rope, RopeTables};
 pub use weight::{DenseWeight, Weight, backward_tiles, forward_tiles, widen};
 
 /// What every layer of one pass shares.
@@ -49,7 +49,8 @@ pub struct Context {
     pub training: bool,
     /// Adapters take part; off, the model is the base model.
     pub adapters: bool,
-    tables: rope::Tables,
+    /// Cosines and sines of this pass, made by the first layer that asks.
+    pub tables: RopeTables,
 }
 
 impl Context {

@@ -30,7 +30,7 @@ pub(crate) enum Direction {
 
 /// Cosines, then sines of every row of a pass: made once, read by every layer.
 #[derive(Debug, Default)]
-pub(crate) struct Tables(Mutex<Vec<(Rope, DType, Arc<Tensor>)>>);
+pub struct RopeTables(Mutex<Vec<(Rope, DType, Arc<Tensor>)>>);
 
 impl Rope {
     /// Unscaled frequencies: theta^(−2i/width).

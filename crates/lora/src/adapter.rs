@@ -1,0 +1,290 @@
+//! y = x·Wᵀ + s·(drop(x)·Aᵀ)·Bᵀ.  A is (R, input), B is (output, R), s the scaling.
+//!   backward, low = drop(x)·Aᵀ:  dlow = s·dy·B;  dA += dlowᵀ·drop(x);  dB += s·dyᵀ·low;
+//!   dx = dy·W + drop′(dlow·A)
+
+use ferrotune_nn::{Adapter, Context, Parameter, Weight};
+use ferrotune_tensor::{Counter, Precision, Real, Result, Tensor, for_real, product, uniform};
+use rayon::prelude::*;
+
+use crate::LoraConfig;
+
+/// The adapter of one projection.
+#[derive(Debug)]
+pub struct LoraAdapter {
+    /// (R, input)
+    pub a: Parameter,
+    /// (output, R)
+    pub b: Parameter,
+    /// s
+    pub scaling: f64,
+    /// Share of inputs dropped in training.
+    pub dropout: f64,
+    /// How exactly its products are computed.
+    pub precision: Precision,
+    /// Tells this projection's randomness from the others'.
+    stream: u64,
+}
+
+impl LoraAdapter {
+    /// As PEFT initialises: A uniform in ±1/√input (Kaiming, a = √5), B zero.
+    ///
+    /// # Errors
+    /// When there is no room.
+    pub fn new(
+        name: &str,
+        output: usize,
+        input: usize,
+        config: &LoraConfig,
+        precision: Precision,
+    ) -> Result<Self> {
+        let counter = Counter::new(&[config.seed, stream_of(name)]);
+        let a = uniform(counter, 1.0 / (input as f64).sqrt(), config.r * input);
+        let b = vec![0.0f32; output * config.r];
+        let (a, b) = (Tensor::from_vec(config.r, input, a)?, Tensor::from_vec(output, config.r, b)?);
+        LoraAdapter::from_parts(name, a, b, config.scaling(), config.lora_dropout, precision)
+    }
+
+    /// From tensors that were trained before.
+    ///
+    /// # Errors
+    /// When there is no room.
+    pub fn from_parts(
+        name: &str,
+        a: Tensor,
+        b: Tensor,
+        scaling: f64,
+        dropout: f64,
+        precision: Precision,
+    ) -> Result<Self> {
+        Ok(LoraAdapter {
+            a: Parameter::new(format!("{name}.lora_A.weight"), a)?,
+            b: Parameter::new(format!("{name}.lora_B.weight"), b)?,
+            scaling,
+            dropout,
+            precision,
+            stream: stream_of(name),
+        })
+    }
+
+    /// drop(x) in training; none when nothing is dropped.
+    fn dropped(&self, ctx: &Context, x: &Tensor) -> Result<Option<Tensor>> {
+        if !ctx.training || self.dropout == 0.0 {
+            return Ok(None);
+        }
+        let mut out = x.clone();
+        self.drop_in_place(ctx, &mut out)?;
+        Ok(Some(out))
+    }
+
+    /// Zeroes a share of the elements and scales up the others, the same ones for the same step.
+    fn drop_in_place(&self, ctx: &Context, x: &mut Tensor) -> Result<()> {
+        let counter = Counter::new(&[ctx.seed, ctx.step, ctx.micro_step, self.stream]);
+        let (width, dropout) = (x.cols(), self.dropout as f32);
+        for_real!("dropout", x.dtype(), T => {
+            let keep = T::of(1.0 / (1.0 - self.dropout));
+            x.values_mut::<T>()?.par_chunks_mut(width).enumerate().for_each(|(row, values)| {
+                for (col, value) in values.iter_mut().enumerate() {
+                    let kept = counter.unit((row * width + col) as u64) >= dropout;
+                    *value = if kept { *value * keep } else { T::of(0.0) };
+                }
+            });
+            Ok(())
+        })
+    }
+
+    /// x·Aᵀ, (N, R)
+    fn low<T: Real>(&self, x: &Tensor) -> Result<Tensor> {
+        let a = &self.a.value;
+        let mut low = x.empty_like(x.rows(), a.rows())?;
+        let (one, zero) = (T::of(1.0), T::of(0.0));
+        product::matmul(
+            self.precision,
+            one,
+            x.matrix::<T>()?,
+            a.matrix()?.transposed(),
+            zero,
+            low.matrix_mut()?,
+        );
+        Ok(low)
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the operands of one product and where they stand")]
+    fn backward_typed<T: Real>(
+        &mut self,
+        ctx: &Context,
+        x: &Tensor,
+        weight: &dyn Weight,
+        dy: &Tensor,
+        at: usize,
+        beta: f64,
+        dx: &mut Tensor,
+    ) -> Result<()> {
+        weight.backward(dy, at, beta, dx)?;
+        let dropped = self.dropped(ctx, x)?;
+        let input = dropped.as_ref().unwrap_or(x);
+        let low = self.low::<T>(input)?;
+        let (precision, scale) = (self.precision, T::of(self.scaling));
+        let (one, zero) = (T::of(1.0), T::of(0.0));
+        let dy = dy.matrix::<T>()?.columns(at..at + weight.rows());
+        let mut dlow = low.empty_like(low.rows(), low.cols())?;
+        product::matmul(precision, scale, dy, self.b.value.matrix()?, zero, dlow.matrix_mut()?);
+        let dlow_t = dlow.matrix::<T>()?.transposed();
+        product::matmul(precision, one, dlow_t, input.matrix()?, one, self.a.grad.matrix_mut()?);
+        let low = low.matrix::<T>()?;
+        product::matmul(precision, scale, dy.transposed(), low, one, self.b.grad.matrix_mut()?);
+        let a = self.a.value.matrix::<T>()?;
+        if dropped.is_none() {
+            product::matmul(precision, one, dlow.matrix()?, a, one, dx.matrix_mut()?);
+            return Ok(());
+        }
+        let mut through = x.empty_like(x.rows(), x.cols())?;
+        product::matmul(precision, one, dlow.matrix()?, a, zero, through.matrix_mut()?);
+        self.drop_in_place(ctx, &mut through)?;
+        dx.add_scaled(1.0, &through)
+    }
+}
+
+impl Adapter for LoraAdapter {
+    fn forward(
+        &self,
+        ctx: &Context,
+        x: &Tensor,
+        weight: &dyn Weight,
+        y: &mut Tensor,
+        at: usize,
+    ) -> Result<()> {
+        weight.forward(x, y, at)?;
+        let dropped = self.dropped(ctx, x)?;
+        for_real!("lora", x.dtype(), T => {
+            let low = self.low::<T>(dropped.as_ref().unwrap_or(x))?;
+            let b = self.b.value.matrix::<T>()?.transposed();
+            let y = y.matrix_mut()?.columns(at..at + weight.rows());
+            product::matmul(self.precision, T::of(self.scaling), low.matrix()?, b, 1.0, y);
+            Ok(())
+        })
+    }
+
+    fn backward(
+        &mut self,
+        ctx: &Context,
+        x: &Tensor,
+        weight: &dyn Weight,
+        dy: &Tensor,
+        at: usize,
+        beta: f64,
+        dx: &mut Tensor,
+    ) -> Result<()> {
+        for_real!("lora", x.dtype(), T => self.backward_typed::<T>(ctx, x, weight, dy, at, beta, dx))
+    }
+
+    fn parameters(&mut self) -> Vec<&mut Parameter> {
+        vec![&mut self.a, &mut self.b]
+    }
+
+    fn merged(&self, weight: &dyn Weight) -> Result<Tensor> {
+        let mut merged = weight.to_dense()?;
+        let (a, b) = (self.a.value.matrix::<f32>()?, self.b.value.matrix()?);
+        product::matmul(Precision::Full, self.scaling as f32, b, a, 1.0, merged.matrix_mut()?);
+        Ok(merged)
+    }
+}
+
+/// FNV-1a of a projection's name.
+fn stream_of(name: &str) -> u64 {
+    name.bytes()
+        .fold(0xCBF2_9CE4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01B3))
+}
+
+#[cfg(test)]
+mod tests {
+    use ferrotune_nn::check::{gradients, seeded};
+    use ferrotune_nn::{DenseWeight, Layer, Linear, Part};
+    use ferrotune_tensor::DType;
+
+    use super::*;
+    use crate::Target;
+
+    /// A linear layer of two adapted parts, as a layer.
+    struct Adapted(Linear);
+
+    impl Layer for Adapted {
+        type Saved = ();
+        fn forward(&self, ctx: &Context, x: &Tensor) -> Result<(Tensor, ())> {
+            Ok((self.0.forward(ctx, x)?, ()))
+        }
+        fn backward(&mut self, ctx: &Context, x: &Tensor, (): (), dy: Tensor) -> Result<Tensor> {
+            self.0.backward(ctx, x, &dy)
+        }
+        fn parameters(&mut self) -> Vec<&mut Parameter> {
+            self.0.parameters()
+        }
+    }
+
+    fn weight(rows: usize, cols: usize, seed: u64) -> DenseWeight {
+        DenseWeight { value: seeded(rows, cols, seed).cast(DType::F32).unwrap(), precision: Precision::Full }
+    }
+
+    fn adapted(dropout: f64) -> Adapted {
+        let part = |name: &str, rows: usize, seed: u64| {
+            let (a, b) = (seeded(3, 12, seed + 1), seeded(rows, 3, seed + 2));
+            let adapter = LoraAdapter::from_parts(name, a, b, 0.7, dropout, Precision::Full).unwrap();
+            let weight = Box::new(weight(rows, 12, seed));
+            Part { name: name.into(), weight, bias: None, adapter: Some(Box::new(adapter)) }
+        };
+        Adapted(Linear { parts: vec![part("q", 9, 10), part("k", 5, 20)] })
+    }
+
+    #[test]
+    fn gradients_equal_differences() {
+        for dropout in [0.0, 0.3] {
+            let ctx = Context { training: true, seed: 4, step: 2, ..Context::new(vec![0, 7]) };
+            let worst = gradients(&mut adapted(dropout), &ctx, &seeded(7, 12, 1)).unwrap();
+            assert!(worst < 1e-6, "dropout {dropout}: worst relative difference {worst:.1e}");
+        }
+    }
+
+    #[test]
+    fn dropout_is_a_function_of_the_step_and_off_outside_training() {
+        let layer = adapted(0.5);
+        let x = seeded(7, 12, 1);
+        let run = |training: bool, step: u64| {
+            let ctx = Context { training, step, ..Context::new(vec![0, 7]) };
+            layer.forward(&ctx, &x).unwrap().0.values::<f64>().unwrap().to_vec()
+        };
+        assert_eq!(run(true, 1), run(true, 1));
+        assert_ne!(run(true, 1), run(true, 2));
+        assert_eq!(run(false, 1), run(false, 2));
+    }
+
+    #[test]
+    fn the_merged_weight_gives_the_adapted_outputs() {
+        let (base, x) = (weight(9, 12, 5), seeded(4, 12, 6).cast(DType::F32).unwrap());
+        let (a, b) = (seeded(3, 12, 7).cast(DType::F32).unwrap(), seeded(9, 3, 8).cast(DType::F32).unwrap());
+        let adapter = LoraAdapter::from_parts("q", a, b, 2.0, 0.0, Precision::Full).unwrap();
+        let merged = DenseWeight { value: adapter.merged(&base).unwrap(), precision: Precision::Full };
+        let mut expected = x.zeros_like(4, 9).unwrap();
+        let mut got = x.zeros_like(4, 9).unwrap();
+        merged.forward(&x, &mut expected, 0).unwrap();
+        adapter.forward(&Context::new(vec![0, 4]), &x, &base, &mut got, 0).unwrap();
+        let pairs = got.values::<f32>().unwrap().iter().zip(expected.values::<f32>().unwrap());
+        assert!(pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) < 1e-5);
+    }
+
+    #[test]
+    fn a_new_adapter_changes_nothing_and_is_the_same_for_the_same_seed() {
+        let config = LoraConfig {
+            r: 4,
+            lora_alpha: 8.0,
+            lora_dropout: 0.0,
+            use_rslora: false,
+            target_modules: Target::All,
+            exclude_modules: Vec::new(),
+            seed: 9,
+        };
+        let new = |name: &str| LoraAdapter::new(name, 5, 16, &config, Precision::Full).unwrap();
+        assert_eq!(new("q").a.value.values::<f32>().unwrap(), new("q").a.value.values::<f32>().unwrap());
+        assert_ne!(new("q").a.value.values::<f32>().unwrap(), new("k").a.value.values::<f32>().unwrap());
+        assert!(new("q").a.value.values::<f32>().unwrap().iter().all(|it| it.abs() <= 0.25));
+        assert!(new("q").b.value.values::<f32>().unwrap().iter().all(|it| *it == 0.0));
+    }
+}
