@@ -1,0 +1,257 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
+
+use crate::config::RunConfig;
+use crate::console::ColorChoice;
+
+/// Fine-tunes chat models: one program, no Python.
+#[derive(Debug, Parser)]
+#[command(
+    name = "ferrotune",
+    version,
+    propagate_version = true,
+    disable_help_subcommand = true,
+    arg_required_else_help = true,
+    after_help = "Example:\n  ferrotune train examples/quickstart.yaml learning_rate=2e-4\n\n\
+        Exit codes: 0 done, 1 an error, 2 a mistake in what was typed or in the config,\n\
+        130 interrupted (what had been trained is saved)"
+)]
+pub struct Program {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+
+    /// Print results, warnings and errors only.
+    #[arg(short, long, global = true, conflicts_with = "verbose", display_order = 1000)]
+    pub quiet: bool,
+
+    /// Say more: -v what is done, -vv details.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count, display_order = 1001)]
+    pub verbose: u8,
+
+    /// When to use colours; NO_COLOR is honoured.
+    #[arg(
+        long,
+        global = true,
+        value_enum,
+        value_name = "WHEN",
+        default_value = "auto",
+        hide_possible_values = false
+    )]
+    pub color: ColorChoice,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Fine-tune a model.
+    #[command(
+        after_help = "Example:\n  ferrotune train examples/quickstart.yaml output_dir=out/mine num_train_epochs=2\n\n\
+        `ferrotune train --help` lists all keys"
+    )]
+    Train(TrainArgs),
+
+    /// Talk to a model.
+    #[command(
+        after_help = "Examples:\n  ferrotune chat --model SmolLM2-135M-Instruct --adapter out/identity\n  \
+        ferrotune chat examples/quickstart.yaml --adapter out/identity --prompt 'Who are you?' --greedy\n\n\
+        In a chat, `/clear` forgets what was said and `/exit` ends it"
+    )]
+    Chat(ChatArgs),
+
+    /// Show what the model will see: text, what is trained on, token counts.
+    #[command(after_help = "Example:\n  ferrotune data examples/quickstart.yaml --samples 3")]
+    Data(DataArgs),
+
+    /// Show a model's family, parameters and the memory that training it takes.
+    #[command(after_help = "Example:\n  ferrotune model HuggingFaceTB/SmolLM2-135M-Instruct")]
+    Model(ModelArgs),
+
+    /// JSON for bug reports and comparisons: logits, token ids, rendered conversations.
+    #[command(
+        after_help = "Example:\n  ferrotune debug tokenize --model SmolLM2-135M-Instruct 'Hello there'"
+    )]
+    Debug(DebugArgs),
+
+    /// Show what this machine has and what will run on it.
+    #[command(after_help = "Example:\n  ferrotune doctor")]
+    Doctor,
+}
+
+/// `train`
+#[derive(Debug, Args)]
+pub struct TrainArgs {
+    /// YAML file with the run's keys.
+    pub config: PathBuf,
+    /// Keys that win over the file.
+    #[arg(value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+}
+
+/// `chat`
+#[derive(Debug, Args)]
+pub struct ChatArgs {
+    /// YAML file, if any, and keys that win over it.
+    #[arg(value_name = "CONFIG | KEY=VALUE")]
+    pub words: Vec<String>,
+    /// The model: a folder, a GGUF file or a name.
+    #[arg(long)]
+    pub model: Option<String>,
+    /// A trained adapter's folder.
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// Ask this, print the answer and leave.
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: Option<String>,
+    /// System message.
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// Take the likeliest token each time.
+    #[arg(long)]
+    pub greedy: bool,
+    /// Evens out (over 1) or sharpens (under 1) the chances.
+    #[arg(long, value_name = "NUMBER")]
+    pub temperature: Option<f64>,
+    /// Sample from the likeliest tokens that together have this chance.
+    #[arg(long, value_name = "SHARE")]
+    pub top_p: Option<f64>,
+    /// Sample from tokens at least this likely, relative to the likeliest.
+    #[arg(long, value_name = "SHARE")]
+    pub min_p: Option<f64>,
+    /// Seed of the sampling.
+    #[arg(long, value_name = "NUMBER")]
+    pub seed: Option<u64>,
+    /// Longest answer in tokens.
+    #[arg(long, value_name = "TOKENS")]
+    pub max_new_tokens: Option<usize>,
+}
+
+/// `data`
+#[derive(Debug, Args)]
+pub struct DataArgs {
+    /// YAML file with the run's keys.
+    pub config: PathBuf,
+    /// Keys that win over the file.
+    #[arg(value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+    /// How many samples to show.
+    #[arg(long, short = 'n', value_name = "COUNT", default_value_t = 3)]
+    pub samples: usize,
+}
+
+/// `model`
+#[derive(Debug, Args)]
+pub struct ModelArgs {
+    /// The model: a folder, a GGUF file or a name.
+    pub name: String,
+    /// Keys that change the estimate, such as `lora_rank=64` or `cutoff_len=4096`.
+    #[arg(value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+}
+
+/// `debug`
+#[derive(Debug, Args)]
+pub struct DebugArgs {
+    /// What to print.
+    #[command(subcommand)]
+    pub command: DebugCommand,
+}
+
+/// The verbs of `debug`.
+#[derive(Debug, Subcommand)]
+pub enum DebugCommand {
+    /// Logits of given token ids.
+    #[command(
+        after_help = "Example:\n  ferrotune debug logits --model SmolLM2-135M-Instruct --ids 1,4093,198"
+    )]
+    Logits(LogitsArgs),
+    /// Token ids of a text.
+    #[command(
+        after_help = "Example:\n  ferrotune debug tokenize --model SmolLM2-135M-Instruct 'Hello there'\n\n\
+        Without TEXT, standard input is read"
+    )]
+    Tokenize(TokenizeArgs),
+    /// A conversation as the model sees it, with the spans that are trained on.
+    #[command(
+        after_help = "Example:\n  echo '{\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}]}' |\n    \
+        ferrotune debug render --model SmolLM2-135M-Instruct"
+    )]
+    Render(RenderArgs),
+}
+
+/// `debug logits`
+#[derive(Debug, Args)]
+pub struct LogitsArgs {
+    /// The model: a folder, a GGUF file or a name.
+    #[arg(long)]
+    pub model: String,
+    /// A trained adapter's folder.
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// Token ids, separated by commas.
+    #[arg(long, value_delimiter = ',', required = true, value_name = "IDS")]
+    pub ids: Vec<u32>,
+    /// Print only the likeliest tokens of each position.
+    #[arg(long, value_name = "COUNT")]
+    pub top: Option<usize>,
+    /// Keys such as `quantization_bit=4` or `bf16=true`.
+    #[arg(value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+}
+
+/// `debug tokenize`
+#[derive(Debug, Args)]
+pub struct TokenizeArgs {
+    /// The model: a folder, a GGUF file or a name.
+    #[arg(long)]
+    pub model: String,
+    /// The text; standard input when left out.
+    pub text: Option<String>,
+    /// Read control tokens in the text as control tokens.
+    #[arg(long)]
+    pub control_tokens: bool,
+}
+
+/// `debug render`
+#[derive(Debug, Args)]
+pub struct RenderArgs {
+    /// The model whose chat template and tokenizer are used.
+    #[arg(long, required_unless_present = "template")]
+    pub model: Option<String>,
+    /// A chat template in a file (jinja); without a model, no tokens are printed.
+    #[arg(long, value_name = "FILE")]
+    pub template: Option<PathBuf>,
+    /// JSON: `{"messages": […]}` or a list of messages; standard input when left out.
+    pub conversation: Option<PathBuf>,
+    /// End with what opens the assistant's turn.
+    #[arg(long)]
+    pub generation_prompt: bool,
+}
+
+impl Program {
+    /// Reads the command line; help, version and mistakes end the program here.
+    pub fn read() -> Program {
+        // `train --help` (not `-h`) lists the keys, which come from the table of keys.
+        let command = Program::command().mut_subcommand("train", |train| {
+            let example = train.get_after_help().map(ToString::to_string).unwrap_or_default();
+            let example = example.split("\n\n").next().unwrap_or_default().to_string();
+            train.after_long_help(format!("{example}\n\n{}", RunConfig::help()))
+        });
+        let matches = command.get_matches();
+        <Program as clap::FromArgMatches>::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+    }
+}
+
+/// The words of `chat`: the first that is no `key=value` is the config.
+pub fn split_words(words: &[String]) -> anyhow::Result<(Option<PathBuf>, Vec<String>)> {
+    let (overrides, mut configs): (Vec<String>, Vec<String>) =
+        words.iter().cloned().partition(|word| word.contains('='));
+    if configs.len() > 1 {
+        let message = format!("`{}` is a second config; other words are `key=value`", configs[1]);
+        return Err(crate::console::Usage::one(message).into());
+    }
+    Ok((configs.pop().map(PathBuf::from), overrides))
+}

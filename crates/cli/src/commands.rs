@@ -1,0 +1,8 @@
+//! The verbs, one file each.
+
+pub mod chat;
+pub mod data;
+pub mod debug;
+pub mod doctor;
+pub mod model;
+pub mod train;

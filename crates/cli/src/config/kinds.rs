@@ -1,0 +1,432 @@
+//! What a key can hold, and how it is read from what was typed.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use super::yaml::{Data, Node};
+
+/// A type that a key can have.
+pub trait Setting: Sized {
+    /// What a message says was expected.
+    fn expected() -> String;
+    /// Reads a value; `Err` holds what is wrong with it, to which the caller adds key and line.
+    fn read(node: &Node) -> Result<Self, String>;
+    /// The value as help shows it.
+    fn shown(&self) -> String;
+}
+
+fn mismatch<T: Setting>(node: &Node) -> String {
+    format!("expected {}, found {}", T::expected(), node.shown())
+}
+
+fn scalar<T: Setting>(node: &Node) -> Result<&str, String> {
+    match &node.data {
+        Data::Scalar { text, .. } => Ok(text),
+        _ => Err(mismatch::<T>(node)),
+    }
+}
+
+impl Setting for bool {
+    fn expected() -> String {
+        "true or false".to_string()
+    }
+    fn read(node: &Node) -> Result<bool, String> {
+        // YAML 1.1's yes/no/on/off as well: PyYAML takes them, so files have them.
+        match scalar::<bool>(node)?.to_ascii_lowercase().as_str() {
+            "true" | "yes" | "on" => Ok(true),
+            "false" | "no" | "off" => Ok(false),
+            _ => Err(mismatch::<bool>(node)),
+        }
+    }
+    fn shown(&self) -> String {
+        self.to_string()
+    }
+}
+
+impl Setting for u64 {
+    fn expected() -> String {
+        "a whole number, 0 or more".to_string()
+    }
+    fn read(node: &Node) -> Result<u64, String> {
+        let text = scalar::<u64>(node)?.replace('_', "");
+        if let Ok(number) = text.parse() {
+            return Ok(number);
+        }
+        // `500.0` and `1e3` are whole as well.
+        match text.parse::<f64>() {
+            Ok(number) if number >= 0.0 && number.fract() == 0.0 && number <= 2f64.powi(53) => {
+                Ok(number as u64)
+            }
+            _ => Err(mismatch::<u64>(node)),
+        }
+    }
+    fn shown(&self) -> String {
+        self.to_string()
+    }
+}
+
+impl Setting for usize {
+    fn expected() -> String {
+        u64::expected()
+    }
+    fn read(node: &Node) -> Result<usize, String> {
+        usize::try_from(u64::read(node)?).map_err(|_| mismatch::<usize>(node))
+    }
+    fn shown(&self) -> String {
+        self.to_string()
+    }
+}
+
+impl Setting for f64 {
+    fn expected() -> String {
+        "a number".to_string()
+    }
+    fn read(node: &Node) -> Result<f64, String> {
+        match scalar::<f64>(node)?.replace('_', "").parse::<f64>() {
+            Ok(number) if number.is_finite() => Ok(number),
+            _ => Err(mismatch::<f64>(node)),
+        }
+    }
+    fn shown(&self) -> String {
+        if *self != 0.0 && self.abs() < 1e-3 { format!("{self:e}") } else { self.to_string() }
+    }
+}
+
+impl Setting for String {
+    fn expected() -> String {
+        "text".to_string()
+    }
+    fn read(node: &Node) -> Result<String, String> {
+        if node.is_null() {
+            return Err(mismatch::<String>(node));
+        }
+        scalar::<String>(node).map(str::to_string)
+    }
+    fn shown(&self) -> String {
+        self.clone()
+    }
+}
+
+impl Setting for PathBuf {
+    fn expected() -> String {
+        "a path".to_string()
+    }
+    fn read(node: &Node) -> Result<PathBuf, String> {
+        match scalar::<PathBuf>(node)? {
+            _ if node.is_null() => Err(mismatch::<PathBuf>(node)),
+            "" => Err(mismatch::<PathBuf>(node)),
+            text => Ok(PathBuf::from(text)),
+        }
+    }
+    fn shown(&self) -> String {
+        self.display().to_string()
+    }
+}
+
+/// `null` or one of the strings "none" is `None`.
+impl<T: Setting> Setting for Option<T> {
+    fn expected() -> String {
+        format!("{} or null", T::expected())
+    }
+    fn read(node: &Node) -> Result<Option<T>, String> {
+        let none = node.is_null()
+            || matches!(&node.data, Data::Scalar { text, quoted: false } if text.eq_ignore_ascii_case("none"));
+        if none { Ok(None) } else { T::read(node).map(Some) }
+    }
+    fn shown(&self) -> String {
+        self.as_ref().map_or_else(|| "null".to_string(), T::shown)
+    }
+}
+
+/// Names in a list, or separated by commas.
+impl Setting for Vec<String> {
+    fn expected() -> String {
+        "names separated by commas, or a list of names".to_string()
+    }
+    fn read(node: &Node) -> Result<Vec<String>, String> {
+        match &node.data {
+            _ if node.is_null() => Ok(Vec::new()),
+            Data::Scalar { text, .. } => {
+                let names = text.split(',').map(str::trim);
+                Ok(names.filter(|name| !name.is_empty()).map(str::to_string).collect())
+            }
+            Data::List(items) => items.iter().map(String::read).collect(),
+            Data::Map(_) => Err(mismatch::<Vec<String>>(node)),
+        }
+    }
+    fn shown(&self) -> String {
+        if self.is_empty() { "none".to_string() } else { self.join(",") }
+    }
+}
+
+/// Names with values.
+impl Setting for BTreeMap<String, String> {
+    fn expected() -> String {
+        "a mapping from names to text, as in `{name: Ada}`".to_string()
+    }
+    fn read(node: &Node) -> Result<BTreeMap<String, String>, String> {
+        match &node.data {
+            _ if node.is_null() => Ok(BTreeMap::new()),
+            Data::Map(entries) => {
+                entries.iter().map(|(name, value)| Ok((name.clone(), String::read(value)?))).collect()
+            }
+            _ => Err(mismatch::<BTreeMap<String, String>>(node)),
+        }
+    }
+    fn shown(&self) -> String {
+        "none".to_string()
+    }
+}
+
+/// A number of steps, or a share of all of them when it is less than 1.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Steps {
+    /// So many.
+    Count(u64),
+    /// This share of the run's steps, more than 0 and less than 1.
+    Share(f64),
+}
+
+impl Steps {
+    /// The number of steps in a run of `total`.
+    pub fn of(self, total: u64) -> u64 {
+        match self {
+            Steps::Count(count) => count,
+            Steps::Share(share) => (share * total as f64).ceil() as u64,
+        }
+    }
+}
+
+impl Setting for Steps {
+    fn expected() -> String {
+        "a number of steps, or a share of all steps between 0 and 1".to_string()
+    }
+    fn read(node: &Node) -> Result<Steps, String> {
+        let number = f64::read(node).map_err(|_| mismatch::<Steps>(node))?;
+        if number > 0.0 && number < 1.0 {
+            return Ok(Steps::Share(number));
+        }
+        u64::read(node).map(Steps::Count).map_err(|_| mismatch::<Steps>(node))
+    }
+    fn shown(&self) -> String {
+        match self {
+            Steps::Count(count) => count.to_string(),
+            Steps::Share(share) => share.to_string(),
+        }
+    }
+}
+
+/// `max_steps`: a limit, or none (transformers writes -1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MaxSteps(pub Option<u64>);
+
+impl Setting for MaxSteps {
+    fn expected() -> String {
+        "a number of steps, 1 or more, or null".to_string()
+    }
+    fn read(node: &Node) -> Result<MaxSteps, String> {
+        match Option::<f64>::read(node) {
+            Ok(None) => Ok(MaxSteps(None)),
+            Ok(Some(number)) if number < 0.0 => Ok(MaxSteps(None)),
+            Ok(Some(number)) if number >= 1.0 => u64::read(node).map(|steps| MaxSteps(Some(steps))),
+            _ => Err(mismatch::<MaxSteps>(node)),
+        }
+    }
+    fn shown(&self) -> String {
+        self.0.shown()
+    }
+}
+
+/// Where to go on from.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Resume {
+    /// Start anew.
+    No,
+    /// The newest checkpoint of `output_dir`; without one that is an error.
+    Newest,
+    /// The newest checkpoint of `output_dir`, or the start.
+    Auto,
+    /// This checkpoint.
+    From(PathBuf),
+}
+
+impl Setting for Resume {
+    fn expected() -> String {
+        "true, false, auto or the path of a checkpoint".to_string()
+    }
+    fn read(node: &Node) -> Result<Resume, String> {
+        if node.is_null() {
+            return Ok(Resume::No);
+        }
+        if let Ok(newest) = bool::read(node) {
+            return Ok(if newest { Resume::Newest } else { Resume::No });
+        }
+        match scalar::<Resume>(node)? {
+            "auto" => Ok(Resume::Auto),
+            path => Ok(Resume::From(PathBuf::from(path))),
+        }
+    }
+    fn shown(&self) -> String {
+        match self {
+            Resume::No => "false".to_string(),
+            Resume::Newest => "true".to_string(),
+            Resume::Auto => "auto".to_string(),
+            Resume::From(path) => path.shown(),
+        }
+    }
+}
+
+/// An enum of names, some of which are not there yet and some of which have a better one.
+macro_rules! choice {
+    ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $text:literal $(| $alias:literal)*),* $(,)? }
+        later { $($later:literal),* $(,)? } wrong { $($wrong:literal => $instead:literal),* $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum $name { $($(#[$variant_doc])* $variant),* }
+
+        impl Setting for $name {
+            fn expected() -> String {
+                [$($text),*].join(", ")
+            }
+            fn read(node: &Node) -> Result<$name, String> {
+                match scalar::<$name>(node)?.to_ascii_lowercase().as_str() {
+                    $($text $(| $alias)* => Ok($name::$variant),)*
+                    $($later => Err(format!("{} is not there yet; there is {}", node.shown(), Self::expected())),)*
+                    $($wrong => Err(format!("{} is not supported; {}", node.shown(), $instead)),)*
+                    _ => Err(mismatch::<$name>(node)),
+                }
+            }
+            fn shown(&self) -> String {
+                match self { $($name::$variant => $text.to_string()),* }
+            }
+        }
+    };
+}
+
+choice! {
+    /// `stage`
+    Stage {
+        /// Supervised: answers to prompts.
+        Sft = "sft",
+    }
+    later { "pt", "dpo", "kto", "orpo", "simpo", "rm", "ppo" } wrong {}
+}
+
+choice! {
+    /// `finetuning_type`
+    FinetuningType {
+        /// Low-rank adapters on frozen weights.
+        Lora = "lora",
+    }
+    later { "full", "freeze", "oft" } wrong {}
+}
+
+/// `template`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TemplateName {
+    /// The one that came with the model.
+    Auto,
+}
+
+impl Setting for TemplateName {
+    fn expected() -> String {
+        "auto".to_string()
+    }
+    fn read(node: &Node) -> Result<TemplateName, String> {
+        match scalar::<TemplateName>(node)? {
+            _ if node.is_null() => Ok(TemplateName::Auto),
+            "auto" | "none" | "None" => Ok(TemplateName::Auto),
+            _ => Err(format!(
+                "templates by name, here {}, are not there yet; leave the key out to use the chat template that comes with the model",
+                node.shown()
+            )),
+        }
+    }
+    fn shown(&self) -> String {
+        "auto".to_string()
+    }
+}
+
+choice! {
+    /// `quantization_bit`
+    QuantizationBit {
+        /// Four bits a weight.
+        Four = "4",
+    }
+    later { "8", "3", "2", "1" } wrong {}
+}
+
+choice! {
+    /// `quantization_type`
+    QuantizationType {
+        /// Sixteen codes that fit a normal distribution.
+        Nf4 = "nf4",
+    }
+    later { "fp4" } wrong {}
+}
+
+choice! {
+    /// `quantization_method`
+    QuantizationMethod {
+        /// As bitsandbytes lays it out.
+        Bnb = "bnb" | "bitsandbytes",
+    }
+    later { "hqq", "gptq", "awq", "aqlm", "quanto", "eetq", "mxfp4", "fp8" } wrong {}
+}
+
+choice! {
+    /// `lr_scheduler_type`
+    Schedule {
+        /// Down to zero in a straight line.
+        Linear = "linear",
+        /// Down to zero along half a cosine.
+        Cosine = "cosine",
+        /// Always the same, without warm-up.
+        Constant = "constant",
+        /// Always the same after the warm-up.
+        ConstantWithWarmup = "constant_with_warmup",
+    }
+    later {
+        "cosine_with_restarts", "polynomial", "inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
+    } wrong {}
+}
+
+choice! {
+    /// `optim`
+    Optimizer {
+        /// AdamW with 32-bit states.
+        AdamW = "adamw_torch" | "adamw_torch_fused" | "adamw_hf",
+    }
+    later {
+        "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw", "paged_adamw_32bit", "sgd", "lion",
+        "lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit", "adafactor", "muon", "adagrad",
+        "rmsprop",
+    } wrong {}
+}
+
+choice! {
+    /// `recompute`
+    Recompute {
+        /// Keeps as many blocks' activations as memory allows.
+        Auto = "auto",
+        /// Keeps every block's activations: fastest.
+        Keep = "keep",
+        /// Computes every block's activations again in the backward pass: leanest.
+        All = "all",
+    }
+    later { "offload" } wrong {}
+}
+
+choice! {
+    /// `save_strategy`
+    SaveStrategy {
+        /// Every `save_steps` steps.
+        Steps = "steps",
+        /// At the end of each epoch.
+        Epoch = "epoch",
+        /// Only at the end.
+        No = "no" | "false" | "off",
+    }
+    later { "best" } wrong {}
+}

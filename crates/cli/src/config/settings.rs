@@ -1,0 +1,297 @@
+//! The keys that work: one line each gives name, type, default and help.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use super::kinds::*;
+use super::yaml::Node;
+
+/// What help says about a key.
+#[derive(Debug)]
+pub struct KeyHelp {
+    /// Its heading in the help.
+    pub group: &'static str,
+    /// Its name.
+    pub name: &'static str,
+    /// Its default, as one would type it.
+    pub default: String,
+    /// What it does.
+    pub help: &'static str,
+}
+
+macro_rules! settings {
+    ($($group:literal { $(#[doc = $help:literal] $name:ident : $type:ty = $default:expr,)* })*) => {
+        /// Exactly what was typed: the file, then the command line, over the defaults. Nothing has been opened.
+        #[derive(Clone, Debug)]
+        pub struct RunConfig {
+            $($(#[doc = $help] pub $name: $type,)*)*
+            /// Where each key that was given stands, as messages name it.
+            pub places: BTreeMap<&'static str, String>,
+            /// What the person should know about keys that were taken but do nothing.
+            pub notes: Vec<String>,
+        }
+
+        impl Default for RunConfig {
+            fn default() -> RunConfig {
+                RunConfig { $($($name: $default,)*)* places: BTreeMap::new(), notes: Vec::new() }
+            }
+        }
+
+        impl RunConfig {
+            /// Sets one key; `None` when there is no such key.
+            pub(super) fn set(&mut self, name: &str, node: &Node) -> Option<Result<&'static str, String>> {
+                match name {
+                    $($(stringify!($name) => {
+                        Some(<$type>::read(node).map(|value| { self.$name = value; stringify!($name) }))
+                    })*)*
+                    _ => None,
+                }
+            }
+
+            /// Every key that works, in the order of help.
+            pub fn keys() -> Vec<KeyHelp> {
+                let defaults = RunConfig::default();
+                vec![$($(KeyHelp {
+                    group: $group,
+                    name: stringify!($name),
+                    default: defaults.$name.shown(),
+                    help: $help.trim_ascii(),
+                },)*)*]
+            }
+
+            /// Every key with its value, as one would type it; secrets are left out.
+            pub fn values(&self) -> Vec<(&'static str, String)> {
+                let values = vec![$($((stringify!($name), self.$name.shown()),)*)*];
+                values.into_iter().filter(|(name, _)| *name != "hf_hub_token").collect()
+            }
+        }
+    };
+}
+
+settings! {
+    "Model" {
+        /// The base model: a folder, a GGUF file or a model's name on the hub.
+        model_name_or_path: Option<String> = None,
+        /// A trained adapter to put on the model (chat and debug).
+        adapter_name_or_path: Option<PathBuf> = None,
+        /// Where downloaded models are kept instead of the model cache.
+        cache_dir: Option<PathBuf> = None,
+        /// Branch, tag or commit of the model on the hub.
+        model_revision: String = "main".to_string(),
+        /// Token for models that need one.
+        hf_hub_token: Option<String> = None,
+        /// Chat template: the model's own.
+        template: TemplateName = TemplateName::Auto,
+    }
+    "Method" {
+        /// What is trained for: sft.
+        stage: Stage = Stage::Sft,
+        /// Whether to train.
+        do_train: bool = true,
+        /// What is trained: lora.
+        finetuning_type: FinetuningType = FinetuningType::Lora,
+        /// Rank of the adapters.
+        lora_rank: usize = 8,
+        /// Scale of the adapters, divided by the rank; twice the rank when null.
+        lora_alpha: Option<f64> = None,
+        /// Share of an adapter's inputs dropped in training.
+        lora_dropout: f64 = 0.0,
+        /// Linear layers that get an adapter: `all` or names such as q_proj,v_proj.
+        lora_target: Vec<String> = vec!["all".to_string()],
+        /// Linear layers that get none, by name or part of the path.
+        lora_exclude: Vec<String> = Vec::new(),
+        /// Divide the scale by the square root of the rank instead.
+        use_rslora: bool = false,
+        /// Bits of a frozen weight: 4, or null for the model's own type.
+        quantization_bit: Option<QuantizationBit> = None,
+        /// The 4-bit code: nf4.
+        quantization_type: QuantizationType = QuantizationType::Nf4,
+        /// Quantise the scales as well.
+        double_quantization: bool = true,
+        /// Layout of the 4-bit weights: bnb (bitsandbytes).
+        quantization_method: QuantizationMethod = QuantizationMethod::Bnb,
+    }
+    "Data" {
+        /// Data sets: paths, or names in dataset_info.json.
+        dataset: Vec<String> = Vec::new(),
+        /// Folder of dataset_info.json and of the files it names.
+        dataset_dir: PathBuf = PathBuf::from("data"),
+        /// Text that replaces `{{name}}` in the data set, by name.
+        dataset_values: BTreeMap<String, String> = BTreeMap::new(),
+        /// Longest sample in tokens; what is over it is cut.
+        cutoff_len: usize = 2048,
+        /// Train on prompts as well as on answers.
+        train_on_prompt: bool = false,
+        /// Train on the last answer of a conversation only.
+        mask_history: bool = false,
+        /// System message where the data has none.
+        default_system: Option<String> = None,
+        /// Use only this many rows of each data set.
+        max_samples: Option<usize> = None,
+        /// Fill rows of cutoff_len with several samples, which do not see each other.
+        packing: bool = false,
+        /// Encode control tokens typed inside a message as control tokens, not as text.
+        allow_control_tokens: bool = false,
+    }
+    "Output" {
+        /// Where the run is written.
+        output_dir: Option<PathBuf> = None,
+        /// Write into a folder that is not empty.
+        overwrite_output_dir: bool = false,
+        /// Go on from a checkpoint: true (the newest), auto (the newest, if any) or a path.
+        resume_from_checkpoint: Resume = Resume::No,
+        /// Steps between two entries of the log.
+        logging_steps: Steps = Steps::Count(10),
+        /// When checkpoints are written: steps, epoch or no.
+        save_strategy: SaveStrategy = SaveStrategy::Steps,
+        /// Steps between two checkpoints.
+        save_steps: Steps = Steps::Count(500),
+        /// Keep only so many checkpoints.
+        save_total_limit: Option<usize> = None,
+    }
+    "Training" {
+        /// Samples (packed: rows) of a micro-batch.
+        per_device_train_batch_size: usize = 1,
+        /// Micro-batches of a step.
+        gradient_accumulation_steps: usize = 1,
+        /// Highest learning rate.
+        learning_rate: f64 = 5e-5,
+        /// Passes over the data.
+        num_train_epochs: f64 = 3.0,
+        /// Steps, whatever num_train_epochs says; null or -1 for no limit.
+        max_steps: MaxSteps = MaxSteps(None),
+        /// Curve of the learning rate: linear, cosine, constant, constant_with_warmup.
+        lr_scheduler_type: Schedule = Schedule::Linear,
+        /// Steps until the learning rate is at its highest.
+        warmup_steps: Steps = Steps::Count(0),
+        /// The same as a share of all steps.
+        warmup_ratio: f64 = 0.0,
+        /// Decay of trained weights, apart from the gradient.
+        weight_decay: f64 = 0.0,
+        /// AdamW's decay of the mean.
+        adam_beta1: f64 = 0.9,
+        /// AdamW's decay of the mean square.
+        adam_beta2: f64 = 0.999,
+        /// AdamW's smallest divisor.
+        adam_epsilon: f64 = 1e-8,
+        /// Longest gradient, all weights together; 0 for no limit.
+        max_grad_norm: f64 = 1.0,
+        /// Optimizer: adamw_torch.
+        optim: Optimizer = Optimizer::AdamW,
+        /// Seed of everything random.
+        seed: u64 = 42,
+    }
+    "Device" {
+        /// auto, cpu, cuda or cuda:N.
+        device: String = "auto".to_string(),
+        /// Compute in bf16 where the device has it; weights that are trained stay in f32.
+        bf16: bool = false,
+        /// Compute in f16, on a GPU.
+        fp16: bool = false,
+        /// Activations in the backward pass: keep, all (computed again) or auto.
+        recompute: Recompute = Recompute::Auto,
+        /// The same as `recompute: keep`.
+        disable_gradient_checkpointing: bool = false,
+        /// Threads on the CPU; null for all cores.
+        num_threads: Option<usize> = None,
+    }
+    "Generation" {
+        /// Longest answer in tokens.
+        max_new_tokens: usize = 1024,
+        /// Sample; false takes the likeliest token each time.
+        do_sample: bool = true,
+        /// Evens out (over 1) or sharpens (under 1) the chances.
+        temperature: f64 = 0.95,
+        /// Sample from the likeliest tokens that together have this chance.
+        top_p: f64 = 0.7,
+        /// Sample from this many of the likeliest tokens; 0 for all.
+        top_k: usize = 50,
+        /// Sample from tokens at least this likely, relative to the likeliest.
+        min_p: f64 = 0.0,
+    }
+}
+
+impl RunConfig {
+    /// Where a key was given (`config.yaml:12: ` or `command line: `), or nothing for a default; a message starts with it.
+    pub fn place(&self, key: &str) -> &str {
+        self.places.get(key).map_or("", String::as_str)
+    }
+
+    /// What `lora_alpha` comes to.
+    pub fn alpha(&self) -> f64 {
+        self.lora_alpha.unwrap_or(2.0 * self.lora_rank as f64)
+    }
+
+    /// What `recompute` and LLaMA-Factory's `disable_gradient_checkpointing` come to.
+    pub fn recompute_policy(&self) -> Recompute {
+        if self.disable_gradient_checkpointing { Recompute::Keep } else { self.recompute }
+    }
+
+    /// Steps of warm-up in a run of `total`; as in transformers, `warmup_steps` wins.
+    pub fn warmup(&self, total: u64) -> u64 {
+        match self.warmup_steps.of(total) {
+            0 => (self.warmup_ratio * total as f64).ceil() as u64,
+            steps => steps,
+        }
+    }
+
+    /// What no single key shows: values out of range and keys that contradict each other.
+    pub(super) fn contradictions(&self) -> Vec<(&'static str, String)> {
+        let mut wrong = Vec::new();
+        let mut check = |fine: bool, key: &'static str, message: &str| {
+            if !fine {
+                wrong.push((key, message.to_string()));
+            }
+        };
+        let share = 0.0..1.0;
+        check(self.lora_rank > 0, "lora_rank", "expected 1 or more");
+        check(self.lora_alpha.is_none_or(|alpha| alpha > 0.0), "lora_alpha", "expected a number over 0");
+        check(share.contains(&self.lora_dropout), "lora_dropout", "expected a share, from 0 to under 1");
+        check(!self.lora_target.is_empty(), "lora_target", "expected `all` or names of linear layers");
+        check(self.cutoff_len > 1, "cutoff_len", "expected 2 or more tokens");
+        check(self.max_samples != Some(0), "max_samples", "expected 1 or more");
+        check(self.save_total_limit != Some(0), "save_total_limit", "expected 1 or more");
+        check(self.logging_steps != Steps::Count(0), "logging_steps", "expected 1 or more");
+        check(
+            self.save_steps != Steps::Count(0),
+            "save_steps",
+            "expected 1 or more (`save_strategy: no` writes none)",
+        );
+        check(self.per_device_train_batch_size > 0, "per_device_train_batch_size", "expected 1 or more");
+        check(self.gradient_accumulation_steps > 0, "gradient_accumulation_steps", "expected 1 or more");
+        check(self.learning_rate >= 0.0, "learning_rate", "expected 0 or more");
+        check(
+            self.num_train_epochs > 0.0 || self.max_steps.0.is_some(),
+            "num_train_epochs",
+            "expected more than 0",
+        );
+        check((0.0..=1.0).contains(&self.warmup_ratio), "warmup_ratio", "expected a share, from 0 to 1");
+        check(self.weight_decay >= 0.0, "weight_decay", "expected 0 or more");
+        check(share.contains(&self.adam_beta1), "adam_beta1", "expected a number from 0 to under 1");
+        check(share.contains(&self.adam_beta2), "adam_beta2", "expected a number from 0 to under 1");
+        check(self.adam_epsilon > 0.0, "adam_epsilon", "expected a number over 0");
+        check(self.max_grad_norm >= 0.0, "max_grad_norm", "expected 0 or more");
+        check(!(self.bf16 && self.fp16), "fp16", "`bf16` and `fp16` exclude each other; choose one");
+        check(
+            !(self.fp16 && self.device == "cpu"),
+            "fp16",
+            "training in f16 needs a GPU (a cpu gains nothing from it); use `bf16: true`, or leave both out",
+        );
+        check(self.num_threads != Some(0), "num_threads", "expected 1 or more");
+        check(self.max_new_tokens > 0, "max_new_tokens", "expected 1 or more");
+        check(self.temperature >= 0.0, "temperature", "expected 0 or more");
+        check(self.top_p > 0.0 && self.top_p <= 1.0, "top_p", "expected a share, over 0 and up to 1");
+        check((0.0..=1.0).contains(&self.min_p), "min_p", "expected a share, from 0 to 1");
+        check(
+            !(self.disable_gradient_checkpointing && self.recompute == Recompute::All),
+            "recompute",
+            "`recompute: all` and `disable_gradient_checkpointing: true` exclude each other; choose one",
+        );
+        let one_device = matches!(self.device.as_str(), "auto" | "cpu" | "cuda")
+            || self.device.strip_prefix("cuda:").is_some_and(|ordinal| ordinal.parse::<usize>().is_ok());
+        let several = self.device.contains(',') || self.device == "balanced";
+        check(!several, "device", "several GPUs are not there yet; name one, as in `cuda:0`");
+        check(one_device || several, "device", "expected auto, cpu, cuda or cuda:N");
+        wrong
+    }
+}
