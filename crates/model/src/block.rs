@@ -1,0 +1,169 @@
+//! A block is two sublayers on one residual stream.
+//!   sublayer(x) = norm_out(body(norm_in(x)))
+//!   sequential:  mid = x + s·attention(x),  y = mid + s·mlp(mid)
+//!   parallel:    y = x + s·(attention(x) + mlp(x))
+//! Kept for backward: mid, and what the bodies keep; normed inputs are computed again.
+
+use ferrotune_nn::{Attention, Context, KeyValues, Layer, Mlp, Norm, Parameter};
+use ferrotune_tensor::{Result, Tensor};
+
+use crate::spec::Residual;
+
+/// A body between its norms.
+pub struct Sublayer<Body> {
+    /// Before the body.
+    pub norm_in: Option<Norm>,
+    /// Attention or mlp.
+    pub body: Body,
+    /// After the body.
+    pub norm_out: Option<Norm>,
+}
+
+/// What [`Sublayer`]'s backward reads.
+pub struct SublayerSaved<Saved> {
+    body: Saved,
+    /// (N, C): what `norm_out` read, where there is one.
+    body_out: Option<Tensor>,
+}
+
+impl<Body: Layer> Sublayer<Body> {
+    /// norm_in(x); none when that is x itself.
+    fn normed(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        self.norm_in.as_ref().map(|norm| norm.forward(x)).transpose()
+    }
+}
+
+impl<Body: Layer> Layer for Sublayer<Body> {
+    type Saved = SublayerSaved<Body::Saved>;
+
+    fn forward(&self, ctx: &Context, x: &Tensor) -> Result<(Tensor, Self::Saved)> {
+        let (out, body) = self.body.forward(ctx, self.normed(x)?.as_ref().unwrap_or(x))?;
+        match &self.norm_out {
+            Some(norm) => Ok((norm.forward(&out)?, SublayerSaved { body, body_out: Some(out) })),
+            None => Ok((out, SublayerSaved { body, body_out: None })),
+        }
+    }
+
+    fn recompute(&self, ctx: &Context, x: &Tensor) -> Result<Self::Saved> {
+        if self.norm_out.is_some() {
+            return Ok(self.forward(ctx, x)?.1);
+        }
+        let body = self.body.recompute(ctx, self.normed(x)?.as_ref().unwrap_or(x))?;
+        Ok(SublayerSaved { body, body_out: None })
+    }
+
+    fn backward(&mut self, ctx: &Context, x: &Tensor, saved: Self::Saved, mut dy: Tensor) -> Result<Tensor> {
+        if let (Some(norm), Some(body_out)) = (&self.norm_out, &saved.body_out) {
+            dy = norm.backward(body_out, dy)?;
+        }
+        let normed = self.normed(x)?;
+        let dx = self.body.backward(ctx, normed.as_ref().unwrap_or(x), saved.body, dy)?;
+        match &self.norm_in {
+            Some(norm) => norm.backward(x, dx),
+            None => Ok(dx),
+        }
+    }
+
+    fn parameters(&mut self) -> Vec<&mut Parameter> {
+        self.body.parameters()
+    }
+}
+
+/// One layer of a decoder.
+pub struct Block {
+    /// The first sublayer.
+    pub attention: Sublayer<Attention>,
+    /// The second sublayer.
+    pub mlp: Sublayer<Mlp>,
+    /// How they join the residual stream.
+    pub residual: Residual,
+    /// s
+    pub residual_scale: f64,
+}
+
+/// What [`Block`]'s backward reads.
+pub struct BlockSaved {
+    attention: <Sublayer<Attention> as Layer>::Saved,
+    /// (N, C): what the mlp read, when that was not x.
+    mid: Option<Tensor>,
+    mlp: <Sublayer<Mlp> as Layer>::Saved,
+}
+
+impl Block {
+    /// branch·s + x, in the branch's memory.
+    fn join(&self, mut branch: Tensor, x: &Tensor) -> Result<Tensor> {
+        if self.residual_scale != 1.0 {
+            branch.scale(self.residual_scale)?;
+        }
+        branch.add_scaled(1.0, x)?;
+        Ok(branch)
+    }
+
+    /// The gradient that reaches a branch.
+    fn branch_gradient(&self, dy: &Tensor) -> Result<Tensor> {
+        let mut dy = dy.clone();
+        if self.residual_scale != 1.0 {
+            dy.scale(self.residual_scale)?;
+        }
+        Ok(dy)
+    }
+
+    /// Forward of further tokens of one sequence.
+    ///
+    /// # Errors
+    /// When shapes don't fit.
+    pub fn step(&self, ctx: &Context, x: &Tensor, cache: &mut KeyValues) -> Result<Tensor> {
+        let normed = self.attention.normed(x)?;
+        let mut branch = self.attention.body.step(ctx, normed.as_ref().unwrap_or(x), cache)?;
+        if let Some(norm) = &self.attention.norm_out {
+            branch = norm.forward(&branch)?;
+        }
+        let mid = self.join(branch, x)?;
+        let mlp_input = if self.residual == Residual::Parallel { x } else { &mid };
+        let (branch, _) = self.mlp.forward(ctx, mlp_input)?;
+        self.join(branch, &mid)
+    }
+}
+
+impl Layer for Block {
+    type Saved = BlockSaved;
+
+    fn forward(&self, ctx: &Context, x: &Tensor) -> Result<(Tensor, BlockSaved)> {
+        let (branch, attention) = self.attention.forward(ctx, x)?;
+        let mid = self.join(branch, x)?;
+        let mlp_input = if self.residual == Residual::Parallel { x } else { &mid };
+        let (branch, mlp) = self.mlp.forward(ctx, mlp_input)?;
+        let y = self.join(branch, &mid)?;
+        let mid = (self.residual == Residual::Sequential).then_some(mid);
+        Ok((y, BlockSaved { attention, mid, mlp }))
+    }
+
+    /// Stops at what backward needs: without the mlp's last product.
+    fn recompute(&self, ctx: &Context, x: &Tensor) -> Result<BlockSaved> {
+        if self.residual == Residual::Parallel {
+            let (attention, mlp) = (self.attention.recompute(ctx, x)?, self.mlp.recompute(ctx, x)?);
+            return Ok(BlockSaved { attention, mid: None, mlp });
+        }
+        let (branch, attention) = self.attention.forward(ctx, x)?;
+        let mid = self.join(branch, x)?;
+        let mlp = self.mlp.recompute(ctx, &mid)?;
+        Ok(BlockSaved { attention, mid: Some(mid), mlp })
+    }
+
+    fn backward(&mut self, ctx: &Context, x: &Tensor, saved: BlockSaved, dy: Tensor) -> Result<Tensor> {
+        let mlp_input = saved.mid.as_ref().unwrap_or(x);
+        let branch = self.branch_gradient(&dy)?;
+        let mut dx = self.mlp.backward(ctx, mlp_input, saved.mlp, branch)?;
+        dx.add_scaled(1.0, &dy)?;
+        let branch = match self.residual {
+            Residual::Sequential => self.branch_gradient(&dx)?,
+            Residual::Parallel => self.branch_gradient(&dy)?,
+        };
+        dx.add_scaled(1.0, &self.attention.backward(ctx, x, saved.attention, branch)?)?;
+        Ok(dx)
+    }
+
+    fn parameters(&mut self) -> Vec<&mut Parameter> {
+        self.attention.parameters().into_iter().chain(self.mlp.parameters()).collect()
+    }
+}

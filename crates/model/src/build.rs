@@ -1,0 +1,194 @@
+//! ModelSpec + a source of weights → Decoder.
+
+use std::sync::Arc;
+
+use ferrotune_nn::{Attention, DenseWeight, Embedding, Head, Linear, Mlp, Norm, NormKind, Part, Weight};
+use ferrotune_tensor::{DType, Error, Precision, Result, Tensor};
+
+use crate::block::{Block, Sublayer};
+use crate::decoder::{Decoder, Recompute};
+use crate::source::{Stored, WeightSource};
+use crate::spec::{AttentionSpec, LayerSpec, LinearSpec, MlpSpec, ModelSpec, QkNorm, names};
+
+/// A projection that is to be made.
+#[derive(Clone, Debug)]
+pub struct PartSpec {
+    /// Canonical name, such as `model.layers.0.self_attn.q_proj`.
+    pub name: String,
+    /// Rows of its weight.
+    pub out_features: usize,
+    /// Columns of its weight.
+    pub in_features: usize,
+}
+
+/// Decides how a projection is stored and whether it is adapted; its stored weight has been checked.
+pub type MakePart<'a> = dyn FnMut(&PartSpec, Stored) -> Result<Part> + 'a;
+
+/// How the rest of the model is held.
+#[derive(Clone, Copy, Debug)]
+pub struct BuildOptions {
+    /// Of the head's products.
+    pub precision: Precision,
+    /// What activations are computed in.
+    pub dtype: DType,
+}
+
+/// Builds the decoder, one projection after the other, so that at most one is whole at a time.
+///
+/// # Errors
+/// When a tensor is missing, of the wrong shape or damaged.
+pub fn build(
+    spec: &ModelSpec,
+    weights: &dyn WeightSource,
+    options: BuildOptions,
+    make_part: &mut MakePart,
+) -> Result<Decoder> {
+    let mut builder = Builder { spec, weights, options, make_part };
+    let embedding = Arc::new(builder.table(names::EMBEDDING)?);
+    let head = match spec.tie_word_embeddings {
+        true => embedding.clone(),
+        false => Arc::new(builder.table(names::HEAD)?),
+    };
+    let layers = spec.layers.iter().enumerate();
+    let blocks = layers.map(|(index, layer)| builder.block(index, layer)).collect::<Result<Vec<_>>>()?;
+    Ok(Decoder {
+        embedding: Embedding { table: embedding, scale: spec.embedding_scale },
+        recompute: vec![Recompute::Keep; blocks.len()],
+        blocks,
+        norm: builder.norm(names::FINAL_NORM.trim_end_matches(".weight"), spec.hidden_size)?,
+        head: Head { weight: head, scale: spec.logit_scale, softcap: spec.logit_softcap },
+        dtype: options.dtype,
+    })
+}
+
+struct Builder<'a, 'b> {
+    spec: &'a ModelSpec,
+    weights: &'a dyn WeightSource,
+    options: BuildOptions,
+    make_part: &'a mut MakePart<'b>,
+}
+
+impl Builder<'_, '_> {
+    fn check(&self, name: &str, expected: (usize, usize)) -> Result<()> {
+        let got = self.weights.shape(name)?;
+        let what = format!("{}: tensor `{name}`", self.weights.path().display());
+        Error::check_shape(&what, expected, got)
+    }
+
+    fn vector(&self, name: &str, len: usize) -> Result<Tensor> {
+        self.check(name, (1, len))?;
+        self.weights.get_f32(name)
+    }
+
+    /// A table of token vectors; with bf16 products it is kept in bf16.
+    fn table(&self, name: &str) -> Result<DenseWeight> {
+        self.check(name, (self.spec.vocab_size, self.spec.hidden_size))?;
+        let Stored::Dense(mut value) = self.weights.get(name)?;
+        if self.options.precision == Precision::Bf16 {
+            value = value.cast(DType::BF16)?;
+        }
+        Ok(DenseWeight { value, precision: self.options.precision })
+    }
+
+    fn norm(&self, module: &str, group: usize) -> Result<Norm> {
+        let bias = match self.spec.norm.kind {
+            NormKind::Layer => Some(self.vector(&format!("{module}.bias"), group)?),
+            NormKind::Rms => None,
+        };
+        let weight = self.vector(&format!("{module}.weight"), group)?;
+        Ok(Norm { kind: self.spec.norm.kind, weight, bias, eps: self.spec.norm.eps })
+    }
+
+    fn block(&mut self, index: usize, layer: &LayerSpec) -> Result<Block> {
+        let linears = layer.linears(self.spec.hidden_size);
+        let places = layer.norms.names();
+        let attention = self.attention(index, &layer.attention, &linears)?;
+        let mlp = self.mlp(index, &layer.mlp, &linears)?;
+        Ok(Block {
+            attention: self.sublayer(index, places.attention_in, attention, places.attention_out)?,
+            mlp: self.sublayer(index, places.mlp_in, mlp, places.mlp_out)?,
+            residual: layer.residual,
+            residual_scale: layer.residual_scale,
+        })
+    }
+
+    fn sublayer<Body>(
+        &self,
+        index: usize,
+        norm_in: Option<&str>,
+        body: Body,
+        norm_out: Option<&str>,
+    ) -> Result<Sublayer<Body>> {
+        let norm = |part: Option<&str>| -> Result<Option<Norm>> {
+            part.map(|part| self.norm(&names::module(index, part), self.spec.hidden_size)).transpose()
+        };
+        Ok(Sublayer { norm_in: norm(norm_in)?, body, norm_out: norm(norm_out)? })
+    }
+
+    fn attention(&mut self, index: usize, it: &AttentionSpec, linears: &[LinearSpec]) -> Result<Attention> {
+        let qk_norm = |part: &str, row: usize| -> Result<Option<Norm>> {
+            let name = names::module(index, part);
+            match it.qk_norm {
+                QkNorm::None => Ok(None),
+                QkNorm::PerHead => self.norm(&name, it.head_dim).map(Some),
+                QkNorm::WholeRow => self.norm(&name, row).map(Some),
+            }
+        };
+        let (q_norm, k_norm) =
+            (qk_norm(names::Q_NORM, it.q_width())?, qk_norm(names::K_NORM, it.kv_width())?);
+        Ok(Attention {
+            qkv: self.linear(index, linears, &[names::Q, names::K, names::V])?,
+            o: self.linear(index, linears, &[names::O])?,
+            q_norm,
+            k_norm,
+            rope: it.rope.clone(),
+            num_attention_heads: it.num_attention_heads,
+            num_key_value_heads: it.num_key_value_heads,
+            head_dim: it.head_dim,
+            scale: it.scale,
+            window: it.window,
+            softcap: it.softcap,
+        })
+    }
+
+    fn mlp(&mut self, index: usize, it: &MlpSpec, linears: &[LinearSpec]) -> Result<Mlp> {
+        let gate_up: &[&str] = if it.gated { &[names::GATE, names::UP] } else { &[names::UP] };
+        Ok(Mlp {
+            gate_up: self.linear(index, linears, gate_up)?,
+            down: self.linear(index, linears, &[names::DOWN])?,
+            activation: it.activation,
+        })
+    }
+
+    /// The named projections side by side.
+    fn linear(&mut self, index: usize, linears: &[LinearSpec], parts: &[&str]) -> Result<Linear> {
+        let part = |it: &LinearSpec| -> Result<Part> {
+            let weight = names::weight(index, it.part);
+            self.check(&weight, (it.out_features, it.in_features))?;
+            let spec = PartSpec {
+                name: names::module(index, it.part),
+                out_features: it.out_features,
+                in_features: it.in_features,
+            };
+            let in_context =
+                |error: Error| Error::file(self.weights.path(), format!("tensor `{weight}`: {error}"));
+            let mut part = (self.make_part)(&spec, self.weights.get(&weight)?).map_err(in_context)?;
+            if it.bias {
+                part.bias = Some(self.vector(&names::bias(index, it.part), it.out_features)?);
+            }
+            Ok(part)
+        };
+        let wanted = linears.iter().filter(|it| parts.contains(&it.part));
+        Ok(Linear { parts: wanted.map(part).collect::<Result<_>>()? })
+    }
+}
+
+/// A projection with a frozen weight as it is stored and no adapter.
+///
+/// # Errors
+/// Never, so far.
+pub fn dense_part(spec: &PartSpec, stored: Stored, precision: Precision) -> Result<Part> {
+    let Stored::Dense(value) = stored;
+    let weight: Box<dyn Weight> = Box::new(DenseWeight { value, precision });
+    Ok(Part { name: spec.name.clone(), weight, bias: None, adapter: None })
+}
