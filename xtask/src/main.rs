@@ -1,1 +1,84 @@
-fn main() {}
+//! The project's own chores: `cargo xtask <verb>`. Standard library only, so that it builds in a second anywhere.
+
+mod arrows;
+mod bench;
+mod check;
+mod quickstart;
+mod test_model;
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+const USAGE: &str = "cargo xtask <verb>
+
+  check [--no-model]   everything a change has to pass, cheapest first (test is the same)
+  arrows               which crate may know which
+  quickstart           builds, fetches SmolLM2, fine-tunes it, shows its answers before and after
+  bench cpu            speed and memory of training on this machine's cores
+  fetch-model          only brings SmolLM2 into the model cache, and prints where it is";
+
+/// What went wrong, in one line.
+type Result<T> = std::result::Result<T, String>;
+
+fn main() -> ExitCode {
+    let words: Vec<String> = env::args().skip(1).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    if let Err(error) = env::set_current_dir(root()) {
+        eprintln!("xtask: can't enter {}: {error}", root().display());
+        return ExitCode::FAILURE;
+    }
+    let done = match words.as_slice() {
+        ["check" | "test"] => check::run(check::Model::Fetch),
+        ["check" | "test", "--no-model"] => check::run(check::Model::None),
+        ["arrows"] => arrows::run(),
+        ["quickstart"] => quickstart::run_all(),
+        ["bench", "cpu"] => bench::cpu(),
+        ["fetch-model"] => test_model::fetch().map(|path| println!("{}", path.display())),
+        _ => {
+            eprintln!("{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The top of the repository.
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
+}
+
+/// The program, where `cargo build --release` leaves it.
+fn program() -> PathBuf {
+    let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+    target.join("release").join(format!("ferrotune{}", env::consts::EXE_SUFFIX))
+}
+
+/// `cargo` with these words.
+fn cargo(words: &[&str]) -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(words);
+    command
+}
+
+/// Runs a command to its end; anything but success is an error that shows what was run.
+fn run(command: &mut Command) -> Result<()> {
+    let shown = shown(command);
+    match command.status() {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(format!("`{shown}` failed ({status})")),
+        Err(error) => Err(format!("can't run `{shown}`: {error}")),
+    }
+}
+
+/// A command as one would type it.
+fn shown(command: &Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+}

@@ -106,6 +106,9 @@ pub struct ChatArgs {
     /// Ask this, print the answer and leave.
     #[arg(long, value_name = "TEXT")]
     pub prompt: Option<String>,
+    /// Ask each line of this file (`{"prompt": "…"}`), print the answers and leave.
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    pub prompts: Option<PathBuf>,
     /// System message.
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
