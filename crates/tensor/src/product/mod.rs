@@ -4,6 +4,19 @@
 //! The right operand may also be a [`Tiles`], a matrix that can only write out pieces of itself
 //! (a quantised weight): it is never whole in memory.
 
+#[cfg(target_arch = "x86_64")]
+mod blocked;
+#[cfg(target_arch = "x86_64")]
+mod engine;
+#[cfg(target_arch = "x86_64")]
+mod kernel_avx512;
+#[cfg(target_arch = "x86_64")]
+mod pack;
+mod portable;
+#[cfg(target_arch = "x86_64")]
+mod scratch;
+
+use std::any::TypeId;
 use std::ops::Range;
 
 use crate::tensor::Real;
@@ -50,6 +63,19 @@ impl<'a, T> Matrix<'a, T> {
         }
     }
 
+    /// The same matrix, when it is one of f32.
+    fn as_f32(&self) -> Option<Matrix<'a, f32>>
+    where
+        T: 'static,
+    {
+        let Matrix { data, rows, cols, row_stride, col_stride } = *self;
+        (TypeId::of::<T>() == TypeId::of::<f32>()).then(|| {
+            // SAFETY: T is f32.
+            let data = unsafe { std::slice::from_raw_parts(data.as_ptr().cast(), data.len()) };
+            Matrix { data, rows, cols, row_stride, col_stride }
+        })
+    }
+
     /// Some of the columns.
     pub fn columns(self, cols: Range<usize>) -> Matrix<'a, T> {
         assert!(cols.end <= self.cols);
@@ -85,6 +111,19 @@ impl<'a, T> MatrixMut<'a, T> {
         MatrixMut { data, rows, cols, row_stride: cols }
     }
 
+    /// The same matrix, when it is one of f32.
+    fn into_f32(self) -> Option<MatrixMut<'a, f32>>
+    where
+        T: 'static,
+    {
+        let MatrixMut { data, rows, cols, row_stride } = self;
+        (TypeId::of::<T>() == TypeId::of::<f32>()).then(|| {
+            // SAFETY: T is f32, and the borrow is handed on.
+            let data = unsafe { std::slice::from_raw_parts_mut(data.as_mut_ptr().cast(), data.len()) };
+            MatrixMut { data, rows, cols, row_stride }
+        })
+    }
+
     /// Some of the columns.
     pub fn columns(self, cols: Range<usize>) -> MatrixMut<'a, T> {
         assert!(cols.end <= self.cols);
@@ -113,8 +152,8 @@ pub fn matmul<T: Real>(
     beta: T,
     c: MatrixMut<'_, T>,
 ) {
-    let _ = precision;
-    with_gemm(alpha, a, b, beta, c, gemm::Parallelism::Rayon(0));
+    let threads = threads(a.rows, a.cols, b.cols);
+    dense(precision, alpha, a, b, beta, c, threads);
 }
 
 /// [`matmul`] on the calling thread alone, for many small products side by side.
@@ -126,8 +165,7 @@ pub fn matmul_serial<T: Real>(
     beta: T,
     c: MatrixMut<'_, T>,
 ) {
-    let _ = precision;
-    with_gemm(alpha, a, b, beta, c, gemm::Parallelism::None);
+    dense(precision, alpha, a, b, beta, c, 1);
 }
 
 /// `c = alpha·a·w + beta·c`, or with `transposed` `c = alpha·a·wᵀ + beta·c`, on all cores.
@@ -139,79 +177,75 @@ pub fn matmul_tiles(
     w: &dyn Tiles,
     transposed: bool,
     beta: f32,
-    c: MatrixMut<'_, f32>,
+    mut c: MatrixMut<'_, f32>,
 ) {
-    let (rows, cols) = (w.rows(), w.cols());
-    let mut dense = vec![0.0; rows * cols];
-    w.read(0..rows, 0..cols, &mut dense);
-    let w = Matrix::new(&dense, rows, cols);
-    matmul(precision, alpha, a, if transposed { w.transposed() } else { w }, beta, c);
+    let (k, n) = if transposed { (w.cols(), w.rows()) } else { (w.rows(), w.cols()) };
+    check(&a, (k, n), &c);
+    if scaled_only(a.cols, beta, &mut c) {
+        return;
+    }
+    let threads = threads(a.rows, k, n);
+    #[cfg(target_arch = "x86_64")]
+    if let Some(engine) = engine::Engine::of(precision) {
+        return blocked::product(engine, alpha, a, blocked::Right::Tiles { w, transposed }, beta, c, threads);
+    }
+    let _ = precision;
+    portable::product_tiles(alpha, a, w, transposed, beta, c, threads);
 }
 
-fn with_gemm<T: Real>(
+fn dense<T: Real>(
+    precision: Precision,
     alpha: T,
     a: Matrix<'_, T>,
     b: Matrix<'_, T>,
     beta: T,
-    c: MatrixMut<'_, T>,
-    parallelism: gemm::Parallelism,
+    mut c: MatrixMut<'_, T>,
+    threads: usize,
 ) {
-    assert_eq!((a.rows, a.cols, b.cols), (c.rows, b.rows, c.cols), "shapes of a product");
-    if c.rows == 0 || c.cols == 0 {
+    check(&a, (b.rows, b.cols), &c);
+    assert!(b.data.len() >= reach(b.rows, b.cols, b.row_stride, b.col_stride), "right operand is short");
+    if scaled_only(a.cols, beta, &mut c) {
         return;
     }
-    let last =
-        |rows: usize, cols: usize, rs: usize, cs: usize| (rows.max(1) - 1) * rs + (cols.max(1) - 1) * cs;
-    assert!(a.data.len() > last(a.rows, a.cols, a.row_stride, a.col_stride) || a.cols == 0);
-    assert!(b.data.len() > last(b.rows, b.cols, b.row_stride, b.col_stride) || b.rows == 0);
-    assert!(c.data.len() > last(c.rows, c.cols, c.row_stride, 1));
-    // SAFETY: every element that the strides reach lies inside its slice, as asserted above, and
-    // `c` is borrowed exclusively.
-    unsafe {
-        gemm::gemm(
-            c.rows,
-            c.cols,
-            a.cols,
-            c.data.as_mut_ptr(),
-            1,
-            c.row_stride as isize,
-            beta != T::zero(),
-            a.data.as_ptr(),
-            a.col_stride as isize,
-            a.row_stride as isize,
-            b.data.as_ptr(),
-            b.col_stride as isize,
-            b.row_stride as isize,
-            beta,
-            alpha,
-            false,
-            false,
-            false,
-            parallelism,
-        );
+    #[cfg(target_arch = "x86_64")]
+    if let (Some(engine), Some(a), Some(b)) = (engine::Engine::of(precision), a.as_f32(), b.as_f32()) {
+        let (alpha, beta) = (alpha.wide() as f32, beta.wide() as f32);
+        let c = c.into_f32().expect("the type of a");
+        return blocked::product(engine, alpha, a, blocked::Right::Dense(b), beta, c, threads);
     }
+    let _ = precision;
+    portable::product(alpha, a, b, beta, c, threads);
+}
+
+/// Threads that are worth waking.
+fn threads(m: usize, k: usize, n: usize) -> usize {
+    if m * k * n < 64 * 1024 { 1 } else { rayon::current_num_threads() }
+}
+
+/// Elements from the first to the last that strides reach.
+fn reach(rows: usize, cols: usize, row_stride: usize, col_stride: usize) -> usize {
+    if rows == 0 || cols == 0 { 0 } else { (rows - 1) * row_stride + (cols - 1) * col_stride + 1 }
+}
+
+/// Every element that is read or written lies inside its slice, and no two of `c` are one.
+fn check<T>(a: &Matrix<'_, T>, (k, n): (usize, usize), c: &MatrixMut<'_, T>) {
+    assert_eq!((a.rows, a.cols, n), (c.rows, k, c.cols), "shapes of a product");
+    assert!(a.data.len() >= reach(a.rows, a.cols, a.row_stride, a.col_stride), "left operand is short");
+    assert!(c.data.len() >= reach(c.rows, c.cols, c.row_stride, 1), "result is short");
+    assert!(c.rows < 2 || c.row_stride >= c.cols, "rows of the result overlap");
+}
+
+/// Does all there is to do when there is nothing to multiply.
+fn scaled_only<T: Real>(k: usize, beta: T, c: &mut MatrixMut<'_, T>) -> bool {
+    if k == 0 {
+        for row in c.data.chunks_mut(c.row_stride.max(1)).take(c.rows) {
+            for it in &mut row[..c.cols] {
+                *it = if beta == T::zero() { T::zero() } else { beta * *it };
+            }
+        }
+    }
+    k == 0 || c.rows == 0 || c.cols == 0
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::random::{Counter, uniform};
-
-    #[test]
-    fn strided_products_equal_plain_loops() {
-        let (m, k, n) = (7, 33, 19);
-        let a = uniform(Counter::new(&[1]), 1.0, m * k);
-        let b = uniform(Counter::new(&[2]), 1.0, n * k);
-        let mut c = vec![1.0f32; m * (n + 3)];
-        let out = MatrixMut::new(&mut c, m, n + 3).columns(2..n + 2);
-        let (a, b) = (Matrix::new(&a, m, k), Matrix::new(&b, n, k));
-        matmul(Precision::Full, 2.0, a, b.transposed(), 0.5, out);
-        for i in 0..m {
-            for j in 0..n {
-                let sum: f32 = (0..k).map(|p| a.data[i * k + p] * b.data[j * k + p]).sum();
-                assert!((c[i * (n + 3) + j + 2] - (2.0 * sum + 0.5)).abs() < 1e-5);
-            }
-            assert_eq!((c[i * (n + 3)], c[i * (n + 3) + n + 2]), (1.0, 1.0));
-        }
-    }
-}
+mod tests;

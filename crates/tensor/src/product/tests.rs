@@ -1,0 +1,230 @@
+use super::*;
+use crate::random::{Counter, uniform};
+
+/// A matrix of its own in 4 bits or so: exactly representable, written out piece by piece.
+struct Grid {
+    rows: usize,
+    cols: usize,
+    values: Vec<f32>,
+}
+
+impl Grid {
+    fn new(rows: usize, cols: usize) -> Grid {
+        Grid { rows, cols, values: numbers(&[rows as u64, cols as u64], rows * cols) }
+    }
+}
+
+impl Tiles for Grid {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+    fn cols(&self) -> usize {
+        self.cols
+    }
+    fn read(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
+        assert_eq!(out.len(), rows.len() * cols.len());
+        assert!(rows.end <= self.rows && cols.end <= self.cols);
+        for (out, row) in out.chunks_mut(cols.len()).zip(rows) {
+            out.copy_from_slice(&self.values[row * self.cols..][cols.clone()]);
+        }
+    }
+}
+
+fn numbers(key: &[u64], count: usize) -> Vec<f32> {
+    uniform(Counter::new(key), 1.0, count)
+}
+
+/// How the operands lie.
+#[derive(Clone, Copy, Debug)]
+enum Lie {
+    Rows,
+    Columns,
+    Strided,
+}
+
+fn lay(lie: Lie, data: &mut Vec<f32>, rows: usize, cols: usize) -> Matrix<'_, f32> {
+    let (row_stride, col_stride) = match lie {
+        Lie::Rows => (cols + 3, 1),
+        Lie::Columns => (1, rows + 5),
+        Lie::Strided => (2 * cols + 1, 2),
+    };
+    *data = numbers(&[7, rows as u64, cols as u64], reach(rows, cols, row_stride, col_stride));
+    Matrix { data, rows, cols, row_stride, col_stride }
+}
+
+fn get(matrix: &Matrix<'_, f32>, row: usize, col: usize) -> f64 {
+    f64::from(matrix.data[row * matrix.row_stride + col * matrix.col_stride])
+}
+
+/// Runs a product into strided, partly uninitialised memory and compares it with plain loops in f64.
+fn check_product(
+    what: &str,
+    precision: Precision,
+    a: Matrix<'_, f32>,
+    b: &dyn Fn(usize, usize) -> f64,
+    n: usize,
+    run: impl Fn(f32, f32, MatrixMut<'_, f32>),
+) {
+    let (m, k, gap) = (a.rows, a.cols, 3);
+    let tolerance = match precision {
+        Precision::Full => 1e-6 * (k as f64).sqrt() + 1e-6,
+        Precision::Bf16 => 4e-3 * (k as f64).sqrt() + 1e-6,
+    };
+    for (alpha, beta) in [(1.0, 0.0), (0.5, 1.0), (-2.0, 0.25)] {
+        let before = if beta == 0.0 { vec![f32::NAN; m * (n + gap)] } else { numbers(&[3], m * (n + gap)) };
+        let mut c = before.clone();
+        run(alpha, beta, MatrixMut::new(&mut c, m, n + gap).columns(1..n + 1));
+        for i in 0..m {
+            for j in 0..n + gap {
+                let (got, was) = (c[i * (n + gap) + j], before[i * (n + gap) + j]);
+                if !(1..=n).contains(&j) {
+                    assert_eq!(got.to_bits(), was.to_bits(), "{what}: written beside c at {i}, {j}");
+                    continue;
+                }
+                let sum: f64 = (0..k).map(|p| get(&a, i, p) * b(p, j - 1)).sum();
+                let kept = if beta == 0.0 { 0.0 } else { f64::from(beta) * f64::from(was) };
+                let expected = f64::from(alpha) * sum + kept;
+                let error = (f64::from(got) - expected).abs();
+                assert!(
+                    error <= tolerance * (1.0 + f64::from(alpha).abs()),
+                    "{what} {m}×{k}×{n} α {alpha} β {beta} at {i}, {j}: {got}, not {expected}"
+                );
+            }
+        }
+    }
+}
+
+const SHAPES: [(usize, usize, usize); 18] = [
+    (1, 1, 1),
+    (1, 70, 40),
+    (3, 65, 33),
+    (4, 300, 17),
+    (5, 2, 16),
+    (7, 33, 19),
+    (13, 64, 31),
+    (14, 128, 32),
+    (15, 31, 48),
+    (16, 512, 96),
+    (29, 577, 47),
+    (33, 16, 130),
+    (64, 40, 200),
+    (65, 192, 64),
+    (100, 16, 300),
+    (31, 1601, 65),
+    (45, 800, 129),
+    (200, 64, 16),
+];
+
+#[test]
+fn products_equal_plain_loops() {
+    for precision in [Precision::Full, Precision::Bf16] {
+        for (m, k, n) in SHAPES {
+            for left in [Lie::Rows, Lie::Columns, Lie::Strided] {
+                for right in [Lie::Rows, Lie::Columns, Lie::Strided] {
+                    let (mut a, mut b) = (Vec::new(), Vec::new());
+                    let (a, b) = (lay(left, &mut a, m, k), lay(right, &mut b, k, n));
+                    let what = format!("{precision:?} {left:?} {right:?}");
+                    let b_at = |p, j| get(&b, p, j);
+                    check_product(&what, precision, a, &b_at, n, |alpha, beta, c| {
+                        matmul(precision, alpha, a, b, beta, c);
+                    });
+                    check_product(&what, precision, a, &b_at, n, |alpha, beta, c| {
+                        matmul_serial(precision, alpha, a, b, beta, c);
+                    });
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn products_with_tiles_equal_plain_loops() {
+    for precision in [Precision::Full, Precision::Bf16] {
+        for (m, k, n) in SHAPES {
+            let mut a = Vec::new();
+            let a = lay(Lie::Rows, &mut a, m, k);
+            let w = Grid::new(n, k);
+            let b = |p: usize, j: usize| f64::from(w.values[j * k + p]);
+            check_product("transposed tiles", precision, a, &b, n, |alpha, beta, c| {
+                matmul_tiles(precision, alpha, a, &w, true, beta, c);
+            });
+            let w = Grid::new(k, n);
+            let b = |p: usize, j: usize| f64::from(w.values[p * n + j]);
+            check_product("tiles", precision, a, &b, n, |alpha, beta, c| {
+                matmul_tiles(precision, alpha, a, &w, false, beta, c);
+            });
+        }
+    }
+}
+
+#[test]
+fn products_without_our_kernels_equal_plain_loops() {
+    let (m, k, n) = (33, 1100, 1000);
+    let mut a = Vec::new();
+    let a = lay(Lie::Rows, &mut a, m, k);
+    let w = Grid::new(n, k);
+    let b = |p: usize, j: usize| f64::from(w.values[j * k + p]);
+    check_product("portable, transposed", Precision::Full, a, &b, n, |alpha, beta, c| {
+        portable::product_tiles(alpha, a, &w, true, beta, c, 2);
+    });
+    let w = Grid::new(k, n);
+    let b = |p: usize, j: usize| f64::from(w.values[p * n + j]);
+    check_product("portable", Precision::Full, a, &b, n, |alpha, beta, c| {
+        portable::product_tiles(alpha, a, &w, false, beta, c, 2);
+    });
+}
+
+#[test]
+fn products_in_f64_equal_plain_loops() {
+    let (m, k, n) = (5, 40, 9);
+    let wide = |count| numbers(&[1], count).into_iter().map(f64::from).collect::<Vec<_>>();
+    let (a, b, mut c) = (wide(m * k), wide(n * k), vec![f64::NAN; m * n]);
+    let (a, b) = (Matrix::new(&a, m, k), Matrix::new(&b, n, k).transposed());
+    matmul(Precision::Full, 2.0, a, b, 0.0, MatrixMut::new(&mut c, m, n));
+    for i in 0..m {
+        for j in 0..n {
+            let sum: f64 = (0..k).map(|p| a.data[i * k + p] * b.data[j * k + p]).sum();
+            assert!((c[i * n + j] - 2.0 * sum).abs() < 1e-12);
+        }
+    }
+}
+
+#[test]
+fn nothing_to_add_up_leaves_scaled_values() {
+    let mut c = vec![2.0f32, 4.0];
+    let (a, b) = (Matrix::new(&[], 1, 0), Matrix::new(&[], 0, 2));
+    matmul(Precision::Full, 1.0, a, b, 0.5, MatrixMut::new(&mut c, 1, 2));
+    assert_eq!(c, [1.0, 2.0]);
+    matmul(Precision::Full, 1.0, a, b, 0.0, MatrixMut::new(&mut c, 1, 2));
+    assert_eq!(c, [0.0, 0.0]);
+}
+
+#[test]
+fn results_do_not_depend_on_the_number_of_threads() {
+    for precision in [Precision::Full, Precision::Bf16] {
+        for (m, k, n) in [(100, 900, 300), (1, 900, 300), (16, 512, 576), (64, 192, 40), (300, 700, 16)] {
+            let (a, w) = (numbers(&[1], m * k), Grid::new(n, k));
+            let run = |threads| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let (mut c, mut d) = (vec![0.0; m * n], vec![0.0; m * n]);
+                pool.install(|| {
+                    let b = Matrix::new(&w.values, n, k).transposed();
+                    let a = Matrix::new(&a, m, k);
+                    matmul_tiles(precision, 1.0, a, &w, true, 0.0, MatrixMut::new(&mut c, m, n));
+                    matmul(precision, 1.0, a, b, 0.0, MatrixMut::new(&mut d, m, n));
+                });
+                assert_eq!(c, d);
+                c
+            };
+            let one = run(1);
+            assert!(one == run(2) && one == run(3));
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "left operand is short")]
+fn short_operands_are_refused() {
+    let a = Matrix { data: &[0.0f32; 5], rows: 2, cols: 3, row_stride: 3, col_stride: 1 };
+    matmul(Precision::Full, 1.0, a, Matrix::new(&[0.0; 3], 3, 1), 0.0, MatrixMut::new(&mut [0.0; 2], 2, 1));
+}
