@@ -78,7 +78,9 @@ pub enum SampleError {
     #[error("nothing to train on: {0}")]
     NothingTrained(String),
     /// Cutting at `cutoff_len` left no trained token.
-    #[error("cutoff_len {cutoff_len} cuts off everything to train on ({trained} trained tokens start at token {first}); raise cutoff_len")]
+    #[error(
+        "cutoff_len {cutoff_len} cuts off everything to train on ({trained} trained tokens start at token {first}); raise cutoff_len"
+    )]
     CutAway {
         /// The cutoff, in tokens.
         cutoff_len: usize,

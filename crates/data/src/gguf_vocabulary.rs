@@ -61,9 +61,8 @@ impl GgufVocabulary {
     }
 }
 
-const LLAMA_3: &[&str] = &[
-    "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
-];
+const LLAMA_3: &[&str] =
+    &["llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"];
 
 const GPT_2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)";
 const LLAMA_3_PATTERN: &str = concat!(
@@ -94,9 +93,7 @@ const DEEPSEEK_V3: &str = concat!(
 /// The patterns a byte-level text is split by, one after another; none for an unknown name.
 fn patterns(pre: &str) -> Option<&'static [&'static str]> {
     Some(match pre {
-        "" | "default" => {
-            &[r"[\p{P}\$\+<=>\^~\|]+", GPT_2, r"\p{N}+", "[0-9][0-9][0-9]"]
-        }
+        "" | "default" => &[r"[\p{P}\$\+<=>\^~\|]+", GPT_2, r"\p{N}+", "[0-9][0-9][0-9]"],
         _ if LLAMA_3.contains(&pre) => &[LLAMA_3_PATTERN],
         "dbrx" | "smaug-bpe" => &[LLAMA_3_PATTERN],
         "gpt-2" | "phi-2" | "mpt" | "olmo" | "jais" | "granite-embedding" | "jina-es" | "jina-de"
@@ -108,9 +105,7 @@ fn patterns(pre: &str) -> Option<&'static [&'static str]> {
         "qwen2" | "stablelm2" | "deepseek-r1-qwen" | "megrez" | "hunyuan" => &[QWEN_2],
         "gpt-4o" | "llama4" => &[GPT_4O],
         "tekken" => &[TEKKEN],
-        "deepseek-coder" => {
-            &[r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"]
-        }
+        "deepseek-coder" => &[r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"],
         "deepseek-v3" => &[r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", DEEPSEEK_V3],
         _ => return None,
     })
@@ -153,10 +148,7 @@ pub(crate) fn build(vocabulary: &GgufVocabulary) -> Result<tokenizers::Tokenizer
     Ok(tokenizer)
 }
 
-fn byte_level(
-    vocabulary: &GgufVocabulary,
-    wrong: &dyn Fn(String) -> Error,
-) -> Result<tokenizers::Tokenizer> {
+fn byte_level(vocabulary: &GgufVocabulary, wrong: &dyn Fn(String) -> Error) -> Result<tokenizers::Tokenizer> {
     let failed = |error: tokenizers::Error| wrong(error.to_string());
     let patterns = patterns(&vocabulary.pre).ok_or_else(|| {
         wrong(format!(

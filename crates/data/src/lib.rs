@@ -1,11 +1,42 @@
 //! Rows of any data set to conversations, to text, to marked tokens, to packed batches.
+//!
+//! ```text
+//! file ─ source ─► Row ─ formats ─► Conversation ─ template ─► text ─ spans, tokenizer ─► Sample ─ batch ─► Batch
+//! ```
+//!
+//! - [`load`] reads a file (or an entry of `dataset_info.json`) into [`Row`]s, and a [`Format`] turns each into a
+//!   [`Conversation`].
+//! - [`Template`] renders a conversation byte by byte as transformers does; [`assistant_spans`] finds in the text
+//!   what the model generated, for any template.
+//! - [`encode_all`] makes tokens and marks together ([`Sample`]), with a [`Report`] of what was cut and left out.
+//! - [`Batches`] gives packed [`Batch`]es in an order that seed and epoch determine, and can resume at any.
+//!
+//! Invariants: this crate knows no device and none of our other crates; plain vectors come out. It prints nothing.
+
+mod batch;
+mod conversation;
 mod error;
+pub mod formats;
 mod gguf_vocabulary;
 mod jinja;
+mod marked;
+mod report;
+mod source;
+mod spans;
 mod template;
 mod tokenizer;
+
+pub use batch::{Batch, BatchOptions, BatchSource, Batches, Cursor};
+pub use conversation::{Conversation, Message, Role};
 pub use error::{Error, Place, Result, SampleError};
+pub use formats::{Format, Mapping, Row};
 pub use gguf_vocabulary::GgufVocabulary;
 pub use jinja::Now;
+pub use marked::{
+    MarkOptions, MarkedText, Sample, check_template, encode_all, encode_conversation, mark_conversation,
+};
+pub use report::{Bar, Report};
+pub use source::{Dropped, Loaded, OnBadRow, SourceOptions, load, load_path, read_rows};
+pub use spans::{Spans, Turn, assistant_spans};
 pub use template::{Rendered, Template};
 pub use tokenizer::{Encoded, TokenStream, Tokenizer};

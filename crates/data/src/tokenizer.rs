@@ -65,7 +65,8 @@ impl Tokenizer {
         let file = folder.join("tokenizer.json");
         let bytes = read_file(&file)?;
         let wrong = |message: String| Error::Tokenizer { name: file.display().to_string(), message };
-        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| wrong(error.to_string()))?;
+        let mut inner =
+            tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| wrong(error.to_string()))?;
         // Padding and truncation of the file are other programs' settings.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|error| wrong(error.to_string()))?;
@@ -92,9 +93,7 @@ impl Tokenizer {
         };
         let plain = OnceLock::new();
         let original = Some(bytes);
-        Ok(Tokenizer {
-            name, inner, plain, prefix, suffix, special_tokens, chat_template, original, config,
-        })
+        Ok(Tokenizer { name, inner, plain, prefix, suffix, special_tokens, chat_template, original, config })
     }
 
     /// Builds the tokenizer a GGUF file describes. Fails on an unknown `tokenizer.ggml.pre`, by name.
@@ -320,10 +319,10 @@ impl Tokenizer {
         if matches!(self.inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_))) {
             return Some(piece.chars().flat_map(byte_of_alphabet).collect());
         }
-        if let Some(byte) = piece.strip_prefix("<0x").and_then(|hex| hex.strip_suffix('>')) {
-            if let Ok(byte) = u8::from_str_radix(byte, 16) {
-                return Some(vec![byte]);
-            }
+        if let Some(byte) = piece.strip_prefix("<0x").and_then(|hex| hex.strip_suffix('>'))
+            && let Ok(byte) = u8::from_str_radix(byte, 16)
+        {
+            return Some(vec![byte]);
         }
         Some(piece.replace('▁', " ").into_bytes())
     }
@@ -373,7 +372,8 @@ impl Tokenizer {
             return Value::Null;
         };
         let special = json!({"SpecialToken": {"id": token, "type_id": 0}});
-        let (first, second) = (json!({"Sequence": {"id": "A", "type_id": 0}}), json!({"Sequence": {"id": "B", "type_id": 1}}));
+        let (first, second) =
+            (json!({"Sequence": {"id": "A", "type_id": 0}}), json!({"Sequence": {"id": "B", "type_id": 1}}));
         let again = json!({"SpecialToken": {"id": token, "type_id": 1}});
         json!({
             "type": "TemplateProcessing",
@@ -449,9 +449,7 @@ fn encoded(
 }
 
 /// What the post-processor puts before and after a text.
-fn added_around(
-    tokenizer: &tokenizers::Tokenizer,
-) -> Result<(Vec<u32>, Vec<u32>), tokenizers::Error> {
+fn added_around(tokenizer: &tokenizers::Tokenizer) -> Result<(Vec<u32>, Vec<u32>), tokenizers::Error> {
     let with = tokenizer.encode_fast("a", true)?.get_ids().to_vec();
     let without = tokenizer.encode_fast("a", false)?.get_ids().to_vec();
     let at = with.windows(without.len().max(1)).position(|window| window == without);

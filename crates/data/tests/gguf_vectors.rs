@@ -107,7 +107,8 @@ fn folder() -> Option<PathBuf> {
 
 fn check(name: &str, expected_right: usize) {
     let Some(folder) = folder() else { return };
-    let tokenizer = Tokenizer::from_gguf(&vocabulary(&folder.join(format!("ggml-vocab-{name}.gguf")))).unwrap();
+    let tokenizer =
+        Tokenizer::from_gguf(&vocabulary(&folder.join(format!("ggml-vocab-{name}.gguf")))).unwrap();
     let texts = std::fs::read_to_string(folder.join(format!("ggml-vocab-{name}.gguf.inp"))).unwrap();
     let ids = std::fs::read_to_string(folder.join(format!("ggml-vocab-{name}.gguf.out"))).unwrap();
     let texts: Vec<&str> = texts.split("\n__ggml_vocab_test__\n").collect();

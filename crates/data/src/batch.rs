@@ -1,0 +1,226 @@
+//! Samples to batches: packed rows without padding, shuffled by seed and epoch, resumable at any batch.
+//!
+//! The order of an epoch is a function of (seed, epoch) alone: a Fisher-Yates shuffle whose draws come from a
+//! counter, `mix(seed, epoch, i)` with splitmix64's finaliser, the same on every platform. With packing, samples
+//! are put into bins once (best fit, longest first) and the bins are shuffled, so that every epoch has the same
+//! number of batches.
+
+use crate::error::{Error, Result};
+use crate::marked::Sample;
+
+/// Rows of several sequences, one after another, without padding.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// Token ids (N).
+    pub tokens: Vec<u32>,
+    /// The next token in the same sequence (N); 0 at a sequence's last position.
+    pub targets: Vec<u32>,
+    /// Whether the target is trained on (N); false at a sequence's last position.
+    pub trained: Vec<bool>,
+    /// First row of each sequence, then N.
+    pub sequence_starts: Vec<u32>,
+}
+
+impl Batch {
+    /// A batch of these samples; each stays a sequence of its own.
+    pub fn new<'a>(samples: impl IntoIterator<Item = &'a Sample>) -> Batch {
+        let mut batch = Batch { sequence_starts: vec![0], ..Batch::default() };
+        for sample in samples.into_iter().filter(|sample| !sample.tokens.is_empty()) {
+            batch.tokens.extend(&sample.tokens);
+            batch.targets.extend(&sample.tokens[1..]);
+            batch.targets.push(0);
+            batch.trained.extend(&sample.trained[1..]);
+            batch.trained.push(false);
+            batch.sequence_starts.push(batch.tokens.len() as u32);
+        }
+        batch
+    }
+
+    /// Number of positions whose target is trained on.
+    pub fn trained_tokens(&self) -> usize {
+        self.trained.iter().filter(|trained| **trained).count()
+    }
+
+    /// Number of sequences.
+    pub fn sequences(&self) -> usize {
+        self.sequence_starts.len().saturating_sub(1)
+    }
+}
+
+/// How samples become batches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchOptions {
+    /// Sequences in a batch; with packing, bins in a batch.
+    pub per_device_train_batch_size: usize,
+    /// Whether several samples share a bin of up to `cutoff_len` tokens; they stay sequences of their own.
+    pub packing: bool,
+    /// Size of a bin in tokens.
+    pub cutoff_len: usize,
+    /// Seed of the order.
+    pub seed: u64,
+    /// Whether the order changes with the epoch; false keeps the order of the data.
+    pub shuffle: bool,
+}
+
+/// Where a source of batches stands: the batch that [`BatchSource::next`] gives next.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cursor {
+    /// Epoch, from 0.
+    pub epoch: u64,
+    /// Batch within the epoch, from 0.
+    pub position: u64,
+}
+
+/// Gives batches, epoch after epoch.
+pub trait BatchSource: Send {
+    /// The next batch; none once at the end of each epoch, after which the next epoch begins.
+    fn next(&mut self) -> Result<Option<Batch>>;
+
+    /// Where the source stands.
+    fn cursor(&self) -> Cursor;
+
+    /// Goes to `cursor`; what follows is what followed when the cursor was taken.
+    fn seek(&mut self, cursor: Cursor);
+
+    /// Number of batches in an epoch.
+    fn batches_per_epoch(&self) -> usize;
+
+    /// Trained tokens of the next `batches` batches of this epoch (fewer where it ends before): the divisor of
+    /// an optimizer step, known before its first micro-batch.
+    fn trained_ahead(&self, batches: usize) -> usize;
+}
+
+/// Batches of samples held in memory.
+#[derive(Debug)]
+pub struct Batches {
+    samples: Vec<Sample>,
+    /// Samples that go together: one each without packing.
+    bins: Vec<Vec<usize>>,
+    options: BatchOptions,
+    cursor: Cursor,
+    /// The bins in this epoch's order.
+    order: Vec<usize>,
+}
+
+impl Batches {
+    /// Batches of `samples`. Fails without samples, with a batch size of 0, or a sample longer than a bin.
+    pub fn new(samples: Vec<Sample>, options: BatchOptions) -> Result<Batches> {
+        if samples.is_empty() {
+            return Err(Error::Dataset("no samples to make batches of".to_string()));
+        }
+        if options.per_device_train_batch_size == 0 {
+            return Err(Error::Dataset("per_device_train_batch_size is 0; expected at least 1".to_string()));
+        }
+        let bins = if options.packing {
+            packed(&samples, options.cutoff_len)?
+        } else {
+            (0..samples.len()).map(|index| vec![index]).collect()
+        };
+        let mut batches = Batches { samples, bins, options, cursor: Cursor::default(), order: Vec::new() };
+        batches.seek(Cursor::default());
+        Ok(batches)
+    }
+
+    /// The samples, in the order they were given.
+    pub fn samples(&self) -> &[Sample] {
+        &self.samples
+    }
+
+    /// Optimizer steps in an epoch when each takes `gradient_accumulation_steps` batches; the last may take fewer.
+    pub fn steps_per_epoch(&self, gradient_accumulation_steps: usize) -> usize {
+        self.batches_per_epoch().div_ceil(gradient_accumulation_steps.max(1))
+    }
+
+    fn bins_of(&self, position: u64) -> &[usize] {
+        let size = self.options.per_device_train_batch_size;
+        let start = (position as usize).saturating_mul(size).min(self.order.len());
+        &self.order[start..start.saturating_add(size).min(self.order.len())]
+    }
+}
+
+impl BatchSource for Batches {
+    fn next(&mut self) -> Result<Option<Batch>> {
+        let bins = self.bins_of(self.cursor.position);
+        if bins.is_empty() {
+            self.seek(Cursor { epoch: self.cursor.epoch + 1, position: 0 });
+            return Ok(None);
+        }
+        let samples = bins.iter().flat_map(|bin| &self.bins[*bin]).map(|index| &self.samples[*index]);
+        let batch = Batch::new(samples);
+        self.cursor.position += 1;
+        Ok(Some(batch))
+    }
+
+    fn cursor(&self) -> Cursor {
+        self.cursor
+    }
+
+    fn seek(&mut self, cursor: Cursor) {
+        if self.order.is_empty() || cursor.epoch != self.cursor.epoch {
+            self.order = (0..self.bins.len()).collect();
+            if self.options.shuffle {
+                shuffle(&mut self.order, self.options.seed, cursor.epoch);
+            }
+        }
+        self.cursor = cursor;
+    }
+
+    fn batches_per_epoch(&self) -> usize {
+        self.bins.len().div_ceil(self.options.per_device_train_batch_size)
+    }
+
+    fn trained_ahead(&self, batches: usize) -> usize {
+        (0..batches as u64)
+            .flat_map(|ahead| self.bins_of(self.cursor.position + ahead))
+            .flat_map(|bin| &self.bins[*bin])
+            .map(|index| self.samples[*index].trained_tokens())
+            .sum()
+    }
+}
+
+/// Bins of at most `size` tokens: longest sample first, each into the fullest bin it fits.
+fn packed(samples: &[Sample], size: usize) -> Result<Vec<Vec<usize>>> {
+    let mut by_length: Vec<usize> = (0..samples.len()).collect();
+    by_length.sort_by_key(|index| (std::cmp::Reverse(samples[*index].tokens.len()), *index));
+    let mut bins: Vec<Vec<usize>> = Vec::new();
+    // Bins by the room they have left, so that the best fit is the first with enough.
+    let mut room: std::collections::BTreeSet<(usize, usize)> = std::collections::BTreeSet::new();
+    for index in by_length {
+        let length = samples[index].tokens.len();
+        if length > size {
+            return Err(Error::Dataset(format!(
+                "sample {index} has {length} tokens and does not fit a pack of cutoff_len {size}"
+            )));
+        }
+        let (left, bin) = match room.range((length, 0)..).next().copied() {
+            Some(best) => {
+                room.remove(&best);
+                best
+            }
+            None => {
+                bins.push(Vec::new());
+                (size, bins.len() - 1)
+            }
+        };
+        bins[bin].push(index);
+        room.insert((left - length, bin));
+    }
+    Ok(bins)
+}
+
+fn shuffle(order: &mut [usize], seed: u64, epoch: u64) {
+    let key = mix(mix(seed) ^ epoch);
+    for last in (1..order.len()).rev() {
+        // The high half of a 64 × 64 bit product is a uniform number below `last + 1`, up to 2^-64 · last.
+        let draw = (u128::from(mix(key.wrapping_add(last as u64))) * (last as u128 + 1)) >> 64;
+        order.swap(last, draw as usize);
+    }
+}
+
+/// splitmix64's step and finaliser.
+fn mix(value: u64) -> u64 {
+    let mut z = value.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}

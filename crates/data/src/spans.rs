@@ -1,0 +1,222 @@
+//! What the assistant generated, found in what any template renders.
+//!
+//! No markers are searched for. A template with `{% generation %}` says it itself. For any other:
+//!
+//! - a turn starts where the text equals the prompt that the model would have been given: the conversation up
+//!   to the turn, with the generation prompt;
+//! - it ends where the text equals the conversation up to and with the turn, less trailing whitespace (so the
+//!   end-of-turn token is in, the line break after it is not).
+//!
+//! Where a template rewrites earlier turns (stripped thinking, another token at the very end), these prefixes
+//! differ from the text. Then places are found by perturbing: a non-character is put before or after one
+//! message's content, and the first difference of the two renders is where that content begins or ends.
+
+use std::ops::Range;
+
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result, SampleError};
+use crate::template::Template;
+
+/// Put into a content to see where it comes out; a non-character.
+const PROBE: char = '\u{FDD3}';
+
+/// One assistant turn in a rendered text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Turn {
+    /// Index of the message among those rendered; none where the template's marks don't tell.
+    pub message: Option<usize>,
+    /// Bytes of the text that the model generates in this turn, its end-of-turn token included.
+    pub range: Range<usize>,
+}
+
+/// A rendered conversation with the assistant's turns in it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Spans {
+    /// The rendered text.
+    pub text: String,
+    /// The assistant's turns, in order, disjoint.
+    pub turns: Vec<Turn>,
+}
+
+impl Spans {
+    /// The turns in Unicode code points of the text.
+    pub fn in_code_points(&self) -> Vec<Range<usize>> {
+        let count = |at: usize| self.text[..at].chars().count();
+        self.turns.iter().map(|turn| count(turn.range.start)..count(turn.range.end)).collect()
+    }
+}
+
+/// Renders `messages` and finds the assistant's turns.
+///
+/// `extra` are further variables of the template. Fails with the template's own error where the whole
+/// conversation cannot be rendered, and with [`SampleError::SpanNotFound`] rather than guess.
+pub fn assistant_spans(
+    template: &Template,
+    messages: &[Value],
+    tools: Option<&Value>,
+    extra: &Map<String, Value>,
+) -> Result<Spans> {
+    let assistants: Vec<usize> =
+        (0..messages.len()).filter(|index| messages[*index]["role"] == "assistant").collect();
+    let rendered = template.render(messages, tools, false, extra)?;
+    if template.marks_generation() {
+        let mut bytes: Vec<usize> = rendered.text.char_indices().map(|(at, _)| at).collect();
+        bytes.push(rendered.text.len());
+        // Marks without text say nothing; marks around several turns are one turn of nobody in particular.
+        let spans: Vec<_> = rendered.generation_spans.iter().filter(|span| !span.is_empty()).collect();
+        let one_each = spans.len() == assistants.len();
+        let turns = spans.iter().enumerate().map(|(index, span)| Turn {
+            message: one_each.then(|| assistants[index]),
+            range: bytes[span.start]..bytes[span.end],
+        });
+        return Ok(Spans { turns: turns.collect(), text: rendered.text });
+    }
+    let search = Search { template, messages, tools, extra, full: rendered.text };
+    let mut turns: Vec<Turn> = Vec::with_capacity(assistants.len());
+    for index in assistants {
+        let start = search.start(index)?;
+        let end = search.end(index, start)?;
+        let previous = turns.last().map_or(0, |turn| turn.range.end);
+        if start < previous || end < start {
+            return Err(search.not_found(index, "its turn overlaps the one before"));
+        }
+        turns.push(Turn { message: Some(index), range: start..end });
+    }
+    Ok(Spans { text: search.full, turns })
+}
+
+struct Search<'a> {
+    template: &'a Template,
+    messages: &'a [Value],
+    tools: Option<&'a Value>,
+    extra: &'a Map<String, Value>,
+    full: String,
+}
+
+impl Search<'_> {
+    fn not_found(&self, turn: usize, why: &str) -> Error {
+        let template = self.template.name().to_string();
+        SampleError::SpanNotFound { template, turn, why: why.to_string() }.into()
+    }
+
+    /// The conversation up to message `count`; none where the template refuses so short a one.
+    fn part(&self, count: usize, add_generation_prompt: bool) -> Option<String> {
+        let messages = self.messages.get(..count)?;
+        self.template.render(messages, self.tools, add_generation_prompt, self.extra).ok().map(|r| r.text)
+    }
+
+    /// Where the content of message `index` begins (or ends) in the first `count` messages' text.
+    fn content_edge(
+        &self,
+        text: &str,
+        count: usize,
+        index: usize,
+        after: bool,
+        add_generation_prompt: bool,
+    ) -> Option<usize> {
+        let mut messages = self.messages.get(..count)?.to_vec();
+        let content = messages.get(index)?.get("content")?.as_str()?;
+        let probed = if after { format!("{content}{PROBE}") } else { format!("{PROBE}{content}") };
+        messages[index]["content"] = Value::from(probed);
+        let probed =
+            self.template.render(&messages, self.tools, add_generation_prompt, self.extra).ok()?.text;
+        // A probe that was dropped, or came out changed (as an escape), shows nothing.
+        let at = common_prefix(text, &probed);
+        probed[at..].starts_with(PROBE).then_some(at).or_else(|| {
+            // Around the probe the template may have kept whitespace that it trims without it.
+            let rest = &probed[at..];
+            rest.trim_start().starts_with(PROBE).then_some(at)
+        })
+    }
+
+    fn start(&self, index: usize) -> Result<usize> {
+        let full = &self.full;
+        let content = || self.content_edge(full, self.messages.len(), index, false, false);
+        let Some(prompt) = self.part(index, true).filter(|prompt| index > 0 && !prompt.is_empty()) else {
+            return content()
+                .ok_or_else(|| self.not_found(index, "the template does not render what comes before it"));
+        };
+        if full.starts_with(&prompt) {
+            // A template that ignores add_generation_prompt leaves the header out of the prompt.
+            if self.part(index, false).as_deref() == Some(prompt.as_str()) {
+                let header = content().filter(|at| *at > prompt.len());
+                let header = header.filter(|at| !full[prompt.len()..*at].trim().is_empty());
+                let plain = ["tool_calls", "reasoning_content", "thinking", "reasoning"]
+                    .iter()
+                    .all(|key| self.messages[index].get(key).is_none_or(Value::is_null));
+                return Ok(header.filter(|_| plain).unwrap_or(prompt.len()));
+            }
+            return Ok(prompt.len());
+        }
+        // The prompt differs somewhere before: compare from the end of the message before, in both.
+        let before = index - 1;
+        let in_full = self.content_edge(full, self.messages.len(), before, true, false);
+        let in_prompt = self.content_edge(&prompt, index, before, true, true);
+        let (from, header) = match (in_full, in_prompt) {
+            (Some(from), Some(at)) => (from, &prompt[at..]),
+            _ => {
+                return content().ok_or_else(|| {
+                    self.not_found(index, "neither the message before it nor its content can be followed")
+                });
+            }
+        };
+        let same = common_prefix(&full[from..], header);
+        if same == header.len() {
+            return Ok(from + same);
+        }
+        // The generation prompt goes on differently (an opened thought): what both have is the header.
+        match content() {
+            Some(at) => Ok(at.min(from + same).max(from)),
+            None => Err(self.not_found(index, "its header is not the generation prompt's")),
+        }
+    }
+
+    fn end(&self, index: usize, start: usize) -> Result<usize> {
+        let full = &self.full;
+        let last = index + 1 == self.messages.len();
+        let upto = if last { Some(full.clone()) } else { self.part(index + 1, false) };
+        let trimmed = |end: usize| start + full[start..end].trim_end().len();
+        let upto = upto.ok_or_else(|| {
+            self.not_found(index, "the template does not render a conversation that ends with it")
+        })?;
+        if full.starts_with(&upto) && upto.len() >= start {
+            return Ok(trimmed(upto.len()));
+        }
+        // The turn is rendered differently when it is the last: compare from the end of its content, in both.
+        let in_full = self.content_edge(full, self.messages.len(), index, true, false);
+        let in_part = self.content_edge(&upto, index + 1, index, true, false);
+        let (Some(from), Some(at)) = (in_full, in_part) else {
+            return Err(self.not_found(index, "its content cannot be followed to its end"));
+        };
+        let tail = &upto[at..];
+        let same = common_prefix(&full[from..], tail);
+        if same == tail.len() {
+            return Ok(trimmed(from + same).max(from));
+        }
+        // Another token ends it in the middle of a conversation: that token is the end.
+        match token_at(full, from, from + same) {
+            Some(end) => Ok(end),
+            None if !full[from..from + same].trim().is_empty() => Ok(trimmed(from + same)),
+            None => Err(self.not_found(index, "its end is not the one it has as the last turn")),
+        }
+    }
+}
+
+/// Bytes that both begin with, whole characters only.
+fn common_prefix(a: &str, b: &str) -> usize {
+    let mut same = a.bytes().zip(b.bytes()).take_while(|(a, b)| a == b).count();
+    while !a.is_char_boundary(same) {
+        same -= 1;
+    }
+    same
+}
+
+/// The end of a token like `<|end|>` or `</s>` that begins in `from..=at` and goes on after `at`.
+fn token_at(text: &str, from: usize, at: usize) -> Option<usize> {
+    let open = text[from..].char_indices().map(|(offset, c)| (from + offset, c));
+    let open = open.take_while(|(offset, _)| *offset <= at).filter(|(_, c)| *c == '<').last()?.0;
+    let close = text[open..].find('>')? + open + 1;
+    let token = &text[open..close];
+    (close > at && token.len() <= 64 && !token.contains(char::is_whitespace)).then_some(close)
+}
