@@ -1,0 +1,46 @@
+//! config.json in, [`ModelSpec`] out: one file for each family, and what they read it with.
+
+mod config;
+mod llama;
+mod rope;
+
+use std::path::Path;
+
+use ferrotune_tensor::{Error, Result};
+use serde_json::Value;
+
+use crate::spec::ModelSpec;
+pub(crate) use rope::{Llama3, llama3_factors};
+
+/// A family: its `model_type` in config.json, and what turns the rest into a spec.
+type Family = (&'static str, fn(&config::Config) -> Result<ModelSpec>);
+
+/// The families that are there.
+const FAMILIES: &[Family] = &[("llama", llama::spec)];
+
+/// Reads a config.json, or what a GGUF file says in its place. `file` is for messages.
+///
+/// # Errors
+/// When the family isn't there yet, a key is missing or holds something else than expected, or a
+/// key that may change the mathematics isn't known. The message names it.
+pub fn spec(config: &Value, file: &Path) -> Result<ModelSpec> {
+    let model_type = config.get("model_type").and_then(Value::as_str);
+    let there: Vec<&str> = FAMILIES.iter().map(|(name, _)| *name).collect();
+    let Some(model_type) = model_type else {
+        let message =
+            format!("`model_type` is missing: it names the model's family (there are: {})", there.join(", "));
+        return Err(Error::file(file, message));
+    };
+    let Some((name, read)) = FAMILIES.iter().find(|(name, _)| *name == model_type) else {
+        let message = format!(
+            "`model_type` is `{model_type}`: that family is not there yet, only: {}",
+            there.join(", ")
+        );
+        return Err(Error::file(file, message));
+    };
+    let config = config::Config::new(config, file, name)?;
+    let spec = read(&config)?;
+    config.refuse_unread()?;
+    spec.check().map_err(|error| Error::file(file, error.to_string()))?;
+    Ok(spec)
+}

@@ -1,0 +1,193 @@
+//! What a GGUF file says about its model, in the words of config.json.
+
+use serde_json::{Map, Value as Json, json};
+
+use super::header::{Header, Value};
+use crate::families::{Llama3, llama3_factors};
+
+/// Metadata of an architecture that changes nothing about what the model computes, or is read below.
+const KNOWN: &[&str] = &[
+    "vocab_size",
+    "context_length",
+    "embedding_length",
+    "block_count",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_rms_epsilon",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.finetuned",
+    "rope.scale_linear",
+    "tensor_data_layout",
+    "attention.causal",
+];
+
+/// Reads one architecture's metadata, `{architecture}.{key}`.
+struct Metadata<'a> {
+    header: &'a Header,
+    architecture: &'a str,
+}
+
+impl Metadata<'_> {
+    fn get(&self, key: &str) -> Option<&Value> {
+        self.header.values.get(&format!("{}.{key}", self.architecture))
+    }
+
+    fn whole(&self, key: &str) -> Result<Option<u64>, String> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Whole(it)) if *it >= 0 && *it <= i128::from(u32::MAX) => Ok(Some(*it as u64)),
+            Some(Value::List(_)) => Err(format!(
+                "`{}.{key}` is a list: models whose layers differ are not there yet",
+                self.architecture
+            )),
+            Some(_) => Err(format!("`{}.{key}` is no positive whole number", self.architecture)),
+        }
+    }
+
+    fn required(&self, key: &str) -> Result<u64, String> {
+        self.whole(key)?.ok_or_else(|| format!("`{}.{key}` is missing", self.architecture))
+    }
+
+    fn float(&self, key: &str) -> Result<Option<f64>, String> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Float(it)) if it.is_finite() => Ok(Some(*it)),
+            Some(Value::Whole(it)) => Ok(Some(*it as f64)),
+            Some(_) => Err(format!("`{}.{key}` is no number", self.architecture)),
+        }
+    }
+}
+
+/// The config of an architecture that has Llama's form. `factors` are those of `rope_freqs.weight`.
+pub(super) fn read(header: &Header, architecture: &str, factors: Option<Vec<f32>>) -> Result<Json, String> {
+    let metadata = Metadata { header, architecture };
+    refuse_unknown(&metadata)?;
+    let hidden_size = metadata.required("embedding_length")?;
+    let heads = metadata.required("attention.head_count")?.max(1);
+    let head_dim = metadata.whole("attention.key_length")?.unwrap_or(hidden_size / heads);
+    for key in ["attention.value_length", "rope.dimension_count"] {
+        if let Some(other) = metadata.whole(key)?.filter(|it| *it != head_dim) {
+            return Err(format!(
+                "`{architecture}.{key}` is {other}, expected the width of a head, {head_dim}"
+            ));
+        }
+    }
+    let embedding = header.tensors.get("token_embd.weight");
+    let rows =
+        embedding.and_then(|it| it.shape.first().copied()).ok_or("tensor `token_embd.weight` is missing")?;
+    let has = |name: &str| header.tensors.contains_key(name);
+    let theta = metadata.float("rope.freq_base")?.unwrap_or(10_000.0);
+    let mut config = Map::new();
+    let mut set = |key: &str, value: Json| config.insert(key.into(), value);
+    set("model_type", architecture.into());
+    set("vocab_size", rows.into());
+    set("hidden_size", hidden_size.into());
+    set("intermediate_size", metadata.required("feed_forward_length")?.into());
+    set("num_hidden_layers", metadata.required("block_count")?.into());
+    set("num_attention_heads", heads.into());
+    set("num_key_value_heads", metadata.whole("attention.head_count_kv")?.unwrap_or(heads).into());
+    set("head_dim", head_dim.into());
+    set("hidden_act", "silu".into());
+    set("max_position_embeddings", metadata.required("context_length")?.into());
+    let eps = metadata.float("attention.layer_norm_rms_epsilon")?;
+    set(
+        "rms_norm_eps",
+        eps.ok_or(format!("`{architecture}.attention.layer_norm_rms_epsilon` is missing"))?.into(),
+    );
+    set("rope_theta", theta.into());
+    set("rope_scaling", scaling(&metadata, factors, theta, head_dim as usize)?);
+    set("tie_word_embeddings", (!has("output.weight")).into());
+    set("attention_bias", has("blk.0.attn_q.bias").into());
+    set("mlp_bias", has("blk.0.ffn_up.bias").into());
+    let ids: Vec<Json> = ["eos", "eot"].iter().filter_map(|it| token(header, it)).collect();
+    set("bos_token_id", token(header, "bos").unwrap_or(Json::Null));
+    set("eos_token_id", if ids.len() == 2 && ids[0] == ids[1] { json!([ids[0]]) } else { ids.into() });
+    set("pad_token_id", token(header, "padding").unwrap_or(Json::Null));
+    Ok(config.into())
+}
+
+fn token(header: &Header, name: &str) -> Option<Json> {
+    match header.values.get(&format!("tokenizer.ggml.{name}_token_id")) {
+        Some(Value::Whole(id)) => u32::try_from(*id).ok().map(Json::from),
+        _ => None,
+    }
+}
+
+/// Metadata under the architecture's name that isn't known may change what the model computes.
+fn refuse_unknown(metadata: &Metadata) -> Result<(), String> {
+    let prefix = format!("{}.", metadata.architecture);
+    for (key, value) in &metadata.header.values {
+        let Some(rest) = key.strip_prefix(&prefix) else { continue };
+        let off = match value {
+            Value::Whole(it) => *it == 0,
+            Value::Float(it) => *it == 0.0,
+            Value::Bool(it) => !it,
+            Value::Text(it) => it.is_empty(),
+            Value::List(it) => it.len() == 0,
+        };
+        if !KNOWN.contains(&rest) && !off {
+            return Err(format!(
+                "`{key}` isn't known for the architecture {} and may change what the model computes",
+                metadata.architecture
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// `rope_scaling` of config.json.
+fn scaling(
+    metadata: &Metadata,
+    factors: Option<Vec<f32>>,
+    theta: f64,
+    head_dim: usize,
+) -> Result<Json, String> {
+    let kind = match metadata.get("rope.scaling.type") {
+        Some(Value::Text(kind)) => kind.as_str(),
+        _ => "none",
+    };
+    let factor = metadata.float("rope.scaling.factor")?.or(metadata.float("rope.scale_linear")?);
+    let original = metadata.whole("rope.scaling.original_context_length")?;
+    if let Some(factors) = factors {
+        if kind != "none" {
+            return Err(format!("rope scaling of type `{kind}` beside `rope_freqs.weight` is not there yet"));
+        }
+        return frequency_factors(&factors, theta, head_dim);
+    }
+    Ok(match (kind, factor) {
+        ("none", None) => Json::Null,
+        ("none", Some(factor)) if factor == 1.0 || factor == 0.0 => Json::Null,
+        ("none" | "linear", _) => json!({ "rope_type": "linear", "factor": factor }),
+        // Other kinds are named, and refused, where config.json's are.
+        (kind, _) => {
+            json!({ "rope_type": kind, "factor": factor, "original_max_position_embeddings": original })
+        }
+    })
+}
+
+/// llama.cpp keeps Llama 3.1's scaling as a list of divisors. The four numbers behind it are found
+/// again where they are the usual ones, so that what is exported says what the original said.
+fn frequency_factors(factors: &[f32], theta: f64, head_dim: usize) -> Result<Json, String> {
+    if factors.len() != head_dim / 2 {
+        let expected = head_dim / 2;
+        return Err(format!("tensor `rope_freqs.weight` has {} numbers, expected {expected}", factors.len()));
+    }
+    let factor = f64::from(factors.iter().copied().fold(1.0, f32::max));
+    let usual = Llama3 { factor, low_freq_factor: 1.0, high_freq_factor: 4.0, original_context: 8192.0 };
+    let base: Vec<f64> = (0..head_dim / 2).map(|i| theta.powf(-2.0 * i as f64 / head_dim as f64)).collect();
+    let expected = llama3_factors(&base, &usual);
+    if expected.iter().zip(factors).all(|(a, b)| (a - f64::from(*b)).abs() <= 1e-4 * a) {
+        return Ok(json!({
+            "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }));
+    }
+    Ok(json!({ "rope_type": "frequency_factors", "factors": factors }))
+}

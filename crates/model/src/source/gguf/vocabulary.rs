@@ -1,0 +1,82 @@
+use super::header::{Header, List, Value};
+
+/// The tokenizer that a GGUF file carries, `tokenizer.*`, as it stands there.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct GgufVocabulary {
+    /// `tokenizer.ggml.model`: `gpt2` for byte-level pairs, `llama` for SentencePiece.
+    pub model: String,
+    /// `tokenizer.ggml.pre`: how text is cut before pairs are merged.
+    pub pre: String,
+    /// The tokens, by id.
+    pub tokens: Vec<String>,
+    /// SentencePiece's scores; empty for byte-level pairs.
+    pub scores: Vec<f32>,
+    /// 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte; may be empty.
+    pub token_types: Vec<i32>,
+    /// `left right`, the first first.
+    pub merges: Vec<String>,
+    /// The token that a text begins with.
+    pub bos_token_id: Option<u32>,
+    /// The token that ends a text.
+    pub eos_token_id: Option<u32>,
+    /// The token for what isn't known.
+    pub unk_token_id: Option<u32>,
+    /// The token that fills up rows.
+    pub pad_token_id: Option<u32>,
+    /// Whether texts begin with the first of these.
+    pub add_bos_token: Option<bool>,
+    /// Whether a space is put before a text.
+    pub add_space_prefix: Option<bool>,
+    /// The chat template.
+    pub chat_template: Option<String>,
+}
+
+/// Reads the vocabulary out of a header; `file` is the whole file.
+pub(super) fn read(header: &Header, file: &[u8]) -> Result<GgufVocabulary, String> {
+    let get = |key: &str| header.values.get(&format!("tokenizer.{key}"));
+    let text = |key: &str| match get(key) {
+        Some(Value::Text(text)) => Some(text.clone()),
+        _ => None,
+    };
+    let list = |key: &str| -> Option<&List> {
+        match get(key) {
+            Some(Value::List(list)) => Some(list),
+            _ => None,
+        }
+    };
+    let wrong = |key: &str| format!("`tokenizer.{key}` is no list of the expected kind: the file is damaged");
+    let strings = |key: &str| list(key).map_or(Ok(Vec::new()), |it| it.strings(file).ok_or(wrong(key)));
+    let numbers = |key: &str| list(key).map_or(Ok(Vec::new()), |it| it.numbers(file).ok_or(wrong(key)));
+    let id = |key: &str| match get(&format!("ggml.{key}_token_id")) {
+        Some(Value::Whole(id)) => u32::try_from(*id).ok(),
+        _ => None,
+    };
+    let flag = |key: &str| match get(key) {
+        Some(Value::Bool(flag)) => Some(*flag),
+        _ => None,
+    };
+    let vocabulary = GgufVocabulary {
+        model: text("ggml.model").unwrap_or_default(),
+        pre: text("ggml.pre").unwrap_or_default(),
+        tokens: strings("ggml.tokens")?,
+        scores: numbers("ggml.scores")?.into_iter().map(|it| it as f32).collect(),
+        token_types: numbers("ggml.token_type")?.into_iter().map(|it| it as i32).collect(),
+        merges: strings("ggml.merges")?,
+        bos_token_id: id("bos"),
+        eos_token_id: id("eos"),
+        unk_token_id: id("unknown"),
+        pad_token_id: id("padding"),
+        add_bos_token: flag("ggml.add_bos_token"),
+        add_space_prefix: flag("ggml.add_space_prefix"),
+        chat_template: text("chat_template"),
+    };
+    let count = vocabulary.tokens.len();
+    for (key, length) in [("scores", vocabulary.scores.len()), ("token_type", vocabulary.token_types.len())] {
+        if length != 0 && length != count {
+            return Err(format!(
+                "`tokenizer.ggml.{key}` has {length} entries for {count} tokens: the file is damaged"
+            ));
+        }
+    }
+    Ok(vocabulary)
+}

@@ -1,0 +1,87 @@
+//! The files that weights come from: Hugging Face folders and GGUF.
+//!
+//! A source is mapped into memory, not read: a tensor costs memory when it is asked for, and only
+//! then. Several threads may ask at once, so that layers are quantised side by side.
+
+mod files;
+mod gguf;
+mod mapped;
+mod safetensors;
+#[cfg(test)]
+mod tests;
+
+use std::ops::Range;
+use std::path::Path;
+
+use ferrotune_tensor::{DType, Error, Result, Tensor};
+
+pub use files::{FileKind, ModelFiles};
+pub use gguf::{GgufSource, GgufVocabulary};
+pub use safetensors::SafetensorsSource;
+
+/// A tensor as its file holds it.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Stored {
+    /// Numbers, in the file's type where that is f32, f16 or bf16, else in f32.
+    Dense(Tensor),
+}
+
+/// Where weights come from, by their canonical names ([`crate::spec::names`]).
+pub trait WeightSource: Send + Sync {
+    /// The file or folder, for messages.
+    fn path(&self) -> &Path;
+    /// All tensors, sorted.
+    fn names(&self) -> Vec<&str>;
+    /// Rows and columns of a tensor, without reading it; a vector is one row.
+    ///
+    /// # Errors
+    /// When there is no such tensor or it has more than two dimensions.
+    fn shape(&self, name: &str) -> Result<(usize, usize)>;
+    /// The type that [`WeightSource::get`] gives.
+    ///
+    /// # Errors
+    /// When there is no such tensor.
+    fn dtype(&self, name: &str) -> Result<DType>;
+    /// The tensor as it is stored.
+    ///
+    /// # Errors
+    /// When there is no such tensor.
+    fn get(&self, name: &str) -> Result<Stored>;
+    /// Writes some rows as f32, row after row: what quantising piece by piece needs.
+    ///
+    /// # Errors
+    /// When there is no such tensor, or `out` isn't as long as the rows.
+    fn read_rows(&self, name: &str, rows: Range<usize>, out: &mut [f32]) -> Result<()>;
+    /// A short text that is another when the weights are: sizes of the files and a hash of their headers.
+    fn fingerprint(&self) -> String;
+
+    /// Is there such a tensor?
+    fn contains(&self, name: &str) -> bool {
+        self.shape(name).is_ok()
+    }
+
+    /// The tensor in f32.
+    ///
+    /// # Errors
+    /// When there is no such tensor.
+    fn get_f32(&self, name: &str) -> Result<Tensor> {
+        let (rows, cols) = self.shape(name)?;
+        let mut values = vec![0.0; rows * cols];
+        self.read_rows(name, 0..rows, &mut values)?;
+        Tensor::from_vec(rows, cols, values)
+    }
+}
+
+/// Checks a request for rows against a tensor's shape.
+fn check_rows(name: &str, shape: (usize, usize), rows: &Range<usize>, out: usize) -> Result<()> {
+    if rows.start > rows.end || rows.end > shape.0 || rows.len() * shape.1 != out {
+        let message = format!("tensor `{name}` of {shape:?}: rows {rows:?} don't fit it or {out} numbers");
+        return Err(Error::msg(message));
+    }
+    Ok(())
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|it| format!("{it:02x}")).collect()
+}

@@ -1,0 +1,90 @@
+use super::ModelSpec;
+
+/// How the base model's weights are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BaseWeights {
+    /// Projections in NF4 with double quantisation; embedding, head and norms in 16 bits.
+    FourBit,
+    /// Everything in 16 bits.
+    SixteenBit,
+}
+
+/// What a memory estimate is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// How the base model is kept.
+    pub base: BaseWeights,
+    /// Rank of the adapters, on all projections.
+    pub lora_rank: usize,
+    /// Tokens in one micro-batch, all sequences together.
+    pub tokens: usize,
+    /// Bytes of one activation: 4 on the CPU, 2 in 16-bit training on a GPU.
+    pub activation_bytes: usize,
+    /// Blocks keep only their input and compute the rest again in the backward pass.
+    pub recompute: bool,
+}
+
+/// Bytes that training takes, part by part. An estimate: buffers of kernels come on top.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryEstimate {
+    /// The layers' projections.
+    pub linears: u64,
+    /// Embedding, head, norms, biases.
+    pub others: u64,
+    /// Adapters, their gradients and the two moments of AdamW, all in f32.
+    pub adapters: u64,
+    /// What the blocks keep for the backward pass.
+    pub activations: u64,
+    /// One chunk of logits and its gradient.
+    pub logits: u64,
+}
+
+impl MemoryEstimate {
+    /// All parts together.
+    pub fn total(&self) -> u64 {
+        self.linears + self.others + self.adapters + self.activations + self.logits
+    }
+}
+
+/// Bits of one NF4 weight: 4, a byte for 64 of them, an f32 for 256 such bytes.
+const NF4_BITS: f64 = 4.0 + 8.0 / 64.0 + 32.0 / (64.0 * 256.0);
+
+/// Tokens whose logits exist at the same time.
+const LOGIT_CHUNK: u64 = 512;
+
+impl ModelSpec {
+    /// What training with adapters takes, by the plan.
+    pub fn memory(&self, plan: &MemoryPlan) -> MemoryEstimate {
+        let linears = self.linear_parameter_count();
+        let tokens = plan.tokens as u64;
+        let kept: Vec<u64> = (0..self.layers.len()).map(|i| self.kept_per_token(i, plan)).collect();
+        let activations = if plan.recompute {
+            let inputs = (self.layers.len() * self.hidden_size * plan.activation_bytes) as u64;
+            inputs + kept.iter().copied().max().unwrap_or(0)
+        } else {
+            kept.iter().sum()
+        };
+        MemoryEstimate {
+            linears: match plan.base {
+                BaseWeights::FourBit => (linears as f64 * NF4_BITS / 8.0).ceil() as u64,
+                BaseWeights::SixteenBit => linears * 2,
+            },
+            others: (self.parameter_count() - linears) * 2,
+            adapters: self.adapter_parameter_count(plan.lora_rank) * 16,
+            activations: activations * tokens,
+            logits: tokens.min(LOGIT_CHUNK) * self.vocab_size as u64 * 4,
+        }
+    }
+
+    /// Bytes that a block keeps of one token: x, q, k, v, out, mid, gate, up, what the adapters'
+    /// first halves gave, and in f32 the two norms' reciprocals and one sum for each head.
+    fn kept_per_token(&self, layer: usize, plan: &MemoryPlan) -> u64 {
+        let layer = &self.layers[layer];
+        let (attention, inner) = (&layer.attention, layer.mlp.intermediate_size);
+        let streams = 2 * self.hidden_size + 2 * attention.q_width() + 2 * attention.kv_width();
+        let inner = if layer.mlp.gated { 2 * inner } else { inner };
+        let adapters = layer.linears(self.hidden_size).len() * plan.lora_rank;
+        let f32s = 2 + attention.num_attention_heads;
+        ((streams + inner + adapters) * plan.activation_bytes + f32s * 4) as u64
+    }
+}
