@@ -1,1 +1,20 @@
 //! The training step, objectives, optimizers, schedules, checkpoints and reports.
+//!
+//! A trainer sees a model only through [`LanguageModel`](ferrotune_nn::LanguageModel): how a model is
+//! saved comes in through [`RunHooks`], and what happens goes out as [`StepReport`] values.
+
+mod checkpoint;
+mod log;
+mod objective;
+mod optimizer;
+mod run;
+mod schedule;
+mod step;
+
+pub use checkpoint::{RunState, latest_checkpoint, read_state};
+pub use log::LogWriter;
+pub use objective::{Loss, NextToken, Objective};
+pub use optimizer::{AdamW, Optimizer, State};
+pub use run::{Control, Ending, RunHooks, Settings, StepReport, Summary, train};
+pub use schedule::{Schedule, ScheduleKind};
+pub use step::{StepOutcome, StepSettings, mean_loss, optimizer_step};

@@ -1,0 +1,152 @@
+//! One optimizer step: batches → forward → objective → backward → clip → step.
+
+use ferrotune_data::{Batch, BatchSource};
+use ferrotune_nn::{Context, LanguageModel};
+use ferrotune_tensor::{Error, Result};
+
+use crate::{Objective, Optimizer};
+
+/// What one step is taken with.
+#[derive(Clone, Copy, Debug)]
+pub struct StepSettings {
+    /// Batches of a step; the last step of an epoch may have fewer.
+    pub gradient_accumulation_steps: usize,
+    /// Gradients are scaled down to this norm; 0 leaves them.
+    pub max_grad_norm: f64,
+    /// Seed of dropout.
+    pub seed: u64,
+    /// Step of the run, counted from 0.
+    pub step: u64,
+    /// Of this step.
+    pub learning_rate: f64,
+}
+
+/// What one step gave.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct StepOutcome {
+    /// Over all trained tokens of the step.
+    pub loss: f64,
+    /// Of all gradients, before clipping.
+    pub grad_norm: f64,
+    /// Trained tokens whose target was the most likely one.
+    pub correct: usize,
+    /// Tokens that were trained on.
+    pub trained_tokens: usize,
+    /// Tokens that went through the model.
+    pub tokens: usize,
+}
+
+/// Takes one step; none at the end of an epoch, when no batch is left in it.
+///
+/// # Errors
+/// When the data can't be read, the device can't, or loss or gradients aren't finite.
+pub fn optimizer_step<M: LanguageModel>(
+    settings: &StepSettings,
+    model: &mut M,
+    batches: &mut dyn BatchSource,
+    objective: &dyn Objective,
+    optimizer: &mut dyn Optimizer,
+) -> Result<Option<StepOutcome>> {
+    // Divided once, by the trained tokens of the whole step: never an average of averages.
+    let trained_total = batches.trained_ahead(settings.gradient_accumulation_steps) as f64;
+    let mut outcome = StepOutcome::default();
+    for micro_step in 0..settings.gradient_accumulation_steps as u64 {
+        let Some(batch) = next_batch(batches, micro_step)? else { break };
+        let ctx = Context {
+            seed: settings.seed,
+            step: settings.step,
+            micro_step,
+            training: true,
+            ..context(&batch)
+        };
+        let (hidden, saved) = model.forward(&ctx, &batch.tokens)?;
+        let (loss, correct, dhidden) = match objective.known_weights(&batch, trained_total) {
+            Some(dlogp) => {
+                let pass = model.head_backward(&hidden, &batch.targets, &dlogp)?;
+                let loss = dlogp.iter().zip(&pass.logp).map(|(d, l)| d * l).sum();
+                (loss, pass.correct, pass.dhidden)
+            }
+            None => {
+                let trained: Vec<f64> = batch.trained.iter().map(|it| f64::from(u8::from(*it))).collect();
+                let pass = model.log_probs(&hidden, &batch.targets, &trained)?;
+                let reference = reference(model, objective, &batch, &trained)?;
+                let loss = objective.loss(&batch, &pass.logp, &reference, trained_total);
+                let dhidden = model.head_backward(&hidden, &batch.targets, &loss.dlogp)?.dhidden;
+                (loss.value, pass.correct, dhidden)
+            }
+        };
+        drop(hidden);
+        let dhidden = dhidden.ok_or_else(|| Error::msg("the head gave no gradient"))?;
+        model.backward(&ctx, saved, dhidden)?;
+        outcome.loss += loss;
+        outcome.correct += correct.iter().filter(|it| **it).count();
+        outcome.trained_tokens += batch.trained_tokens();
+        outcome.tokens += batch.tokens.len();
+    }
+    if outcome.tokens == 0 {
+        return Ok(None);
+    }
+    let mut parameters = model.parameters();
+    let squares = parameters.iter().map(|it| it.grad.square_sum()).sum::<Result<f64>>()?;
+    outcome.grad_norm = squares.sqrt();
+    if !outcome.loss.is_finite() || !outcome.grad_norm.is_finite() {
+        let (step, loss, norm) = (settings.step + 1, outcome.loss, outcome.grad_norm);
+        let message = format!(
+            "step {step}: the loss is {loss} and the gradients' norm {norm}; lower learning_rate, or look for damaged samples with `ferrotune data`"
+        );
+        return Err(Error::msg(message));
+    }
+    if settings.max_grad_norm > 0.0 && outcome.grad_norm > settings.max_grad_norm {
+        let scale = settings.max_grad_norm / (outcome.grad_norm + 1e-6);
+        parameters.iter_mut().try_for_each(|it| it.grad.scale(scale))?;
+    }
+    optimizer.step(&mut parameters, settings.learning_rate)?;
+    parameters.iter_mut().try_for_each(|it| it.grad.set_zero())?;
+    Ok(Some(outcome))
+}
+
+/// The mean loss over the trained tokens of some batches; nothing is trained.
+///
+/// # Errors
+/// When the device can't.
+pub fn mean_loss<M: LanguageModel>(model: &M, batches: &[Batch]) -> Result<f64> {
+    let (mut sum, mut count) = (0.0, 0);
+    for batch in batches {
+        let hidden = model.hidden(&context(batch), &batch.tokens)?;
+        let trained: Vec<f64> = batch.trained.iter().map(|it| f64::from(u8::from(*it))).collect();
+        sum -= model.log_probs(&hidden, &batch.targets, &trained)?.logp.iter().sum::<f64>();
+        count += batch.trained_tokens();
+    }
+    if count == 0 {
+        return Err(Error::msg("no token to take the loss of"));
+    }
+    Ok(sum / count as f64)
+}
+
+/// The next batch of a step. An epoch that ended before the step's first batch gives way to the next.
+fn next_batch(batches: &mut dyn BatchSource, micro_step: u64) -> Result<Option<Batch>> {
+    let next = |batches: &mut dyn BatchSource| batches.next().map_err(|error| Error::msg(error.to_string()));
+    match next(batches)? {
+        None if micro_step == 0 => next(batches),
+        batch => Ok(batch),
+    }
+}
+
+fn context(batch: &Batch) -> Context {
+    Context::new(batch.sequence_starts.iter().map(|it| *it as usize).collect())
+}
+
+/// Log-probabilities with adapters off, where the objective wants them.
+fn reference<M: LanguageModel>(
+    model: &M,
+    objective: &dyn Objective,
+    batch: &Batch,
+    trained: &[f64],
+) -> Result<Vec<f64>> {
+    if !objective.needs_reference() {
+        return Ok(Vec::new());
+    }
+    let ctx = Context { adapters: false, ..context(batch) };
+    let hidden = model.hidden(&ctx, &batch.tokens)?;
+    Ok(model.log_probs(&hidden, &batch.targets, trained)?.logp)
+}
