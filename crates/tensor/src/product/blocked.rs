@@ -36,8 +36,8 @@ const PACKED_BYTES: usize = 32 << 20;
 const IN_PLACE_COLS: usize = 128;
 /// Up to so many rows, the same for `b`.
 const IN_PLACE_ROWS: usize = 32;
-/// A piece of a [`Tiles`] is read by so many lines of so many numbers, or as wide as the block.
-const PIECE: (usize, usize) = (16, 256);
+/// Of a [`Tiles`], so many numbers of k are read at once: for all columns of a block, or for 16.
+const PIECE: (usize, usize) = (32, 256);
 /// Panels of `a` that one task packs.
 const PANELS_TO_PACK: usize = 2;
 
@@ -281,12 +281,14 @@ impl<'a> Product<'a> {
                 } else {
                     self.pack_cols(&k, &cols, buffer);
                     let panel = COLS * self.engine.words(k.len());
-                    for row in rows.clone() {
-                        for (start, b) in cols.clone().step_by(COLS).zip(buffer.chunks(panel)) {
-                            let cols = start..cols.end.min(start + COLS);
-                            self.tile(row, &k, &cols, (b.as_ptr(), COLS), beta, packed);
+                    self.engine.ready(|| {
+                        for row in rows.clone() {
+                            for (start, b) in cols.clone().step_by(COLS).zip(buffer.chunks(panel)) {
+                                let cols = start..cols.end.min(start + COLS);
+                                self.tile(row, &k, &cols, (b.as_ptr(), COLS), beta, packed);
+                            }
                         }
-                    }
+                    });
                 }
             }
         });
@@ -347,7 +349,7 @@ impl<'a> Product<'a> {
                     pack(half, 0, source);
                 }
             }
-            Right::Tiles { w, transposed: true } => lend(&scratch::PIECE, PIECE.0 * PIECE.1, |piece| {
+            Right::Tiles { w, transposed: true } => lend(&scratch::PIECE, 16 * PIECE.1, |piece| {
                 for half in 0..halves {
                     let first = cols.start + half * 16;
                     for start in k.clone().step_by(PIECE.1) {

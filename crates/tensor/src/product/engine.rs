@@ -1,42 +1,78 @@
 //! Which instructions multiply, and the shapes that they ask for.
 
-use super::Precision;
-use super::kernel_avx512 as avx512;
 pub(super) use super::kernel_avx512::{COLS, Tile};
 use super::pack::{self, Source};
+use super::{Precision, kernel_amx as amx, kernel_avx512 as avx512};
 
 /// A family of micro-kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Engine {
     /// AVX-512 on f32.
     F32,
+    /// AVX512_BF16 on pairs of bf16.
+    Bf16,
+    /// AMX on pairs of bf16.
+    Amx,
 }
 
 impl Engine {
     /// The fastest of this CPU, if any is ours.
-    pub(super) fn of(precision: Precision) -> Option<Engine> {
-        let _ = precision;
+    pub(super) fn of(precision: Precision, m: usize, k: usize, n: usize) -> Option<Engine> {
+        // Thin products wait for memory: rounding would only add to them.
+        let thin = m.min(n).min(k) < THIN;
+        match precision {
+            Precision::Bf16 if !thin => Engine::bf16().or(Engine::f32()),
+            _ => Engine::f32(),
+        }
+    }
+
+    /// The one for f32.
+    pub(super) fn f32() -> Option<Engine> {
         is_x86_feature_detected!("avx512f").then_some(Engine::F32)
+    }
+
+    /// The one for bf16.
+    pub(super) fn bf16() -> Option<Engine> {
+        if amx::available() {
+            Some(Engine::Amx)
+        } else if is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512bw") {
+            Some(Engine::Bf16)
+        } else {
+            None
+        }
+    }
+
+    /// The instruction set's name.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Engine::F32 => "AVX-512",
+            Engine::Bf16 => "AVX512_BF16",
+            Engine::Amx => "AMX-BF16",
+        }
     }
 
     /// Most rows of a tile.
     pub(super) fn rows(self) -> usize {
-        avx512::ROWS
+        if self == Engine::Amx { amx::SIDE } else { avx512::ROWS }
     }
 
     /// Rows of each tile, as even as may be.
     pub(super) fn tile_rows(self, rows: usize) -> usize {
-        rows.div_ceil(rows.div_ceil(self.rows()))
+        if self == Engine::Amx { amx::SIDE } else { rows.div_ceil(rows.div_ceil(avx512::ROWS)) }
     }
 
     /// 32-bit words that so many numbers of k take.
     pub(super) fn words(self, depth: usize) -> usize {
-        depth
+        match self {
+            Engine::F32 => depth,
+            Engine::Bf16 => depth.div_ceil(2),
+            Engine::Amx => depth.div_ceil(2).next_multiple_of(amx::WORDS),
+        }
     }
 
     /// 32-bit words that a panel of `a` takes.
     pub(super) fn panel(self, words: usize) -> usize {
-        16 * words
+        if self == Engine::Amx { amx::SIDE * words } else { LANES * words }
     }
 
     /// Operands needn't be packed.
@@ -46,14 +82,33 @@ impl Engine {
 
     /// A number of `b` is packed in the time of multiplying it by so many rows.
     pub(super) fn rows_per_packing(self) -> usize {
-        8
+        match self {
+            Engine::F32 => 8,
+            Engine::Bf16 => 16,
+            Engine::Amx => 128,
+        }
     }
 
+    /// Packs a panel of `a`.
+    ///
     /// # Safety
     /// `source` can be read, and `out` written for [`Engine::panel`] words.
     pub(super) unsafe fn pack_rows(self, source: Source, out: *mut f32) {
         // SAFETY: the caller's; the engine exists only where its instructions do.
-        unsafe { pack::pack_f32(source, out, 16) }
+        unsafe {
+            match self {
+                Engine::F32 => pack::pack_f32(source, out, LANES),
+                Engine::Bf16 => pack::pack_bf16(source, out, LANES),
+                Engine::Amx => {
+                    let step = amx::SIDE * amx::WORDS;
+                    let (upper, lower) = source.halves();
+                    pack::pack_bf16_tiles(upper, out, step);
+                    if lower.lanes > 0 {
+                        pack::pack_bf16_tiles(lower, out.wrapping_add(step / 2), step);
+                    }
+                }
+            }
+        }
     }
 
     /// Packs 16 columns of a panel; `last` when k ends here.
@@ -61,16 +116,41 @@ impl Engine {
     /// # Safety
     /// `source` can be read, and `out` written in steps of [`COLS`].
     pub(super) unsafe fn pack_cols(self, source: Source, out: *mut f32, last: bool) {
-        let _ = last;
         // SAFETY: the caller's; the engine exists only where its instructions do.
-        unsafe { pack::pack_f32(source, out, COLS) }
+        unsafe {
+            if self == Engine::F32 {
+                return pack::pack_f32(source, out, COLS);
+            }
+            pack::pack_bf16(source, out, COLS);
+            if last {
+                for word in source.depth.div_ceil(2)..self.words(source.depth) {
+                    out.wrapping_add(word * COLS).write_bytes(0, LANES);
+                }
+            }
+        }
+    }
+
+    /// Runs `work`, in which [`Engine::multiply`] may be called and foreign code may not.
+    pub(super) fn ready<R>(self, work: impl FnOnce() -> R) -> R {
+        if self == Engine::Amx { amx::with_tiles(work) } else { work() }
     }
 
     /// # Safety
     /// As [`avx512::Kernel`], for so many rows.
     pub(super) unsafe fn multiply(self, rows: usize, by_rows: bool, tile: &Tile) {
-        let table = if by_rows { &avx512::ROWS_F32 } else { &avx512::INTERLEAVED_F32 };
+        let table = match self {
+            // SAFETY: the caller's.
+            Engine::Amx => return unsafe { amx::multiply(rows, tile) },
+            Engine::Bf16 => &avx512::INTERLEAVED_BF16,
+            Engine::F32 if by_rows => &avx512::ROWS_F32,
+            Engine::F32 => &avx512::INTERLEAVED_F32,
+        };
         // SAFETY: the caller's; the engine exists only where its instructions do.
-        unsafe { table[usize::from(tile.cols > 16)][rows - 1](tile) }
+        unsafe { table[usize::from(tile.cols > LANES)][rows - 1](tile) }
     }
 }
+
+/// Lanes of a vector.
+const LANES: usize = 16;
+/// A side shorter than this makes a product thin.
+const THIN: usize = 32;

@@ -115,6 +115,13 @@ macro_rules! interleaved {
 }
 
 interleaved!(interleaved_f32, "avx512f", |acc, x, y| _mm512_fmadd_ps(x, y, acc));
+interleaved!(interleaved_bf16, "avx512f,avx512bf16", |acc, x, y| {
+    _mm512_dpbf16_ps(
+        acc,
+        std::mem::transmute::<__m512, __m512bh>(x),
+        std::mem::transmute::<__m512, __m512bh>(y),
+    )
+});
 
 /// `a` lies as rows × k, as the caller's matrix usually does.
 ///
@@ -166,3 +173,5 @@ macro_rules! table {
 pub(super) static INTERLEAVED_F32: [[Kernel; ROWS]; 2] = table!(interleaved_f32);
 /// The same.
 pub(super) static ROWS_F32: [[Kernel; ROWS]; 2] = table!(rows_f32);
+/// The same.
+pub(super) static INTERLEAVED_BF16: [[Kernel; ROWS]; 2] = table!(interleaved_bf16);

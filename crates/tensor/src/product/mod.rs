@@ -9,6 +9,8 @@ mod blocked;
 #[cfg(target_arch = "x86_64")]
 mod engine;
 #[cfg(target_arch = "x86_64")]
+mod kernel_amx;
+#[cfg(target_arch = "x86_64")]
 mod kernel_avx512;
 #[cfg(target_arch = "x86_64")]
 mod pack;
@@ -22,11 +24,14 @@ use std::ops::Range;
 use crate::tensor::Real;
 
 /// How exactly products are computed on the CPU. Sums are always kept in f32 (or f64).
+///
+/// [`bf16_products`] says what the second choice comes to here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Precision {
     /// Operands as they are.
     Full,
-    /// f32 operands are rounded to bf16 first, where the CPU multiplies these faster.
+    /// f32 operands are rounded to bf16 (nearest even) first, where the CPU multiplies these faster:
+    /// thin products, and all products of CPUs without such instructions, stay as with `Full`.
     Bf16,
 }
 
@@ -143,6 +148,28 @@ pub trait Tiles: Sync {
     fn read(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [f32]);
 }
 
+/// The instructions that [`Precision::Bf16`] uses on this CPU; without any it changes nothing.
+pub fn bf16_products() -> Option<&'static str> {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(engine) = engine::Engine::bf16() {
+        return Some(engine.name());
+    }
+    None
+}
+
+/// How this CPU multiplies, for people: "f32 with AVX-512, bf16 with AMX-BF16".
+pub fn cpu_products() -> String {
+    #[cfg(target_arch = "x86_64")]
+    let full = engine::Engine::f32().map(|it| it.name());
+    #[cfg(not(target_arch = "x86_64"))]
+    let full: Option<&str> = None;
+    let full = full.unwrap_or("the gemm crate");
+    match bf16_products() {
+        Some(half) => format!("f32 with {full}, bf16 with {half}"),
+        None => format!("f32 with {full}, no faster bf16"),
+    }
+}
+
 /// `c = alpha·a·b + beta·c` on all cores. With `beta` 0, what `c` held is not read.
 pub fn matmul<T: Real>(
     precision: Precision,
@@ -186,7 +213,7 @@ pub fn matmul_tiles(
     }
     let threads = threads(a.rows, k, n);
     #[cfg(target_arch = "x86_64")]
-    if let Some(engine) = engine::Engine::of(precision) {
+    if let Some(engine) = engine::Engine::of(precision, a.rows, k, n) {
         return blocked::product(engine, alpha, a, blocked::Right::Tiles { w, transposed }, beta, c, threads);
     }
     let _ = precision;
@@ -208,7 +235,9 @@ fn dense<T: Real>(
         return;
     }
     #[cfg(target_arch = "x86_64")]
-    if let (Some(engine), Some(a), Some(b)) = (engine::Engine::of(precision), a.as_f32(), b.as_f32()) {
+    if let (Some(a), Some(b)) = (a.as_f32(), b.as_f32())
+        && let Some(engine) = engine::Engine::of(precision, a.rows, a.cols, b.cols)
+    {
         let (alpha, beta) = (alpha.wide() as f32, beta.wide() as f32);
         let c = c.into_f32().expect("the type of a");
         return blocked::product(engine, alpha, a, blocked::Right::Dense(b), beta, c, threads);

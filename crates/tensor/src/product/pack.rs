@@ -11,9 +11,21 @@ pub(super) struct Source {
     pub(super) data: *const f32,
     pub(super) lane_step: usize,
     pub(super) depth_step: usize,
-    /// At most 16 lanes exist; the others are packed as zeros.
+    /// How many lanes exist. At most 16 are packed; those that don't exist as zeros.
     pub(super) lanes: usize,
     pub(super) depth: usize,
+}
+
+impl Source {
+    /// Of up to 32 lanes, the first 16 and the others.
+    pub(super) fn halves(self) -> (Source, Source) {
+        let lower = Source {
+            data: self.data.wrapping_add(16 * self.lane_step),
+            lanes: self.lanes.saturating_sub(16),
+            ..self
+        };
+        (Source { lanes: self.lanes.min(16), ..self }, lower)
+    }
 }
 
 /// Word p of lane l goes to `out[p · step + l]` for all 16 lanes.
@@ -91,4 +103,119 @@ pub(super) fn transpose(r: [__m512i; 16]) -> [__m512i; 16] {
         out[12 + j] = _mm512_shuffle_i32x4::<0xdd>(b, d);
     }
     out
+}
+
+/// The same in bf16: word p of lane l holds depths 2 p (low half) and 2 p + 1.
+///
+/// # Safety
+/// As [`pack_f32`], with AVX512_BF16 and AVX-512BW.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+pub(super) unsafe fn pack_bf16(source: Source, out: *mut f32, step: usize) {
+    let words = source.depth.div_ceil(2);
+    let mut word = 0;
+    while word < words {
+        let count = (words - word).min(16);
+        let out = out.wrapping_add(word * step);
+        // SAFETY: the caller's.
+        unsafe {
+            if source.lane_step == 1 {
+                for (q, col) in columns(source, word, count).iter().enumerate().take(count) {
+                    _mm512_storeu_si512(out.add(q * step).cast(), *col);
+                }
+            } else {
+                for (q, col) in transpose(rows(source, word)).iter().enumerate().take(count) {
+                    _mm512_storeu_si512(out.add(q * step).cast(), *col);
+                }
+            }
+        }
+        word += 16;
+    }
+}
+
+/// In bf16 as tile registers take `a`: 16 words of a lane side by side, then the next lane. Words
+/// past the depth are zeros, to a multiple of 16.
+///
+/// # Safety
+/// As [`pack_bf16`].
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+pub(super) unsafe fn pack_bf16_tiles(source: Source, out: *mut f32, step: usize) {
+    let words = source.depth.div_ceil(2);
+    for (index, word) in (0..words).step_by(16).enumerate() {
+        let out = out.wrapping_add(index * step);
+        // SAFETY: the caller's.
+        unsafe {
+            let rows = if source.lane_step == 1 {
+                transpose(columns(source, word, (words - word).min(16)))
+            } else {
+                rows(source, word)
+            };
+            for (l, row) in rows.iter().enumerate() {
+                _mm512_storeu_si512(out.add(16 * l).cast(), *row);
+            }
+        }
+    }
+}
+
+/// 16 words of each lane from `word` on, where a lane's numbers are side by side or anywhere.
+///
+/// # Safety
+/// As [`pack_bf16`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn rows(source: Source, word: usize) -> [__m512i; 16] {
+    let left = source.depth - 2 * word;
+    let (low, high) = (lanes(left), lanes(left.saturating_sub(16)));
+    let mut rows = [_mm512_setzero_si512(); 16];
+    for (l, row) in rows.iter_mut().enumerate().take(source.lanes) {
+        let at = source.data.wrapping_add(l * source.lane_step + 2 * word * source.depth_step);
+        // SAFETY: masks and counts keep to the depth that exists.
+        *row = unsafe {
+            if source.depth_step == 1 {
+                let low = _mm512_maskz_loadu_ps(low, at);
+                round(low, _mm512_maskz_loadu_ps(high, at.wrapping_add(16)))
+            } else {
+                let mut numbers = [0.0; 32];
+                for (p, number) in numbers.iter_mut().enumerate().take(left) {
+                    *number = *at.add(p * source.depth_step);
+                }
+                round(_mm512_loadu_ps(numbers.as_ptr()), _mm512_loadu_ps(numbers.as_ptr().add(16)))
+            }
+        };
+    }
+    rows
+}
+
+/// So many words of all lanes from `word` on, where numbers of one depth are side by side.
+///
+/// # Safety
+/// As [`pack_bf16`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn columns(source: Source, word: usize, count: usize) -> [__m512i; 16] {
+    let mask = lanes(source.lanes);
+    let pairs = _mm512_set_epi16(
+        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18,
+        2, 17, 1, 16, 0,
+    );
+    let mut columns = [_mm512_setzero_si512(); 16];
+    for (q, column) in columns.iter_mut().enumerate().take(count) {
+        let p = 2 * (word + q);
+        // SAFETY: the mask keeps to the lanes that exist, the comparison to the depth.
+        let (even, odd) = unsafe {
+            let at = source.data.wrapping_add(p * source.depth_step);
+            let even = _mm512_maskz_loadu_ps(mask, at);
+            let mask = if p + 1 < source.depth { mask } else { 0 };
+            (even, _mm512_maskz_loadu_ps(mask, at.wrapping_add(source.depth_step)))
+        };
+        *column = _mm512_permutexvar_epi16(pairs, round(even, odd));
+    }
+    columns
+}
+
+/// To bf16, nearest even; the first 16 come first.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn round(first: __m512, second: __m512) -> __m512i {
+    // SAFETY: both are 512 bits without meaning.
+    unsafe { std::mem::transmute(_mm512_cvtne2ps_pbh(second, first)) }
 }

@@ -228,3 +228,47 @@ fn short_operands_are_refused() {
     let a = Matrix { data: &[0.0f32; 5], rows: 2, cols: 3, row_stride: 3, col_stride: 1 };
     matmul(Precision::Full, 1.0, a, Matrix::new(&[0.0; 3], 3, 1), 0.0, MatrixMut::new(&mut [0.0; 2], 2, 1));
 }
+
+/// On a CPU without AMX this checks the packed layout through a model of the instructions.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn amx_products_equal_plain_loops() {
+    use blocked::{Right, product};
+    if !is_x86_feature_detected!("avx512bf16") || !is_x86_feature_detected!("avx512bw") {
+        return;
+    }
+    for (m, k, n) in SHAPES {
+        for left in [Lie::Rows, Lie::Columns, Lie::Strided] {
+            let mut a = Vec::new();
+            let a = lay(left, &mut a, m, k);
+            let w = Grid::new(n, k);
+            let b = |p: usize, j: usize| f64::from(w.values[j * k + p]);
+            check_product("AMX, transposed tiles", Precision::Bf16, a, &b, n, |alpha, beta, c| {
+                let b = Right::Tiles { w: &w, transposed: true };
+                product(engine::Engine::Amx, alpha, a, b, beta, c, 2);
+            });
+            let w = Grid::new(k, n);
+            let b = |p: usize, j: usize| f64::from(w.values[p * n + j]);
+            check_product("AMX, tiles", Precision::Bf16, a, &b, n, |alpha, beta, c| {
+                let b = Right::Tiles { w: &w, transposed: false };
+                product(engine::Engine::Amx, alpha, a, b, beta, c, 2);
+            });
+        }
+    }
+}
+
+#[test]
+fn bf16_products_round_each_operand_once() {
+    // Products of numbers that bf16 holds are exact; what it doesn't hold is rounded, if at all.
+    let (m, k, n) = (64, 64, 64);
+    let a: Vec<f32> = (0..m * k).map(|it| (it % 17) as f32 - 8.0).collect();
+    let b: Vec<f32> = (0..k * n).map(|it| (it % 13) as f32 / 4.0).collect();
+    let (mut full, mut half) = (vec![0.0; m * n], vec![0.0; m * n]);
+    let product = |precision, c: &mut [f32]| {
+        matmul(precision, 1.0, Matrix::new(&a, m, k), Matrix::new(&b, k, n), 0.0, MatrixMut::new(c, m, n));
+    };
+    product(Precision::Full, &mut full);
+    product(Precision::Bf16, &mut half);
+    assert_eq!(full, half);
+    eprintln!("{}", cpu_products());
+}
