@@ -91,7 +91,7 @@ impl Console {
     pub fn error(&self, error: &anyhow::Error) {
         match error.downcast_ref::<Usage>() {
             Some(Usage(mistakes)) => mistakes.iter().for_each(|it| self.say("error", Color::Red, it)),
-            None => self.say("error", Color::Red, format!("{error:#}").replace('\n', " ")),
+            None => self.say("error", Color::Red, chain(error)),
         }
     }
 
@@ -100,6 +100,20 @@ impl Console {
         // With nowhere to say it, there is nothing left to do.
         let _ = writeln!(io::stderr().lock(), "{kind}: {message}");
     }
+}
+
+/// The causes on one line. A message that ends with its cause already is not said twice.
+fn chain(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain() {
+        let cause = cause.to_string();
+        if text.is_empty() {
+            text = cause;
+        } else if !text.ends_with(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text.replace('\n', " ")
 }
 
 /// The few colours in use; all of them read on dark and on light.

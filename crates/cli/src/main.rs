@@ -10,6 +10,7 @@ mod commands;
 mod config;
 mod console;
 mod machine;
+mod run;
 
 use std::process::ExitCode;
 

@@ -1,9 +1,23 @@
 //! `ferrotune debug`: JSON for bug reports and comparisons.
 
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::ops::Range;
+use std::path::Path;
+
+use anyhow::Context as _;
+use ferrotune_data::{
+    Conversation, Error, Place, Row, Template, assistant_spans, encode_conversation, formats,
+    mark_conversation,
+};
+use serde_json::{Map, Value, json};
+
 use crate::Outcome;
 use crate::args::{LogitsArgs, RenderArgs, TokenizeArgs};
 use crate::config::RunConfig;
-use crate::console::Console;
+use crate::console::{Console, Usage};
+use crate::run::{Vocabulary, mark_options};
 
 /// Logits of token ids.
 pub fn logits(args: &LogitsArgs, _console: &Console) -> anyhow::Result<Outcome> {
@@ -11,12 +25,117 @@ pub fn logits(args: &LogitsArgs, _console: &Console) -> anyhow::Result<Outcome> 
     anyhow::bail!("`ferrotune debug logits` is not built yet")
 }
 
-/// Token ids of a text.
-pub fn tokenize(_args: &TokenizeArgs, _console: &Console) -> anyhow::Result<Outcome> {
-    anyhow::bail!("`ferrotune debug tokenize` is not built yet")
+/// `{"ids": […], "tokens": […]}`: ids of a text, and how the vocabulary writes each.
+pub fn tokenize(args: &TokenizeArgs, console: &Console) -> anyhow::Result<Outcome> {
+    let tokenizer = vocabulary(&args.model, console)?.tokenizer;
+    let text = match &args.text {
+        Some(text) => text.clone(),
+        None => input(None)?,
+    };
+    let ids = match args.control_tokens {
+        true => tokenizer.encode_with_control(&text)?,
+        false => tokenizer.encode_plain(&text)?,
+    };
+    let tokens: Vec<Option<String>> = ids.iter().map(|id| tokenizer.piece(*id)).collect();
+    print(console, &json!({ "ids": ids, "tokens": tokens }))
 }
 
-/// A rendered conversation.
-pub fn render(_args: &RenderArgs, _console: &Console) -> anyhow::Result<Outcome> {
-    anyhow::bail!("`ferrotune debug render` is not built yet")
+/// `{"text": …, "trained": [[start, end], …], "ids": […], "trained_tokens": […]}`: a conversation as the model sees
+/// it; spans are in bytes of the text.
+pub fn render(args: &RenderArgs, console: &Console) -> anyhow::Result<Outcome> {
+    let (conversation, special_tokens) = conversation(&input(args.conversation.as_deref())?)?;
+    let mut vocabulary = args.model.as_deref().map(|model| vocabulary(model, console)).transpose()?;
+    if let Some(file) = &args.template {
+        let source = fs::read_to_string(file).with_context(|| format!("can't read {}", file.display()))?;
+        let special = vocabulary.as_ref().map_or(&special_tokens, |it| it.tokenizer.special_tokens());
+        let template = Template::new(&file.display().to_string(), &source, special)?;
+        match &mut vocabulary {
+            Some(vocabulary) => vocabulary.template = template,
+            None => return render_text(&conversation, &template, args.generation_prompt, console),
+        }
+    }
+    let Some(vocabulary) = vocabulary else {
+        return Err(Usage::one("expected --model or --template").into());
+    };
+    let Vocabulary { tokenizer, template } = &vocabulary;
+    if args.generation_prompt {
+        return render_text(&conversation, template, true, console);
+    }
+    let options = mark_options(&RunConfig { cutoff_len: usize::MAX, ..RunConfig::default() });
+    let marked = mark_conversation(&conversation, template, tokenizer, &options)?;
+    let (ids, trained) = match encode_conversation(&conversation, template, tokenizer, &options) {
+        Ok(sample) => (sample.tokens, sample.trained),
+        // Without an answer there is nothing to train on, but still something to see.
+        Err(Error::Sample(_)) => {
+            let ids = tokenizer.encode_segments(&marked.text, &marked.typed)?.ids;
+            let trained = vec![false; ids.len()];
+            (ids, trained)
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let trained: Vec<u8> = trained.into_iter().map(u8::from).collect();
+    let spans = pairs(&marked.trained);
+    print(console, &json!({ "text": marked.text, "trained": spans, "ids": ids, "trained_tokens": trained }))
+}
+
+/// A conversation without tokens.
+fn render_text(
+    conversation: &Conversation,
+    template: &Template,
+    generation_prompt: bool,
+    console: &Console,
+) -> anyhow::Result<Outcome> {
+    let (messages, tools) = (conversation.to_json(None), conversation.tools.as_ref());
+    if generation_prompt {
+        let rendered = template.render(&messages, tools, true, &Map::new())?;
+        return print(console, &json!({ "text": rendered.text }));
+    }
+    let spans = assistant_spans(template, &messages, tools, &Map::new())?;
+    let ranges: Vec<Range<usize>> = spans.turns.iter().map(|turn| turn.range.clone()).collect();
+    print(console, &json!({ "text": spans.text, "trained": pairs(&ranges) }))
+}
+
+fn pairs(ranges: &[Range<usize>]) -> Vec<[usize; 2]> {
+    ranges.iter().map(|range| [range.start, range.end]).collect()
+}
+
+fn vocabulary(model: &str, console: &Console) -> anyhow::Result<Vocabulary> {
+    let config = RunConfig { model_name_or_path: Some(model.to_string()), ..RunConfig::default() };
+    Vocabulary::open(&config, console)
+}
+
+/// A file, or standard input.
+fn input(file: Option<&Path>) -> anyhow::Result<String> {
+    match file {
+        Some(path) => fs::read_to_string(path).with_context(|| format!("can't read {}", path.display())),
+        None => {
+            let mut text = String::new();
+            std::io::stdin().lock().read_to_string(&mut text).context("can't read standard input")?;
+            Ok(text)
+        }
+    }
+}
+
+/// A row of any format there is, or a bare list of messages; beside it `special_tokens` for templates without a model.
+fn conversation(text: &str) -> anyhow::Result<(Conversation, BTreeMap<String, String>)> {
+    let value: Value = serde_json::from_str(text).context("the conversation is not JSON")?;
+    let mut fields = match value {
+        Value::Object(fields) => fields,
+        messages => Map::from_iter([("messages".to_string(), messages)]),
+    };
+    let special_tokens = match fields.remove("special_tokens") {
+        Some(tokens) => {
+            serde_json::from_value(tokens).context("`special_tokens`: expected names with texts")?
+        }
+        None => BTreeMap::new(),
+    };
+    let rows = [Row { place: Place::new("conversation", 1), fields }];
+    Ok((formats::recognise(&rows)?.conversation(&rows[0])?, special_tokens))
+}
+
+fn print(console: &Console, value: &Value) -> anyhow::Result<Outcome> {
+    let mut out = console.out();
+    writeln!(out, "{value}")?;
+    out.flush()?;
+    Ok(Outcome::Done)
 }

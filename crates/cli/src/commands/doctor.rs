@@ -1,7 +1,7 @@
 //! `ferrotune doctor`: what this machine has, and what will run on it.
 
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use ferrotune_tensor::cuda_status;
 
@@ -50,7 +50,7 @@ pub fn run(console: &Console) -> anyhow::Result<Outcome> {
         line(&format!("lib{}", library.name), found)?;
     }
 
-    let cache = model_cache();
+    let cache = machine::model_cache();
     line("model cache", format!("{}, {}", cache.display(), cache_state(&cache)))?;
     line("training", will_use(&features))?;
     out.flush()?;
@@ -74,15 +74,6 @@ fn memory() -> String {
     let limit = machine::cgroup_memory().filter(|limit| *limit < total);
     let limit = limit.map_or(String::new(), |limit| format!("; the container allows {}", bytes(limit)));
     format!("{}, {} available{limit}", bytes(total), bytes(available))
-}
-
-/// `$FERROTUNE_HOME`, or the cache folder that the system has for programs.
-fn model_cache() -> PathBuf {
-    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let home = || set("HOME").or_else(|| set("USERPROFILE")).unwrap_or_default().join(".cache");
-    let root =
-        set("FERROTUNE_HOME").unwrap_or_else(|| set("XDG_CACHE_HOME").unwrap_or_else(home).join("ferrotune"));
-    root.join("models")
 }
 
 fn cache_state(cache: &Path) -> String {

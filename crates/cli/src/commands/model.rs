@@ -1,12 +1,84 @@
-//! `ferrotune model`
+//! `ferrotune model`: family, parameters, and the memory that training takes in each mode.
+
+use std::io::Write as _;
+
+use ferrotune_model::source::FileKind;
+use ferrotune_model::spec::{BaseWeights, MemoryPlan};
 
 use crate::Outcome;
 use crate::args::ModelArgs;
 use crate::config::RunConfig;
-use crate::console::Console;
+use crate::console::{Color, Console, bytes, thousands};
+use crate::machine;
+use crate::run::OpenModel;
 
-/// Shows family, parameters and memory.
-pub fn run(args: &ModelArgs, _console: &Console) -> anyhow::Result<Outcome> {
-    let _config = RunConfig::load(None, &args.overrides)?;
-    anyhow::bail!("`ferrotune model` is not built yet")
+/// Prints what the model is made of, and a table of memory.
+pub fn run(args: &ModelArgs, console: &Console) -> anyhow::Result<Outcome> {
+    let mut config = RunConfig::load(None, &args.overrides)?;
+    config.model_name_or_path = Some(args.name.clone());
+    let model = OpenModel::open(&config, console)?;
+    let (files, spec) = (&model.files, &model.files.spec);
+    let mut out = console.out();
+    let mut line = |name: &str, value: String| {
+        let name = Color::Bold.paint(console.color_out, &format!("{name:<11}"));
+        writeln!(out, "{name} {value}")
+    };
+
+    let kind = match files.kind {
+        FileKind::Folder => "folder",
+        FileKind::Gguf => "GGUF",
+    };
+    line("model", model.name.clone())?;
+    line("files", format!("{} ({kind})", files.path.display()))?;
+    line("family", spec.family.to_string())?;
+    if let Some(layer) = spec.layers.first() {
+        let attention = &layer.attention;
+        let shape = format!(
+            "{} of width {}; {} heads of {}, {} of keys and values; mlp {}",
+            spec.layers.len(),
+            thousands(spec.hidden_size as u64),
+            attention.num_attention_heads,
+            attention.head_dim,
+            attention.num_key_value_heads,
+            thousands(layer.mlp.intermediate_size as u64),
+        );
+        line("layers", shape)?;
+    }
+    line("vocabulary", format!("{} tokens", thousands(spec.vocab_size as u64)))?;
+    line("positions", thousands(spec.max_position_embeddings as u64))?;
+    let (all, linears) = (spec.parameter_count(), spec.linear_parameter_count());
+    line("parameters", format!("{}; {} in linear layers", thousands(all), thousands(linears)))?;
+    let adapters = spec.adapter_parameter_count(config.lora_rank);
+    let share = 100.0 * adapters as f64 / (all + adapters) as f64;
+    line(
+        "adapters",
+        format!("{} at rank {} on all linear layers ({share:.2} %)", thousands(adapters), config.lora_rank),
+    )?;
+
+    let tokens = config.per_device_train_batch_size * config.cutoff_len;
+    line("memory", format!("of training with micro-batches of {} tokens", thousands(tokens as u64)))?;
+    let header = ["weights", "adapters", "activations", "logits", "together"];
+    writeln!(out, "  {:<24}{}", "mode", header.map(|name| format!("{name:>13}")).concat())?;
+    for (name, base, recompute) in [
+        ("4 bit", BaseWeights::FourBit, false),
+        ("4 bit, recompute: all", BaseWeights::FourBit, true),
+        ("16 bit", BaseWeights::SixteenBit, false),
+        ("16 bit, recompute: all", BaseWeights::SixteenBit, true),
+    ] {
+        let plan = MemoryPlan { base, lora_rank: config.lora_rank, tokens, activation_bytes: 4, recompute };
+        let estimate = spec.memory(&plan);
+        let columns = [
+            estimate.linears + estimate.others,
+            estimate.adapters,
+            estimate.activations,
+            estimate.logits,
+            estimate.total(),
+        ];
+        writeln!(out, "  {name:<24}{}", columns.map(|count| format!("{:>13}", bytes(count))).concat())?;
+    }
+    if let Some(available) = machine::available_memory() {
+        writeln!(out, "  {} are available on this machine", bytes(available))?;
+    }
+    out.flush()?;
+    Ok(Outcome::Done)
 }

@@ -235,6 +235,12 @@ impl RunConfig {
         }
     }
 
+    /// Steps of the whole run, by `max_steps` or by `num_train_epochs`.
+    pub fn total_steps(&self, steps_per_epoch: usize) -> u64 {
+        let all = (self.num_train_epochs * steps_per_epoch as f64).ceil() as u64;
+        self.max_steps.0.unwrap_or(all)
+    }
+
     /// What no single key shows: values out of range and keys that contradict each other.
     pub(super) fn contradictions(&self) -> Vec<(&'static str, String)> {
         let mut wrong = Vec::new();

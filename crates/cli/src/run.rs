@@ -1,0 +1,238 @@
+//! A run opened and checked: everything that can be found wrong is, before the first step.
+//!
+//! What is cheap to check comes first: keys, folders, the model's header, its tokenizer and chat
+//! template, the data, and last the memory. The crates get plain values out of here, never the config.
+
+mod data;
+mod model;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, bail};
+use ferrotune_data::{BatchOptions, Batches};
+use ferrotune_model::spec::{BaseWeights, MemoryEstimate, MemoryPlan};
+use ferrotune_tensor::{Device, Precision};
+
+use crate::config::{QuantizationBit, Recompute, Resume, RunConfig};
+use crate::console::{Console, Usage, bytes};
+use crate::machine;
+
+pub use data::{OpenData, mark_options};
+pub use model::{OpenModel, Vocabulary};
+
+/// A training run, opened and checked.
+pub struct Run {
+    /// What was typed.
+    pub config: RunConfig,
+    /// Where the run is written; it exists.
+    pub output_dir: PathBuf,
+    /// The checkpoint to go on from.
+    pub resume_from: Option<PathBuf>,
+    /// What computes.
+    pub device: Device,
+    /// How exactly products are computed.
+    pub precision: Precision,
+    /// The base model's files, tokenizer and chat template.
+    pub model: OpenModel,
+    /// The samples.
+    pub data: OpenData,
+}
+
+impl Run {
+    /// Opens and checks everything that training needs; what is only doubtful is said on the console.
+    ///
+    /// # Errors
+    /// At the first thing that is missing or wrong, cheapest checks first.
+    pub fn open(config: RunConfig, console: &Console) -> anyhow::Result<Run> {
+        config.notes.iter().for_each(|note| console.note(note));
+        if !config.do_train {
+            return Err(mistake(&config, "do_train", "nothing to do; this verb trains"));
+        }
+        if config.adapter_name_or_path.is_some() {
+            let message = "training an existing adapter further is not there yet; leave it out";
+            return Err(mistake(&config, "adapter_name_or_path", message));
+        }
+        if config.dataset.is_empty() {
+            return Err(mistake(
+                &config,
+                "dataset",
+                "no data set is named; give a path, or a name in dataset_info.json",
+            ));
+        }
+        let (output_dir, resume_from) = output(&config)?;
+        set_threads(&config);
+        let (device, precision) = open_device(&config, console)?;
+        let model = OpenModel::open(&config, console)?;
+        let data = OpenData::open(&config, &model.vocabulary)?;
+        data.warn(console);
+        check_fit(&config, &model, &data, console)?;
+        check_memory(&memory(&config, &model, data.longest_batch(&config)), console)?;
+        fs::create_dir_all(&output_dir).with_context(|| format!("can't create {}", output_dir.display()))?;
+        Ok(Run { config, output_dir, resume_from, device, precision, model, data })
+    }
+
+    /// The batches of the run; takes the samples out of `data`.
+    ///
+    /// # Errors
+    /// When a sample does not fit its pack.
+    pub fn batches(&mut self) -> anyhow::Result<Batches> {
+        let options = BatchOptions {
+            per_device_train_batch_size: self.config.per_device_train_batch_size,
+            packing: self.config.packing,
+            cutoff_len: self.config.cutoff_len,
+            seed: self.config.seed,
+            shuffle: true,
+        };
+        Ok(Batches::new(std::mem::take(&mut self.data.samples), options)?)
+    }
+}
+
+/// A mistake in a key, with its place.
+pub fn mistake(config: &RunConfig, key: &str, message: &str) -> anyhow::Error {
+    Usage::one(format!("{}`{key}`: {message}", config.place(key))).into()
+}
+
+/// Limits the threads of the process, where the config does.
+pub fn set_threads(config: &RunConfig) {
+    if let Some(threads) = config.num_threads {
+        // It fails only when a pool is there already, which then keeps its size.
+        let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    }
+}
+
+/// Opens the device and chooses how it computes.
+///
+/// # Errors
+/// When the device can't be used, or can't compute in the type asked for.
+pub fn open_device(config: &RunConfig, console: &Console) -> anyhow::Result<(Device, Precision)> {
+    let device = match Device::open(&config.device) {
+        Ok(device) => device,
+        Err(error) => bail!("{}{error}", config.place("device")),
+    };
+    let on_cpu = matches!(device, Device::Cpu);
+    if config.fp16 && on_cpu {
+        let message =
+            "training in f16 needs a GPU, and this runs on the cpu; use `bf16: true`, or leave both out";
+        return Err(mistake(config, "fp16", message));
+    }
+    if config.bf16 && on_cpu && !machine::has_fast_bf16() {
+        console.note("`bf16`: this cpu multiplies bf16 no faster; products are computed in f32");
+    }
+    let precision = if config.bf16 || config.fp16 { Precision::Bf16 } else { Precision::Full };
+    Ok((device, precision))
+}
+
+/// The folder to write into, and the checkpoint to go on from.
+fn output(config: &RunConfig) -> anyhow::Result<(PathBuf, Option<PathBuf>)> {
+    let Some(folder) = config.output_dir.clone() else {
+        return Err(mistake(config, "output_dir", "no folder is named to write the run into"));
+    };
+    let wrong = |message: String| Err(mistake(config, "output_dir", &message));
+    if folder.exists() && !folder.is_dir() {
+        return wrong(format!("`{}` is a file, expected a folder", folder.display()));
+    }
+    let newest = newest_checkpoint(&folder);
+    let resume_from = match &config.resume_from_checkpoint {
+        Resume::No => None,
+        Resume::Auto => newest,
+        Resume::Newest => {
+            let Some(newest) = newest else {
+                let message = format!(
+                    "`{}` has no checkpoint to go on from; `auto` starts anew in that case",
+                    folder.display()
+                );
+                return Err(mistake(config, "resume_from_checkpoint", &message));
+            };
+            Some(newest)
+        }
+        Resume::From(checkpoint) if checkpoint.is_dir() => Some(checkpoint.clone()),
+        Resume::From(checkpoint) => {
+            let message = format!("there is no folder `{}`", checkpoint.display());
+            return Err(mistake(config, "resume_from_checkpoint", &message));
+        }
+    };
+    let empty = match fs::read_dir(&folder) {
+        Ok(mut entries) => entries.next().is_none(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => true,
+        Err(error) => return wrong(format!("can't read `{}`: {error}", folder.display())),
+    };
+    if !empty && !config.overwrite_output_dir && config.resume_from_checkpoint == Resume::No {
+        return wrong(format!(
+            "`{}` is not empty; name another folder, set `overwrite_output_dir: true`, or go on with `resume_from_checkpoint: true`",
+            folder.display()
+        ));
+    }
+    Ok((folder, resume_from))
+}
+
+/// The `checkpoint-N` with the highest N.
+fn newest_checkpoint(folder: &Path) -> Option<PathBuf> {
+    let entries = fs::read_dir(folder).ok()?.flatten();
+    let numbered = entries.filter_map(|entry| {
+        let number = entry.file_name().to_str()?.strip_prefix("checkpoint-")?.parse::<u64>().ok()?;
+        entry.path().is_dir().then(|| (number, entry.path()))
+    });
+    numbered.max_by_key(|(number, _)| *number).map(|(_, path)| path)
+}
+
+/// Checks model and data against each other.
+fn check_fit(
+    config: &RunConfig,
+    model: &OpenModel,
+    data: &OpenData,
+    console: &Console,
+) -> anyhow::Result<()> {
+    let spec = &model.files.spec;
+    let highest = data.samples.iter().flat_map(|sample| &sample.tokens).max().copied().unwrap_or(0);
+    if highest as usize >= spec.vocab_size {
+        bail!(
+            "the tokenizer gives token {highest}, and the model has {} (0 to {}): they don't belong together",
+            spec.vocab_size,
+            spec.vocab_size - 1
+        );
+    }
+    let longest = data.report.lengths.last().copied().unwrap_or(0);
+    if longest > spec.max_position_embeddings {
+        console.warn(format!(
+            "the longest sample has {longest} tokens, and the model was made for {}; `cutoff_len` is {}",
+            spec.max_position_embeddings, config.cutoff_len
+        ));
+    }
+    Ok(())
+}
+
+/// What training takes, by the config, with micro-batches of this many tokens.
+pub fn memory(config: &RunConfig, model: &OpenModel, tokens: usize) -> MemoryEstimate {
+    let base = match config.quantization_bit {
+        Some(QuantizationBit::Four) => BaseWeights::FourBit,
+        None => BaseWeights::SixteenBit,
+    };
+    model.files.spec.memory(&MemoryPlan {
+        base,
+        lora_rank: config.lora_rank,
+        tokens,
+        activation_bytes: 4,
+        recompute: config.recompute_policy() == Recompute::All,
+    })
+}
+
+fn check_memory(estimate: &MemoryEstimate, console: &Console) -> anyhow::Result<()> {
+    let Some(available) = machine::available_memory() else { return Ok(()) };
+    let weights = estimate.linears + estimate.others + estimate.adapters;
+    if weights > available {
+        bail!(
+            "the model alone takes about {}, and {} of memory are available; take a smaller model, or set `quantization_bit: 4`",
+            bytes(weights),
+            bytes(available)
+        );
+    }
+    if estimate.total() > available {
+        console.warn(format!(
+            "training takes about {}, and {} of memory are available; lower `per_device_train_batch_size` or `cutoff_len`, or set `recompute: all`",
+            bytes(estimate.total()),
+            bytes(available)
+        ));
+    }
+    Ok(())
+}
