@@ -19,6 +19,9 @@ pub(crate) const BLOCK: usize = 64;
 /// Blocks that share a scale of scales.
 const GROUP: usize = 256;
 
+/// Keeps the reciprocal of a scale finite.
+const SMALLEST: f32 = 1e-38;
+
 /// How scales of blocks are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scales {
@@ -207,9 +210,12 @@ impl Weight for Nf4Weight {
 /// Writes the codes of up to 64 numbers, returns their scale.
 fn quantize_block(values: &[f32], codes: &mut [u8]) -> f32 {
     let largest = |max: f32, it: &f32| if it.abs() > max || it.is_nan() { it.abs() } else { max };
-    let absmax = values.iter().fold(0.0, largest);
+    let mut absmax = values.iter().fold(0.0, largest);
+    if values.len() < BLOCK {
+        absmax = absmax.max(SMALLEST); // bitsandbytes stores a last, partial block of zeros so
+    }
     // A block of zeros gets the code of zero.
-    let inverse = 1.0 / absmax.max(1e-38);
+    let inverse = 1.0 / absmax.max(SMALLEST);
     let mut of_element = [7u8; BLOCK];
     for (code, value) in of_element.iter_mut().zip(values) {
         let x = value * inverse;
@@ -229,7 +235,7 @@ fn nest(absmax: &[f32]) -> Absmax {
     let mut nested_absmax = Vec::new();
     for (group, codes) in absmax.chunks(GROUP).zip(codes.chunks_mut(GROUP)) {
         let largest = group.iter().fold(0.0f32, |max, it| max.max((it - offset).abs()));
-        let inverse = 1.0 / largest.max(1e-38);
+        let inverse = 1.0 / largest.max(SMALLEST);
         for (code, absmax) in codes.iter_mut().zip(group) {
             let x = (absmax - offset) * inverse;
             *code = midpoints.partition_point(|midpoint| x > *midpoint) as u8;
