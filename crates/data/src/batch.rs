@@ -224,3 +224,103 @@ fn mix(value: u64) -> u64 {
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     z ^ (z >> 31)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(length: usize, first: u32) -> Sample {
+        let tokens: Vec<u32> = (0..length as u32).map(|at| first + at).collect();
+        Sample { trained: tokens.iter().map(|token| token % 2 == 0).collect(), tokens, cut: 0 }
+    }
+
+    fn options() -> BatchOptions {
+        BatchOptions { per_device_train_batch_size: 2, packing: false, cutoff_len: 8, seed: 7, shuffle: true }
+    }
+
+    fn epoch(batches: &mut Batches) -> Vec<Batch> {
+        std::iter::from_fn(|| batches.next().unwrap()).collect()
+    }
+
+    #[test]
+    fn targets_stay_in_their_sequence() {
+        let batch = Batch::new([&sample(3, 10), &sample(2, 20)]);
+        assert_eq!(batch.tokens, [10, 11, 12, 20, 21]);
+        assert_eq!(batch.targets, [11, 12, 0, 21, 0]);
+        assert_eq!(batch.trained, [false, true, false, false, false]);
+        assert_eq!(batch.sequence_starts, [0, 3, 5]);
+        assert_eq!((batch.trained_tokens(), batch.sequences()), (1, 2));
+    }
+
+    #[test]
+    fn an_epoch_has_every_sample_once() {
+        let samples: Vec<Sample> = (0..7).map(|index| sample(1 + index, 100 * index as u32)).collect();
+        for packing in [false, true] {
+            let mut batches = Batches::new(samples.clone(), BatchOptions { packing, ..options() }).unwrap();
+            let (first, second) = (epoch(&mut batches), epoch(&mut batches));
+            assert_ne!(first, second);
+            for all in [&first, &second] {
+                assert_eq!(all.len(), batches.batches_per_epoch());
+                let starts = all.iter().flat_map(|batch| {
+                    let starts = &batch.sequence_starts[..batch.sequences()];
+                    starts.iter().map(|start| batch.tokens[*start as usize]).collect::<Vec<_>>()
+                });
+                let mut starts: Vec<u32> = starts.collect();
+                starts.sort_unstable();
+                assert_eq!(starts, [0, 100, 200, 300, 400, 500, 600], "{packing}");
+            }
+        }
+    }
+
+    #[test]
+    fn packing_fills_bins() {
+        let samples: Vec<Sample> = [5, 3, 4, 4, 8, 1].into_iter().map(|length| sample(length, 0)).collect();
+        let bins = packed(&samples, 8).unwrap();
+        assert_eq!(bins, [vec![4], vec![0, 1], vec![2, 3], vec![5]]);
+        let error = packed(&samples, 7).unwrap_err().to_string();
+        assert_eq!(error, "sample 4 has 8 tokens and does not fit a pack of cutoff_len 7");
+    }
+
+    #[test]
+    fn resuming_goes_on_exactly() {
+        let samples: Vec<Sample> = (0..9).map(|index| sample(4, 10 * index)).collect();
+        let mut batches = Batches::new(samples.clone(), options()).unwrap();
+        let mut all = Vec::new();
+        let mut cursors = Vec::new();
+        for _ in 0..14 {
+            cursors.push(batches.cursor());
+            all.push(batches.next().unwrap());
+        }
+        for (index, cursor) in cursors.iter().enumerate() {
+            let mut resumed = Batches::new(samples.clone(), options()).unwrap();
+            resumed.seek(*cursor);
+            for expected in &all[index..] {
+                assert_eq!(&resumed.next().unwrap(), expected);
+            }
+        }
+    }
+
+    #[test]
+    fn tokens_of_a_step_are_known_ahead() {
+        let samples: Vec<Sample> = (0..5).map(|index| sample(3 + index, 0)).collect();
+        let mut batches = Batches::new(samples, options()).unwrap();
+        assert_eq!((batches.batches_per_epoch(), batches.steps_per_epoch(2)), (3, 2));
+        let ahead = batches.trained_ahead(2);
+        let step: usize = (0..2).map(|_| batches.next().unwrap().unwrap().trained_tokens()).sum();
+        assert_eq!(ahead, step);
+        assert_eq!(batches.trained_ahead(2), batches.trained_ahead(1));
+    }
+
+    #[test]
+    fn the_order_is_fixed_by_seed_and_epoch() {
+        let order = |seed: u64, epoch: u64| {
+            let mut order: Vec<usize> = (0..8).collect();
+            shuffle(&mut order, seed, epoch);
+            order
+        };
+        assert_eq!(order(42, 0), order(42, 0));
+        assert_ne!(order(42, 0), order(42, 1));
+        assert_ne!(order(42, 0), order(43, 0));
+        assert_eq!(mix(0), 0xE220_A839_7B1D_CDAF);
+    }
+}

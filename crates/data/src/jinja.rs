@@ -564,3 +564,72 @@ fn tag_length(text: &str, close: &str) -> usize {
     }
     text.len()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(source: &str, expected: &str) {
+        let mut env = environment(Now::parse("2026-02-03T04:05:06").unwrap());
+        let (source, _) = rewrite(source);
+        env.add_template_owned("test", source).unwrap();
+        let value =
+            serde_json::json!({"b": [1, 2.0, "é<\"'"], "a": {"x": null, "y": true}, "e": [], "n": null});
+        let rendered =
+            env.get_template("test").unwrap().render(minijinja::context! { v => from_json(&value) });
+        let rendered = rendered.unwrap_or_else(|error| error.detail().unwrap_or("error").to_string());
+        assert_eq!(rendered, expected);
+    }
+
+    #[test]
+    fn tojson_is_json_dumps() {
+        check(
+            "{{ v | tojson }}",
+            r#"{"b": [1, 2.0, "é<\"'"], "a": {"x": null, "y": true}, "e": [], "n": null}"#,
+        );
+        check("{{ v.b | tojson(indent=2) }}", "[\n  1,\n  2.0,\n  \"é<\\\"'\"\n]");
+        check("{{ v.e | tojson(indent=4) }}", "[]");
+        check("{{ v.a | tojson(separators=(',', ':')) }}", r#"{"x":null,"y":true}"#);
+        check("{{ v.b[2] | tojson(ensure_ascii=True) }}", r#""\u00e9<\"'""#);
+        check(
+            "{{ [1e20, 0.00001, 0.1, 12345678901234567890] | tojson }}",
+            "[1e+20, 1e-05, 0.1, 12345678901234567890]",
+        );
+    }
+
+    #[test]
+    fn functions_and_methods() {
+        check("{{ strftime_now('%d %b %Y %H:%M:%S %A %j %-d') }}", "03 Feb 2026 04:05:06 Tuesday 034 3");
+        check("{{ raise_exception('no ' ~ 'way') }}", "no way");
+        check("{{ 'a</think>b'.split('</think>')[-1].lstrip('\n') }}", "b");
+        check("{{ 'a-b-c'.rsplit('-', 1) | join('|') }}", "a-b|c");
+        check("{{ 'a-b'.partition('-') | join('|') }}{{ 'x'.removeprefix('x') }}", "a|-|b");
+        check(
+            "{% set ns = namespace(i=0) %}{% for x in [1, 2, 3] %}{% if x == 2 %}{% continue %}{% endif %}\
+               {% set ns.i = ns.i + x %}{% endfor %}{{ ns.i }}",
+            "4",
+        );
+        check("{{ dict(a=1).items() | list | length }}", "1");
+        check("{% for x in v.n %}{% endfor %}", "a value of kind none is not iterable");
+        check("{{ 'a' if v.n is iterable else 'b' }}", "b");
+        check("{{ '<'|safe + '<' + v.b[2] }}", "<&lt;é&lt;&#34;&#39;");
+    }
+
+    #[test]
+    fn generation_becomes_marks() {
+        check("a{% generation %}b{% endgeneration %}c", "a\u{FDD0}b\u{FDD1}c");
+        check("a \n  {%- generation -%} \n b{%+ endgeneration -%} c", "a\u{FDD0}b\u{FDD1}c");
+        check("{# {% generation %} #}{{ '{% generation %}' }}\r\n", "{% generation %}");
+    }
+
+    #[test]
+    fn days_are_right() {
+        let check = |seconds: i64, expected: &str| {
+            assert_eq!(Now::from_unix(seconds).format("%Y-%m-%d %H:%M:%S %a"), expected);
+        };
+        check(0, "1970-01-01 00:00:00 Thu");
+        check(951_782_400, "2000-02-29 00:00:00 Tue");
+        check(1_767_225_599, "2025-12-31 23:59:59 Wed");
+        assert_eq!(Now::parse("2026-13-01"), None);
+    }
+}

@@ -24,6 +24,8 @@ mod report;
 mod source;
 mod spans;
 mod template;
+#[cfg(test)]
+mod test_support;
 mod tokenizer;
 
 pub use batch::{Batch, BatchOptions, BatchSource, Batches, Cursor};

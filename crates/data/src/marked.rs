@@ -175,13 +175,17 @@ pub fn mark_conversation(
         }
     };
     let mut marked = without_typed(&spans, &control);
-    let last = spans.turns.len().saturating_sub(1);
+    // The last turn, with the marks that touch it where a template marks a turn in pieces.
+    let mut last = spans.turns.len().saturating_sub(1);
+    while last > 0 && spans.turns[last - 1].range.end == spans.turns[last].range.start {
+        last -= 1;
+    }
     let mut kept = Vec::with_capacity(marked.trained.len());
     for (index, range) in marked.trained.into_iter().enumerate() {
         let message = spans.turns[index].message.map(|at| at.checked_sub(inserted));
         let message = message.flatten().and_then(|at| conversation.messages.get(at));
         let excluded = message.is_some_and(|message| message.trained == Some(false));
-        if !excluded && (!options.mask_history || index == last) {
+        if !excluded && !range.is_empty() && (!options.mask_history || index >= last) {
             kept.push(range);
         }
     }
@@ -360,4 +364,214 @@ pub fn encode_all(
     }
     let report = Report::new(&samples, dropped);
     Ok((samples, report))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conversation::Message;
+    use crate::test_support::{CHATML, tokenizer};
+    use std::collections::BTreeMap;
+
+    fn conversation(turns: &[(Role, &str)]) -> Conversation {
+        let messages = turns.iter().map(|(role, content)| Message::new(*role, *content)).collect();
+        Conversation { messages, tools: None }
+    }
+
+    /// Encodes with `template`; the text with trained parts in `[…]`, one mark for each token, or the error.
+    fn check_with(source: &str, conversation: &Conversation, options: &MarkOptions, expected: &str) {
+        let tokenizer = tokenizer();
+        let template = Template::new("t", source, tokenizer.special_tokens()).unwrap();
+        let shown = match encode_conversation(conversation, &template, &tokenizer, options) {
+            Err(error) => error.to_string(),
+            Ok(sample) => {
+                let mut shown = String::new();
+                let mut at = 0;
+                while at < sample.tokens.len() {
+                    let trained = sample.trained[at];
+                    let same = sample.trained[at..].iter().take_while(|mark| **mark == trained).count();
+                    let text = tokenizer.decode(&sample.tokens[at..at + same], false).unwrap();
+                    shown += &if trained { format!("[{text}]") } else { text };
+                    at += same;
+                }
+                shown
+            }
+        };
+        assert_eq!(shown, expected);
+    }
+
+    fn check(turns: &[(Role, &str)], expected: &str) {
+        check_with(CHATML, &conversation(turns), &MarkOptions::new(1000), expected);
+    }
+
+    use Role::{Assistant, System, Text, User};
+
+    #[test]
+    fn answers_are_trained_with_their_end() {
+        check(
+            &[(System, "s"), (User, "q"), (Assistant, "a"), (User, "r"), (Assistant, " b \n")],
+            "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[a<|im_end|>]\n\
+             <|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n[ b \n<|im_end|>]\n",
+        );
+        check(
+            &[(User, "q"), (Assistant, "")],
+            "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[<|im_end|>]\n",
+        );
+        check(&[(Text, "abc")], "[abc<|im_end|>]");
+    }
+
+    #[test]
+    fn options() {
+        let chat = conversation(&[(User, "q"), (Assistant, "a"), (User, "r"), (Assistant, "b")]);
+        let end = "<|im_end|>\n<|im_start|>";
+        let with = |change: &dyn Fn(&mut MarkOptions)| {
+            let mut options = MarkOptions::new(1000);
+            change(&mut options);
+            options
+        };
+        check_with(
+            CHATML,
+            &chat,
+            &with(&|o| o.mask_history = true),
+            &format!("<|im_start|>user\nq{end}assistant\na{end}user\nr{end}assistant\n[b<|im_end|>]\n"),
+        );
+        check_with(
+            CHATML,
+            &chat,
+            &with(&|o| o.train_on_prompt = true),
+            &format!("[<|im_start|>user\nq{end}assistant\na{end}user\nr{end}assistant\nb<|im_end|>\n]"),
+        );
+        check_with(
+            CHATML,
+            &conversation(&[(User, "q"), (Assistant, "a")]),
+            &with(&|o| o.default_system = Some("d".to_string())),
+            &format!("<|im_start|>system\nd{end}user\nq{end}assistant\n[a<|im_end|>]\n"),
+        );
+        let mut some = chat.clone();
+        some.messages[1].trained = Some(false);
+        check_with(
+            CHATML,
+            &some,
+            &MarkOptions::new(1000),
+            &format!("<|im_start|>user\nq{end}assistant\na{end}user\nr{end}assistant\n[b<|im_end|>]\n"),
+        );
+    }
+
+    #[test]
+    fn cutting() {
+        let chat = conversation(&[(User, "q"), (Assistant, "abcdef")]);
+        let cut =
+            |length: usize, expected: &str| check_with(CHATML, &chat, &MarkOptions::new(length), expected);
+        cut(24, "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[abcd]");
+        cut(
+            10,
+            "cutoff_len 10 cuts off everything to train on (7 trained tokens start at token 20); raise cutoff_len",
+        );
+        check(&[(User, "q")], "nothing to train on: the conversation has no assistant turn");
+        check(&[(Text, "")], "nothing to train on: the text is empty");
+    }
+
+    #[test]
+    fn typed_control_tokens() {
+        let tokenizer = tokenizer();
+        let template = Template::new("t", CHATML, tokenizer.special_tokens()).unwrap();
+        let chat = conversation(&[(User, "x<|im_end|>y"), (Assistant, "<s>")]);
+        let count = |split: bool| {
+            let mut options = MarkOptions::new(1000);
+            options.split_control_tokens = split;
+            let sample = encode_conversation(&chat, &template, &tokenizer, &options).unwrap();
+            let controls = sample.tokens.iter().filter(|id| tokenizer.is_control(**id)).count();
+            let text = tokenizer.decode(&sample.tokens, false).unwrap();
+            assert_eq!(
+                text,
+                "<|im_start|>user\nx<|im_end|>y<|im_end|>\n<|im_start|>assistant\n<s><|im_end|>\n"
+            );
+            (controls, sample.trained_tokens())
+        };
+        assert_eq!(count(true), (4, 4));
+        assert_eq!(count(false), (6, 2));
+    }
+
+    #[test]
+    fn templates_that_look_at_what_they_write() {
+        // The model's own control token is looked for by the template: it is stripped, and the person's stays text.
+        let strips = "{% for m in messages %}{% if m.role == 'assistant' %}<s>{{ m.content.split('</s>')[-1] }}\
+                      <|im_end|>{% else %}{{ m.content | trim }}{% endif %}{% endfor %}\
+                      {% if add_generation_prompt %}<s>{% endif %}";
+        check_with(
+            strips,
+            &conversation(&[(User, " q</s> "), (Assistant, "thought</s>answer")]),
+            &MarkOptions::new(1000),
+            "q</s><s>[answer<|im_end|>]",
+        );
+    }
+
+    #[test]
+    fn marked_templates() {
+        let marked = "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content }}</s>\
+                      {% endgeneration %}{% else %}U:{{ m.content }}{% endif %}{% endfor %}";
+        let turns = [(User, "q"), (Assistant, "a"), (User, "r"), (Assistant, "b")];
+        check_with(marked, &conversation(&turns), &MarkOptions::new(99), "U:qA:[a</s>]U:rA:[b</s>]");
+        let mut options = MarkOptions::new(99);
+        options.mask_history = true;
+        check_with(marked, &conversation(&turns), &options, "U:qA:a</s>U:rA:[b</s>]");
+    }
+
+    #[test]
+    fn rewritten_history() {
+        // Thoughts are stripped from all turns but the last, and the very end has another token.
+        let source = "{% for m in messages %}{% if m.role == 'assistant' %}<s>bot\n{% if not loop.last %}\
+                      {{ m.content.split('/t')[-1] }}<|im_end|>{% else %}{{ m.content }}</s>{% endif %}\
+                      {% else %}<s>me\n{{ m.content }}<|im_end|>{% endif %}{% endfor %}\
+                      {% if add_generation_prompt %}<s>bot\n{% endif %}";
+        check_with(
+            source,
+            &conversation(&[(User, "q"), (Assistant, "x/ta"), (User, "r"), (Assistant, "y/tb")]),
+            &MarkOptions::new(99),
+            "<s>me\nq<|im_end|><s>bot\n[a<|im_end|>]<s>me\nr<|im_end|><s>bot\n[y/tb</s>]",
+        );
+    }
+
+    #[test]
+    fn templates_are_checked_against_tokenizers() {
+        let tokenizer = tokenizer();
+        let check = |source: &str, special: BTreeMap<String, String>, expected: Option<&str>| {
+            let template = Template::new("t", source, &special).unwrap();
+            let error = check_template(&template, &tokenizer).err().map(|error| error.to_string());
+            assert_eq!(error.as_deref(), expected);
+        };
+        check(CHATML, BTreeMap::new(), None);
+        check(
+            "<|eot_id|>{{ messages[0].content }}<b><|im_end|><|eot_id|>",
+            BTreeMap::new(),
+            Some(
+                "chat template `t`: it writes `<|eot_id|>`, which tokenizer `gpt2/smollm` does not have as single \
+                 tokens; use the template that belongs to this model",
+            ),
+        );
+        check(
+            "{{ bos_token }}",
+            BTreeMap::new(),
+            Some("chat template `t`: it uses `bos_token`, which tokenizer `gpt2/smollm` does not name"),
+        );
+    }
+
+    #[test]
+    fn what_gives_nothing_is_reported() {
+        let tokenizer = tokenizer();
+        let template = Template::new("t", CHATML, tokenizer.special_tokens()).unwrap();
+        let good = conversation(&[(User, "q"), (Assistant, "a")]);
+        let bad = conversation(&[(User, "q")]);
+        let all = [(Place::new("f", 1), good), (Place::new("f", 2), bad.clone())];
+        let (samples, report) = encode_all(&all, &template, &tokenizer, &MarkOptions::new(99)).unwrap();
+        assert_eq!((samples.len(), report.samples, report.dropped.len()), (1, 1, 1));
+        assert_eq!((report.tokens, report.trained_tokens, report.quantile(1.0)), (23, 2, 23));
+        assert_eq!(report.dropped[0].place.to_string(), "f:2");
+        let error = encode_all(&[(Place::new("f", 2), bad)], &template, &tokenizer, &MarkOptions::new(99));
+        assert_eq!(
+            error.unwrap_err().to_string(),
+            "no conversation gives anything to train on; the first one: f:2: nothing to train on: the conversation \
+             has no assistant turn"
+        );
+    }
 }

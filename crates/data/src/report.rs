@@ -77,3 +77,24 @@ impl Report {
         histogram
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn histogram_has_round_bars() {
+        let check = |lengths: &[usize], bars: usize, expected: &[(usize, usize, usize)]| {
+            let samples: Vec<Sample> = lengths
+                .iter()
+                .map(|length| Sample { tokens: vec![0; *length], trained: vec![true; *length], cut: 0 })
+                .collect();
+            let report = Report::new(&samples, Vec::new());
+            let bars = report.histogram(bars).iter().map(|b| (b.from, b.to, b.samples)).collect::<Vec<_>>();
+            assert_eq!(bars, expected);
+        };
+        check(&[3, 9, 12], 4, &[(0, 5, 1), (5, 10, 1), (10, 15, 1)]);
+        check(&[100], 10, &[(0, 20, 0), (20, 40, 0), (40, 60, 0), (60, 80, 0), (80, 100, 0), (100, 120, 1)]);
+        check(&[], 10, &[]);
+    }
+}

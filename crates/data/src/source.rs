@@ -366,3 +366,129 @@ fn substituted(text: &str, values: &BTreeMap<String, String>) -> Result<String, 
     out.push_str(rest);
     Ok(out)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder(name: &str) -> PathBuf {
+        let folder = std::env::temp_dir().join(format!("ferrotune-data-{}-{name}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        folder
+    }
+
+    /// Loads a file with this content; `line: first content` of each conversation, or the error after the file.
+    fn check_with(file: &str, content: &[u8], options: &SourceOptions, expected: &str) {
+        let folder = folder(&format!("{:x}", content.len() * 31 + file.len() + expected.len() * 7919));
+        std::fs::write(folder.join(file), content).unwrap();
+        let shown = match load(file, &folder, options) {
+            Ok(loaded) => {
+                let shown = |(place, conversation): &(Place, Conversation)| {
+                    format!("{}: {}", place.line, conversation.messages[0].content)
+                };
+                let mut lines: Vec<String> = loaded.conversations.iter().map(shown).collect();
+                lines
+                    .extend(loaded.dropped.iter().map(|d| format!("{} dropped: {}", d.place.line, d.reason)));
+                lines.join(", ")
+            }
+            Err(error) => error.to_string().replace(&folder.join(file).display().to_string(), "F"),
+        };
+        std::fs::remove_dir_all(&folder).unwrap();
+        assert_eq!(shown, expected);
+    }
+
+    fn check(file: &str, content: &str, expected: &str) {
+        check_with(file, content.as_bytes(), &SourceOptions::default(), expected);
+    }
+
+    #[test]
+    fn files_and_lines() {
+        check("a.jsonl", "{\"text\": \"x\"}\n\n{\"text\": \"y\"}\n", "1: x, 3: y");
+        check(
+            "a.json",
+            "[\n {\"text\": \"x\"},\n\n {\"text\":\n \"y\"}, {\"text\": \"z\"}\n]",
+            "2: x, 4: y, 5: z",
+        );
+        check("a.json", "{\"text\": \"x\"}\n{\"text\": \"y\"}\n", "1: x, 2: y");
+        check("a.json", "{\n\"text\": \"x\"\n}", "1: x");
+        check("a.json", "\u{FEFF}[{\"text\": \"x\"}]", "1: x");
+    }
+
+    #[test]
+    fn malformed_rows_are_named() {
+        let one_line = "not a JSON object on one line";
+        check(
+            "a.jsonl",
+            "{\"text\": \"x\"}\n{\"text\": \n",
+            &format!("F:2: {one_line}: EOF while parsing a value"),
+        );
+        check("a.jsonl", "{\"text\": \"x\"}\n5\n", "F:2: expected an object, found a number");
+        check("a.json", "[\n{\"text\": \"x\"},\n{\"text\": }]", "F:3: not JSON: expected value");
+        check(
+            "a.json",
+            "[\n{\"text\": \"x\"}\n{\"text\": \"y\"}]",
+            "F:3: expected `,` or `]` after a row of the list",
+        );
+        check("a.json", "[\n{\"text\": \"x\"},\n", "F:3: the list of rows is not closed with `]`");
+        check("a.jsonl", "{\"text\": \"x\"}\n{\"tex\": \"y\"}\n", "F:2: no column `text`; the row has: tex");
+        check_with("a.jsonl", b"{}\n\xff\xfe", &SourceOptions::default(), "F:2: not UTF-8 text");
+        let skip = SourceOptions { on_bad_row: OnBadRow::Skip, ..SourceOptions::default() };
+        check_with(
+            "a.jsonl",
+            b"{\"text\": \"x\"}\n7\n{\"text\": 1}\n",
+            &skip,
+            "1: x, 2 dropped: expected an object, found a number, 3 dropped: expected a text in column `text`, found a number",
+        );
+    }
+
+    #[test]
+    fn empty_and_unknown_files() {
+        check("a.json", "[]", "data set `F` has no rows");
+        check("a.jsonl", "\n\n", "data set `F` has no rows");
+        check("a.csv", "a,b", "`F`: .csv files are not there yet; use .json or .jsonl");
+        check("a.doc", "", "`F`: cannot tell the kind of file from its name; expected .json or .jsonl");
+    }
+
+    #[test]
+    fn placeholders() {
+        let values = [("name", "Fe"), ("author", "{{name}}")].map(|(a, b)| (a.to_string(), b.to_string()));
+        let options = SourceOptions { substitute: values.into(), ..SourceOptions::default() };
+        let check = |text: &str, expected: &str| {
+            let line = serde_json::json!({ "text": text }).to_string();
+            check_with("a.jsonl", line.as_bytes(), &options, expected);
+        };
+        check("I am {{name}}, by {{ author }}.", "1: I am Fe, by {{name}}.");
+        check("{{ 1 + 1 }} {{x", "1: {{ 1 + 1 }} {{x");
+        check("{{nam}}", "F:1: placeholder `{{nam}}` has no value; given are: author, name");
+        check_with("a.jsonl", b"{\"text\": \"{{nam}}\"}", &SourceOptions::default(), "1: {{nam}}");
+    }
+
+    #[test]
+    fn registry() {
+        let folder = folder("registry");
+        let info = serde_json::json!({
+            "mine": {"file_name": "a.json", "formatting": "sharegpt", "columns": {"messages": "m"},
+                     "tags": {"user_tag": "u", "assistant_tag": "a"}},
+            "hub": {"hf_hub_url": "x/y"},
+            "pairs": {"file_name": "a.json", "ranking": true},
+        });
+        std::fs::write(folder.join("dataset_info.json"), info.to_string()).unwrap();
+        let rows = r#"[{"m": [{"from": "u", "value": "1"}, {"from": "a", "value": "2"}]},
+                       {"m": [{"from": "u", "value": "3"}, {"from": "a", "value": "4"}]}]"#;
+        std::fs::write(folder.join("a.json"), rows).unwrap();
+        let options = SourceOptions { max_samples: Some(1), ..SourceOptions::default() };
+        let loaded = load("mine", &folder, &options).unwrap();
+        assert_eq!((loaded.format.as_str(), loaded.conversations.len()), ("sharegpt", 1));
+        let check = |name: &str, expected: &str| {
+            let error = load(name, &folder, &options).unwrap_err().to_string();
+            assert!(error.starts_with(expected), "{error}");
+        };
+        check("hub", "data set `hub` in dataset_info.json: `hf_hub_url` is not there yet; use `file_name`");
+        check(
+            "pairs",
+            "data set `pairs` in dataset_info.json: preference data (`ranking: true`) is not there yet",
+        );
+        check("nobody", "no data set `nobody`: neither a file nor a registered name; `");
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+}

@@ -63,8 +63,8 @@ pub fn assistant_spans(
     if template.marks_generation() {
         let mut bytes: Vec<usize> = rendered.text.char_indices().map(|(at, _)| at).collect();
         bytes.push(rendered.text.len());
-        // Marks without text say nothing; marks around several turns are one turn of nobody in particular.
-        let spans: Vec<_> = rendered.generation_spans.iter().filter(|span| !span.is_empty()).collect();
+        // Marks that aren't one for each turn are turns of nobody in particular.
+        let spans = &rendered.generation_spans;
         let one_each = spans.len() == assistants.len();
         let turns = spans.iter().enumerate().map(|(index, span)| Turn {
             message: one_each.then(|| assistants[index]),
@@ -166,10 +166,17 @@ impl Search<'_> {
             return Ok(from + same);
         }
         // The generation prompt goes on differently (an opened thought): what both have is the header.
-        match content() {
-            Some(at) => Ok(at.min(from + same).max(from)),
-            None => Err(self.not_found(index, "its header is not the generation prompt's")),
+        let shared = whole_tags(&full[from..from + same]);
+        let Some(at) = content() else {
+            return Err(self.not_found(index, "its header is not the generation prompt's"));
+        };
+        // The end of the turn before may stand in between; then the header ends at the content.
+        let rest = &header[shared..];
+        let between = full.get(from + shared..at).and_then(|between| between.strip_suffix(rest));
+        if !rest.trim().is_empty() && between.is_some_and(only_tags) {
+            return Ok(at);
         }
+        Ok(at.min(from + shared).max(from))
     }
 
     fn end(&self, index: usize, start: usize) -> Result<usize> {
@@ -181,12 +188,17 @@ impl Search<'_> {
             self.not_found(index, "the template does not render a conversation that ends with it")
         })?;
         if full.starts_with(&upto) && upto.len() >= start {
-            return Ok(trimmed(upto.len()));
+            let end = trimmed(upto.len());
+            let ended = full[start..end].ends_with(['>', ']', '[']);
+            return Ok(if ended || last { end } else { self.end_in_next_header(index, end).unwrap_or(end) });
         }
         // The turn is rendered differently when it is the last: compare from the end of its content, in both.
         let in_full = self.content_edge(full, self.messages.len(), index, true, false);
         let in_part = self.content_edge(&upto, index + 1, index, true, false);
-        let (Some(from), Some(at)) = (in_full, in_part) else {
+        let edges = in_full.zip(in_part).filter(|(from, _)| *from >= start);
+        // A turn of tool calls may not show its content; then its beginning is what both have.
+        let edges = edges.or_else(|| Some((start, self.start_in(&upto, index, start)?)));
+        let Some((from, at)) = edges else {
             return Err(self.not_found(index, "its content cannot be followed to its end"));
         };
         let tail = &upto[at..];
@@ -194,12 +206,76 @@ impl Search<'_> {
         if same == tail.len() {
             return Ok(trimmed(from + same).max(from));
         }
-        // Another token ends it in the middle of a conversation: that token is the end.
+        // What follows differs. It may be the whitespace before the same token …
+        let (rest, tail) = (&full[from + same..], &tail[same..]);
+        let space = rest.len() - rest.trim_start().len();
+        if let Some(tag) = first_tag(&rest[space..]).filter(|tag| tail.trim_start().starts_with(tag)) {
+            return Ok(from + same + space + tag.len());
+        }
+        // … or the end-of-turn token is in what is the same …
+        let common = &full[from..from + whole_tags(&full[from..from + same])];
+        if common.trim_end().ends_with('>') {
+            return Ok(trimmed(from + common.len()));
+        }
+        // … or another token ends a turn in the middle of a conversation: that token is the end.
         match token_at(full, from, from + same) {
             Some(end) => Ok(end),
-            None if !full[from..from + same].trim().is_empty() => Ok(trimmed(from + same)),
+            None if !common.trim().is_empty() => Ok(trimmed(from + common.len())),
             None => Err(self.not_found(index, "its end is not the one it has as the last turn")),
         }
+    }
+}
+
+impl Search<'_> {
+    /// Where turn `index`, which begins at `start` of the full text, begins in the text of a shorter conversation.
+    fn start_in(&self, text: &str, index: usize, start: usize) -> Option<usize> {
+        let before = index.checked_sub(1)?;
+        let in_full = self.content_edge(&self.full, self.messages.len(), before, true, false)?;
+        let in_text = self.content_edge(text, index + 1, before, true, false)?;
+        let header = self.full.get(in_full..start)?;
+        text[in_text..].starts_with(header).then_some(in_text + header.len())
+    }
+
+    /// The end of turn `index` where the template writes the end-of-turn token only before the next message:
+    /// what stands between, less the header that a person's first message has as well.
+    fn end_in_next_header(&self, index: usize, end: usize) -> Option<usize> {
+        let full = &self.full;
+        let user = |index: &usize| self.messages.get(*index).is_some_and(|next| next["role"] == "user");
+        let next = Some(index + 1).filter(user)?;
+        let first = (0..index)
+            .find(user)
+            .filter(|first| *first == 0 || self.messages[first - 1]["role"] == "system")?;
+        let count = self.messages.len();
+        let between = full.get(end..self.content_edge(full, count, next, false, false)?)?;
+        let before_first = &full[..self.content_edge(full, count, first, false, false)?];
+        let same = before_first.bytes().rev().zip(between.bytes().rev()).take_while(|(a, b)| a == b).count();
+        // The header begins at a tag.
+        let header = between.match_indices('<').map(|(at, _)| at).find(|at| *at >= between.len() - same)?;
+        let token = between[..header].trim_end();
+        token.ends_with('>').then_some(end + token.len())
+    }
+}
+
+/// The tag `text` begins with.
+fn first_tag(text: &str) -> Option<&str> {
+    let tag = &text[..text.find('>')? + 1];
+    (tag.starts_with('<') && tag.len() <= 64 && !tag.contains(char::is_whitespace)).then_some(tag)
+}
+
+/// Whether `text` is nothing but tags and whitespace.
+fn only_tags(text: &str) -> bool {
+    let mut rest = text.trim_start();
+    while let Some(tag) = first_tag(rest) {
+        rest = rest[tag.len()..].trim_start();
+    }
+    rest.is_empty()
+}
+
+/// The length of `text` without a tag that is opened at its end and not closed.
+fn whole_tags(text: &str) -> usize {
+    match text.rfind('<') {
+        Some(open) if !text[open..].contains(['>', '\n', ' ']) => open,
+        _ => text.len(),
     }
 }
 

@@ -185,3 +185,49 @@ fn take_marks(marked: &str) -> Rendered {
     }
     Rendered { text, generation_spans: spans }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn named_templates_are_chosen_by_tools() {
+        let source = json!([
+            {"name": "default", "template": "plain {{ messages[0].content }}"},
+            {"name": "tool_use", "template": "tools {{ tools | length }}"},
+        ]);
+        let template = Template::from_value("t", &source, &BTreeMap::new()).unwrap();
+        let messages = [json!({"role": "user", "content": "hi"})];
+        let check = |tools: Option<Value>, expected: &str| {
+            let rendered = template.render(&messages, tools.as_ref(), false, &Map::new()).unwrap();
+            assert_eq!(rendered.text, expected);
+        };
+        check(None, "plain hi");
+        check(Some(Value::Null), "plain hi");
+        check(Some(json!([{}])), "tools 1");
+    }
+
+    #[test]
+    fn errors_say_what_and_where() {
+        let check = |source: &str, expected: &str| {
+            let error = Template::new("t", source, &BTreeMap::new())
+                .and_then(|template| template.render(&[], None, false, &Map::new()))
+                .unwrap_err();
+            assert_eq!(error.to_string(), expected);
+        };
+        check("\n{% if %}", "chat template `t`: unexpected end of block (line 2)");
+        check("{{ raise_exception('roles must alternate') }}", "chat template `t`: roles must alternate");
+        let error = Template::from_value("t", &json!([{"name": "a"}]), &BTreeMap::new()).unwrap_err();
+        assert_eq!(error.to_string(), "chat template `t`: none of its named templates is called `default`");
+    }
+
+    #[test]
+    fn spans_count_code_points() {
+        let source = "é{% generation %}ü😀{% endgeneration %}{{ x }}";
+        let template = Template::new("t", source, &BTreeMap::new()).unwrap();
+        let extra = Map::from_iter([("x".to_string(), json!("z"))]);
+        let rendered = template.render(&[], None, false, &extra).unwrap();
+        assert_eq!((rendered.text.as_str(), rendered.generation_spans), ("éü😀z", vec![1..3]));
+    }
+}

@@ -488,3 +488,121 @@ fn read_object(path: &Path) -> Result<Map<String, Value>> {
         message: format!("not a JSON object: {error}"),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_support::{tokenizer, vocabulary};
+
+    #[test]
+    fn control_tokens_are_recognised_or_not() {
+        let tokenizer = tokenizer();
+        let check = |text: &str, control: usize, plain: usize| {
+            assert_eq!(tokenizer.encode_with_control(text).unwrap().len(), control, "{text}");
+            assert_eq!(tokenizer.encode_plain(text).unwrap().len(), plain, "{text}");
+        };
+        check("ab", 2, 2);
+        check("a<s>b", 3, 5);
+        check("é", 2, 2);
+        check("", 0, 0);
+    }
+
+    #[test]
+    fn typed_control_tokens_stay_text() {
+        let tokenizer = tokenizer();
+        let check = |text: &str, typed: &[Range<usize>], expected: &[&str]| {
+            let encoded = tokenizer.encode_segments(text, typed).unwrap();
+            let pieces: Vec<&str> = encoded.ranges.iter().map(|range| &text[range.clone()]).collect();
+            assert_eq!(pieces, expected);
+            let decoded = tokenizer.decode(&encoded.ids, false).unwrap();
+            assert_eq!(decoded, text);
+        };
+        check("<s>a</s>", &[], &["<s>", "a", "</s>"]);
+        check("<s>a</s>", &[4..8], &["<s>", "a", "<", "/", "s", ">"]);
+        check("<s><s>é", &[0..3], &["<", "s", ">", "<s>", "é", "é"]);
+    }
+
+    #[test]
+    fn streaming_gives_whole_characters() {
+        let tokenizer = tokenizer();
+        let text = "a 你😀é!";
+        let mut stream = tokenizer.stream(true);
+        let mut pieces = Vec::new();
+        for id in tokenizer.encode_with_control(&format!("{text}<|im_end|>")).unwrap() {
+            pieces.push(stream.push(id).unwrap());
+        }
+        assert_eq!(pieces.concat(), text);
+        assert!(pieces.iter().all(|piece| !piece.contains('\u{FFFD}')));
+        let mut stream = tokenizer.stream(true);
+        assert_eq!(stream.push(tokenizer.encode_plain("é").unwrap()[0]).unwrap(), "");
+        assert_eq!(stream.finish().unwrap(), "\u{FFFD}");
+    }
+
+    #[test]
+    fn bytes_of_tokens() {
+        let tokenizer = tokenizer();
+        for (id, byte) in tokenizer.encode_plain("é \n").unwrap().into_iter().zip("é \n".bytes()) {
+            assert_eq!(tokenizer.token_bytes(id), Some(vec![byte]));
+        }
+        assert_eq!(tokenizer.token_bytes(257), Some(b"<|im_end|>".to_vec()));
+        assert_eq!(
+            (tokenizer.piece(257).as_deref(), tokenizer.token_bytes(9999)),
+            (Some("<|im_end|>"), None)
+        );
+    }
+
+    #[test]
+    fn saved_and_read_again() {
+        let mut vocabulary = vocabulary();
+        vocabulary.add_bos = Some(true);
+        let first = Tokenizer::from_gguf(&vocabulary).unwrap();
+        let folder = std::env::temp_dir().join(format!("ferrotune-data-{}-save", std::process::id()));
+        for again in ["a", "b"] {
+            std::fs::create_dir_all(folder.join(again)).unwrap();
+        }
+        first.save(&folder.join("a")).unwrap();
+        let second = Tokenizer::from_folder(&folder.join("a")).unwrap();
+        second.save(&folder.join("b")).unwrap();
+        for file in
+            ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+        {
+            let read = |again: &str| std::fs::read(folder.join(again).join(file)).unwrap();
+            assert_eq!(read("a"), read("b"), "{file}");
+        }
+        std::fs::remove_dir_all(&folder).unwrap();
+        let text = "<|im_start|>x 1234\né<|im_end|>";
+        assert_eq!(first.encode_with_control(text).unwrap(), second.encode_with_control(text).unwrap());
+        assert_eq!(first.encode_document("x").unwrap(), second.encode_document("x").unwrap());
+        assert_eq!(second.encode_document("<|im_start|>x").unwrap().len(), 2);
+        assert_eq!((second.bos(), second.eos(), second.pad()), (Some(256), Some(257), None));
+        assert_eq!(first.chat_template(), second.chat_template());
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let check = |change: &dyn Fn(&mut GgufVocabulary), expected: &str| {
+            let mut vocabulary = vocabulary();
+            change(&mut vocabulary);
+            assert_eq!(Tokenizer::from_gguf(&vocabulary).unwrap_err().to_string(), expected);
+        };
+        check(
+            &|v| v.pre = "novel".to_string(),
+            "tokenizer `gpt2/novel`: unknown pre-tokenizer `novel` in `tokenizer.ggml.pre`; use the model's folder \
+             with tokenizer.json instead of the GGUF file",
+        );
+        check(
+            &|v| v.model = "bert".to_string(),
+            "tokenizer `bert/smollm`: `tokenizer.ggml.model` is `bert`; expected `gpt2` or `llama` (others are not \
+             there yet)",
+        );
+        check(
+            &|v| v.merges = vec!["ab".to_string()],
+            "tokenizer `gpt2/smollm`: merge 0 `ab` is not two parts with a space",
+        );
+        check(
+            &|v| v.eos = Some(999),
+            "tokenizer `smollm`: eos_token has id 999, but there are only 260 tokens",
+        );
+        check(&|v| v.token_types = vec![1], "tokenizer `gpt2/smollm`: 1 token types for 260 tokens");
+    }
+}

@@ -207,3 +207,146 @@ pub fn recognise(rows: &[Row]) -> Result<Box<dyn Format>> {
         columns.join(", ")
     )))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn row(fields: Value) -> Row {
+        Row { place: Place::new("f.json", 7), fields: fields.as_object().cloned().unwrap_or_default() }
+    }
+
+    /// The conversation as `role:content`, or the error.
+    fn check(fields: Value, expected: &str) {
+        let row = row(fields);
+        let conversation = recognise(std::slice::from_ref(&row)).and_then(|format| format.conversation(&row));
+        let shown = match conversation {
+            Ok(conversation) => {
+                let turns: Vec<String> = conversation
+                    .messages
+                    .iter()
+                    .map(|m| {
+                        let calls = m.tool_calls.as_ref().map_or(String::new(), |calls| format!("+{calls}"));
+                        let trained = m.trained.map_or(String::new(), |trained| format!("!{trained}"));
+                        format!("{}:{}{calls}{trained}", m.role.name(), m.content)
+                    })
+                    .collect();
+                let tools = conversation.tools.map_or(String::new(), |tools| format!(" tools:{tools}"));
+                turns.join(" | ") + &tools
+            }
+            Err(error) => error.to_string(),
+        };
+        assert_eq!(shown, expected);
+    }
+
+    #[test]
+    fn alpaca() {
+        check(json!({"instruction": "a", "input": "b", "output": "c"}), "user:a\nb | assistant:c");
+        check(json!({"instruction": "a", "input": "", "output": "c"}), "user:a | assistant:c");
+        check(
+            json!({"instruction": "a", "output": "c", "system": "s", "history": [["q", "r"]]}),
+            "system:s | user:q | assistant:r | user:a | assistant:c",
+        );
+        check(json!({"prompt": "a", "completion": "c"}), "user:a | assistant:c");
+        check(
+            json!({"instruction": "a", "output": 5}),
+            "f.json:7: expected a text in column `output`, found a number",
+        );
+        check(
+            json!({"instruction": "a", "output": "c", "history": [["q"]]}),
+            "f.json:7: expected a pair of texts in column `history`, found a list",
+        );
+    }
+
+    #[test]
+    fn sharegpt() {
+        check(
+            json!({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}),
+            "user:a | assistant:b",
+        );
+        check(
+            json!({"conversations": [
+                {"from": "system", "value": "first"},
+                {"from": "human", "value": "a"},
+                {"from": "function_call", "value": "{\"name\": \"f\", \"arguments\": \"{\\\"x\\\": 1}\"}"},
+                {"from": "observation", "value": "o"},
+                {"from": "gpt", "value": "b", "train": false},
+            ], "system": "column", "tools": "[{\"name\": \"f\"}]"}),
+            "system:first | user:a | \
+             assistant:+[{\"type\":\"function\",\"function\":{\"name\":\"f\",\"arguments\":{\"x\":1}}}] | \
+             tool:o | assistant:b!false tools:[{\"name\":\"f\"}]",
+        );
+        check(
+            json!({"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}]}),
+            "f.json:7: turn 0 is assistant, expected a question; human/observation and gpt/function_call must take turns",
+        );
+        check(
+            json!({"conversations": [{"from": "human", "value": "a"}]}),
+            "f.json:7: the conversation has 1 turns and must end with an answer (gpt or function_call)",
+        );
+        check(
+            json!({"conversations": [{"from": "bot", "value": "a"}]}),
+            "f.json:7: turn 0: unknown role `bot`; expected human, gpt, function_call, observation or system",
+        );
+    }
+
+    #[test]
+    fn messages() {
+        check(
+            json!({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]},
+                {"role": "assistant", "content": null, "tool_calls": [
+                    {"id": "1", "function": {"name": "f", "arguments": "{\"x\": 1}"}}]},
+                {"role": "tool", "content": "o", "tool_call_id": "1"},
+                {"role": "assistant", "content": "b", "weight": 0}]}),
+            "user:a | assistant:+[{\"id\":\"1\",\"function\":{\"name\":\"f\",\"arguments\":{\"x\":1}}}] | \
+             tool:o | assistant:b!false",
+        );
+        check(
+            json!({"messages": [{"role": "robot", "content": "a"}]}),
+            "f.json:7: message 0: unknown role `robot`; expected system, developer, user, assistant or tool",
+        );
+    }
+
+    #[test]
+    fn text_and_others() {
+        check(json!({"text": "abc"}), "text:abc");
+        check(
+            json!({"chosen": "a", "rejected": "b"}),
+            "f.json:7: preference data (chosen, rejected) is not there yet; only supervised data is",
+        );
+        check(
+            json!({"foo": 1, "bar": 2}),
+            "f.json:7: cannot tell the format from the columns foo, bar; expected `conversations`, `messages`, \
+             `instruction` and `output`, or `text`; other names can be mapped in dataset_info.json",
+        );
+        assert_eq!(
+            by_name("dpo", &Mapping::default()).unwrap_err().to_string(),
+            "data format `dpo` is not there yet; use alpaca, sharegpt, openai or text"
+        );
+        let kto =
+            Mapping { columns: [("kto_tag".to_string(), "label".to_string())].into(), ..Mapping::default() };
+        assert_eq!(
+            by_name("sharegpt", &kto).unwrap_err().to_string(),
+            "KTO data (column `kto_tag`) is not there yet; only supervised data is"
+        );
+    }
+
+    #[test]
+    fn columns_and_tags_are_mapped() {
+        let mapping = Mapping {
+            columns: [("messages", "chat"), ("system", "sys")]
+                .map(|(a, b)| (a.to_string(), b.to_string()))
+                .into(),
+            tags: [("role_tag", "role"), ("content_tag", "text"), ("user_tag", "u"), ("assistant_tag", "a")]
+                .map(|(a, b)| (a.to_string(), b.to_string()))
+                .into(),
+        };
+        let row = row(json!({"sys": "s", "chat": [{"role": "u", "text": "1"}, {"role": "a", "text": "2"}]}));
+        for name in ["sharegpt", "openai"] {
+            let conversation = by_name(name, &mapping).unwrap().conversation(&row).unwrap();
+            let roles: Vec<&str> = conversation.messages.iter().map(|m| m.role.name()).collect();
+            assert_eq!(roles, ["system", "user", "assistant"], "{name}");
+        }
+    }
+}
