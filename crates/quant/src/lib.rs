@@ -4,6 +4,7 @@
 //! so that its files are read and written bit for bit. It joins a network as a
 //! [`Weight`](ferrotune_nn::Weight): products read it in pieces, and it is never whole in 16 or 32 bits.
 
+mod mean;
 mod nf4;
 mod tables;
 

@@ -12,6 +12,7 @@ use ferrotune_tensor::{DType, Error, Precision, Result, Tensor, Tiles};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use crate::mean::mean;
 use crate::tables::{NF4_LEVELS, NF4_THRESHOLDS, dynamic_map};
 
 /// Elements that share a scale.
@@ -230,7 +231,7 @@ fn quantize_block(values: &[f32], codes: &mut [u8]) -> f32 {
 fn nest(absmax: &[f32]) -> Absmax {
     let map = dynamic_map();
     let midpoints: Vec<f32> = map.windows(2).map(|pair| (pair[0] + pair[1]) / 2.0).collect();
-    let offset = (absmax.iter().map(|it| f64::from(*it)).sum::<f64>() / absmax.len() as f64) as f32;
+    let offset = mean(absmax);
     let mut codes = vec![0; absmax.len()];
     let mut nested_absmax = Vec::new();
     for (group, codes) in absmax.chunks(GROUP).zip(codes.chunks_mut(GROUP)) {

@@ -51,7 +51,12 @@ pub fn dynamic_map() -> &'static [f32; 256] {
         let mut values = vec![0.0f32, 1.0];
         for i in 0..7 {
             let count = 1usize << i;
-            let boundary = |j: usize| (0.1 + 0.9 * j as f64 / count as f64) as f32;
+            // As torch.linspace steps in f32: from both ends towards the middle, with fused products.
+            let step = (1.0 - 0.1f32) / count as f32;
+            let boundary = |j: usize| match j < count.div_ceil(2) {
+                true => step.mul_add(j as f32, 0.1),
+                false => (-step).mul_add((count - j) as f32, 1.0),
+            };
             let scale = 10f64.powi(i - 6) as f32;
             for j in 0..count {
                 let mean = (boundary(j) + boundary(j + 1)) / 2.0;
