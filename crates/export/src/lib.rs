@@ -1,1 +1,11 @@
 //! One file for each format a trained model leaves in.
+//!
+//! [`PeftAdapter`] is the adapter alone, as PEFT writes and reads it.
+
+mod card;
+mod files;
+mod peft;
+
+pub use card::ModelCard;
+pub use files::write_whole;
+pub use peft::{LoraTensors, Modules, PeftAdapter};

@@ -55,6 +55,15 @@ impl SafetensorsSource {
         Ok(source)
     }
 
+    /// Opens one file of any name, such as an adapter's.
+    ///
+    /// # Errors
+    /// When it isn't there, is truncated or contradicts itself.
+    pub fn open_file(path: &Path) -> Result<SafetensorsSource> {
+        let (file, entries) = open_file(path, 0)?;
+        Ok(SafetensorsSource { folder: path.into(), files: vec![file], entries })
+    }
+
     fn open_shards(&mut self, index: &Path) -> Result<()> {
         let text = fs::read_to_string(index).map_err(|source| Error::io(index, source))?;
         let json: Value =

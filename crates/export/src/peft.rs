@@ -1,0 +1,254 @@
+//! A PEFT adapter folder: `adapter_model.safetensors`, `adapter_config.json`, `README.md`.
+
+mod config;
+#[cfg(test)]
+mod tests;
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::fs;
+use std::path::Path;
+
+use ferrotune_model::source::{SafetensorsSource, Stored, WeightSource};
+use ferrotune_model::spec::{LinearSpec, ModelSpec, names};
+use ferrotune_tensor::{DType, Error, Result, Tensor};
+use safetensors::tensor::{Dtype, View};
+
+use crate::{ModelCard, write_whole};
+
+/// What PEFT puts before a module's own name.
+const PREFIX: &str = "base_model.model.";
+const TENSORS: &str = "adapter_model.safetensors";
+const CONFIG: &str = "adapter_config.json";
+
+/// A LoRA adapter as its folder holds it.
+#[derive(Clone, Debug)]
+pub struct PeftAdapter {
+    /// The base model, as it was named in training.
+    pub base_model_name_or_path: String,
+    /// The base model's revision.
+    pub revision: Option<String>,
+    /// The rank.
+    pub r: usize,
+    /// B·A is multiplied by alpha / r, with rsLoRA by alpha / √r.
+    pub lora_alpha: f64,
+    /// How many of A's inputs were left out in training.
+    pub lora_dropout: f64,
+    /// Whether rsLoRA's scaling holds.
+    pub use_rslora: bool,
+    /// The modules that were asked for.
+    pub target_modules: Modules,
+    /// The modules that were left out of these.
+    pub exclude_modules: Option<Modules>,
+    /// The modules that have an adapter.
+    pub tensors: Vec<LoraTensors>,
+}
+
+/// The two matrices of one module.
+#[derive(Clone, Debug)]
+pub struct LoraTensors {
+    /// Canonical name, such as `model.layers.0.self_attn.q_proj`.
+    pub module: String,
+    /// `(r, in_features)`
+    pub a: Tensor,
+    /// `(out_features, r)`
+    pub b: Tensor,
+}
+
+/// A choice of modules.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Modules {
+    /// Names, or ends of names after a point.
+    Names(Vec<String>),
+    /// A regular expression for whole names, or `all-linear`.
+    Pattern(String),
+}
+
+impl fmt::Display for Modules {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Modules::Names(names) => f.write_str(&names.join(", ")),
+            Modules::Pattern(pattern) => f.write_str(pattern),
+        }
+    }
+}
+
+impl PeftAdapter {
+    /// What B·A is multiplied by.
+    pub fn scaling(&self) -> f64 {
+        let r = self.r as f64;
+        self.lora_alpha / if self.use_rslora { r.sqrt() } else { r }
+    }
+
+    /// Writes the folder, which is made where it isn't there. Each file is whole or absent; the
+    /// config comes last, so that a folder with a config is a whole adapter.
+    ///
+    /// # Errors
+    /// When a matrix doesn't fit the rank, or the folder can't be written; the message names the file.
+    pub fn write(&self, folder: &Path, card: &ModelCard) -> Result<()> {
+        self.check(folder)?;
+        fs::create_dir_all(folder).map_err(|source| Error::io(folder, source))?;
+        let named = self.tensors.iter().flat_map(|it| {
+            let name = |part| format!("{PREFIX}{}.lora_{part}.weight", it.module);
+            [(name("A"), Stacked::new(&it.a)), (name("B"), Stacked::new(&it.b))]
+        });
+        let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+        let path = folder.join(TENSORS);
+        let bytes = safetensors::serialize(named, Some(metadata))
+            .map_err(|error| Error::file(&path, format!("can't be put together: {error}")))?;
+        write_whole(&path, &bytes)?;
+        write_whole(&folder.join("README.md"), card.markdown(self).as_bytes())?;
+        write_whole(&folder.join(CONFIG), config::write(self).as_bytes())
+    }
+
+    /// Reads a folder that PEFT or [`PeftAdapter::write`] wrote.
+    ///
+    /// # Errors
+    /// When a file is missing or damaged, or the adapter is of a kind that isn't there yet.
+    pub fn read(folder: &Path) -> Result<PeftAdapter> {
+        let mut adapter = config::read(&folder.join(CONFIG))?;
+        let path = folder.join(TENSORS);
+        if !path.exists() && folder.join("adapter_model.bin").exists() {
+            let message = "holds adapter_model.bin but no adapter_model.safetensors: a pickle runs code when it \
+                           is opened, so it is refused; save the adapter again with a PEFT of 0.5 or newer";
+            return Err(Error::file(folder, message));
+        }
+        let source = SafetensorsSource::open_file(&path)?;
+        let mut pairs: BTreeMap<String, [Option<Tensor>; 2]> = BTreeMap::new();
+        for name in source.names() {
+            let (module, part) = split(name).map_err(|message| Error::file(&path, message))?;
+            source.shape(name)?;
+            let Stored::Dense(tensor) = source.get(name)? else {
+                return Err(Error::file(
+                    &path,
+                    format!("tensor `{name}` is in few bits, expected f32, f16 or bf16"),
+                ));
+            };
+            pairs.entry(module.to_string()).or_default()[part] = Some(tensor);
+        }
+        for (module, pair) in pairs {
+            let [Some(a), Some(b)] = pair else {
+                let message =
+                    format!("module `{module}` has one of lora_A and lora_B alone: the file is damaged");
+                return Err(Error::file(&path, message));
+            };
+            adapter.tensors.push(LoraTensors { module, a, b });
+        }
+        adapter.check(&path)?;
+        Ok(adapter)
+    }
+
+    /// Checks that every module of the adapter is a projection of the model, of the same sizes.
+    ///
+    /// # Errors
+    /// Names the first module that isn't.
+    pub fn check_fits(&self, spec: &ModelSpec) -> Result<()> {
+        let linears = spec.layers.iter().enumerate().flat_map(|(i, layer)| {
+            layer.linears(spec.hidden_size).into_iter().map(move |it| (names::module(i, it.part), it))
+        });
+        let linears: HashMap<String, LinearSpec> = linears.collect();
+        let other = "the adapter belongs to another model";
+        for it in &self.tensors {
+            let Some(linear) = linears.get(&it.module) else {
+                return Err(Error::msg(format!("the model has no module `{}`: {other}", it.module)));
+            };
+            let (got, expected) = ((it.b.rows(), it.a.cols()), (linear.out_features, linear.in_features));
+            if got != expected {
+                let message = format!(
+                    "module `{}`: the adapter is for {} x {}, the model has {} x {}: {other}",
+                    it.module, got.0, got.1, expected.0, expected.1
+                );
+                return Err(Error::msg(message));
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that there are matrices, and that all have the rank.
+    fn check(&self, path: &Path) -> Result<()> {
+        if self.tensors.is_empty() {
+            return Err(Error::file(path, "the adapter has no module"));
+        }
+        for it in &self.tensors {
+            let (a, b) = (it.a.shape(), it.b.shape());
+            if a.0 != self.r || b.1 != self.r {
+                let message = format!(
+                    "module `{}`: A of {} x {} and B of {} x {} don't fit the rank, `r` is {}",
+                    it.module, a.0, a.1, b.0, b.1, self.r
+                );
+                return Err(Error::file(path, message));
+            }
+            for tensor in [&it.a, &it.b] {
+                if !matches!(tensor.dtype(), DType::F32 | DType::F16 | DType::BF16) {
+                    let expected = "f32, f16 or bf16";
+                    return Err(Error::DType { what: it.module.clone(), expected, got: tensor.dtype() });
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The module that a tensor's name means, and whether it is A (0) or B (1).
+fn split(name: &str) -> Result<(&str, usize), String> {
+    let module = name.strip_prefix(PREFIX).unwrap_or(name);
+    for (part, suffix) in [".lora_A.weight", ".lora_B.weight"].into_iter().enumerate() {
+        if let Some(module) = module.strip_suffix(suffix) {
+            return Ok((module, part));
+        }
+    }
+    let what = match name {
+        _ if name.contains("lora_magnitude_vector") => "DoRA",
+        _ if name.ends_with("lora_B.bias") => "a bias beside B",
+        _ if name.contains("lora_embedding_") => "an adapter on the embedding",
+        _ if name.contains("lora_") => "another kind of adapter",
+        _ => "a whole module saved beside the adapter",
+    };
+    Err(format!("tensor `{name}` is {what}, which is not there yet"))
+}
+
+/// A tensor as safetensors takes it.
+struct Stacked<'a> {
+    tensor: &'a Tensor,
+    shape: [usize; 2],
+}
+
+impl<'a> Stacked<'a> {
+    fn new(tensor: &'a Tensor) -> Stacked<'a> {
+        Stacked { tensor, shape: [tensor.rows(), tensor.cols()] }
+    }
+}
+
+impl View for Stacked<'_> {
+    fn dtype(&self) -> Dtype {
+        match self.tensor.dtype() {
+            DType::F16 => Dtype::F16,
+            DType::BF16 => Dtype::BF16,
+            _ => Dtype::F32,
+        }
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Little-endian, whatever the machine.
+    fn data(&self) -> Cow<'_, [u8]> {
+        let bytes: Result<Vec<u8>> = match self.tensor.dtype() {
+            DType::F16 => self.tensor.values().map(bytes_of(|it: &ferrotune_tensor::f16| it.to_le_bytes())),
+            DType::BF16 => self.tensor.values().map(bytes_of(|it: &ferrotune_tensor::bf16| it.to_le_bytes())),
+            _ => self.tensor.values().map(bytes_of(|it: &f32| it.to_le_bytes())),
+        };
+        // `check` has let these three types through and no other.
+        Cow::Owned(bytes.unwrap_or_default())
+    }
+
+    fn data_len(&self) -> usize {
+        self.tensor.bytes()
+    }
+}
+
+fn bytes_of<T, const N: usize>(bytes: impl Fn(&T) -> [u8; N]) -> impl Fn(&[T]) -> Vec<u8> {
+    move |values| values.iter().flat_map(&bytes).collect()
+}

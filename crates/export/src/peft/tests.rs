@@ -1,0 +1,202 @@
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use ferrotune_model::source::ModelFiles;
+use serde_json::{Value, json};
+
+use super::*;
+
+/// A folder of its own, taken away at the end.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Scratch {
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let name = format!("ferrotune-peft-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let folder = std::env::temp_dir().join(name);
+        fs::create_dir_all(&folder).unwrap();
+        Scratch(folder)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn fixture() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/lora_tiny")
+}
+
+/// Real folders that PEFT wrote, where they are at hand.
+fn golden(name: &str) -> Option<PathBuf> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/data/golden_bnb_peft").join(name);
+    if !path.exists() {
+        eprintln!("skipped: {} is not there", path.display());
+    }
+    path.exists().then_some(path)
+}
+
+fn config(folder: &Path) -> Value {
+    serde_json::from_str(&fs::read_to_string(folder.join(CONFIG)).unwrap()).unwrap()
+}
+
+/// Reads, writes, and compares with what was read: the tensors byte for byte, the config key by key.
+fn round_trip(folder: &Path) -> PeftAdapter {
+    let adapter = PeftAdapter::read(folder).unwrap();
+    let scratch = Scratch::new();
+    let out = scratch.0.join("made/on/the/way");
+    adapter.write(&out, &ModelCard::default()).unwrap();
+    assert!(fs::read(folder.join(TENSORS)).unwrap() == fs::read(out.join(TENSORS)).unwrap());
+    let (theirs, ours) = (config(folder), config(&out));
+    let later =
+        ["kasa_config", "lora_ga_config", "monteclora_config", "use_bdlora", "velora_config", "peft_version"];
+    for (key, value) in theirs.as_object().unwrap().iter().filter(|(key, _)| !later.contains(&key.as_str())) {
+        assert_eq!(ours.get(key), Some(value), "{key}");
+    }
+    assert!(ours.as_object().unwrap().keys().all(|key| theirs.get(key).is_some()));
+    let text = fs::read_to_string(out.join(CONFIG)).unwrap();
+    assert!(text.starts_with("{\n  \"alora_invocation_tokens\": null,\n") && text.ends_with("\n}"));
+    let mut names: Vec<_> = fs::read_dir(&out).unwrap().flatten().map(|it| it.file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["README.md", CONFIG, TENSORS]);
+    adapter
+}
+
+#[test]
+fn the_fixture_comes_back_as_it_was() {
+    let adapter = round_trip(&fixture());
+    assert_eq!((adapter.r, adapter.lora_alpha, adapter.scaling(), adapter.tensors.len()), (4, 8.0, 2.0, 21));
+    assert_eq!(adapter.tensors[0].module, "model.layers.0.mlp.down_proj");
+    assert_eq!((adapter.tensors[0].a.shape(), adapter.tensors[0].b.shape()), ((4, 100), (64, 4)));
+}
+
+#[test]
+fn what_peft_wrote_comes_back_as_it_was() {
+    if let Some(folder) = golden("peft_lora_r8") {
+        assert_eq!(round_trip(&folder).tensors.len(), 35);
+    }
+    if let Some(folder) = golden("peft_rslora_r16") {
+        let adapter = round_trip(&folder);
+        assert!(adapter.use_rslora && adapter.scaling() == adapter.lora_alpha / 4.0);
+    }
+    if let Some(folder) = golden("peft_dora_r4") {
+        let message = PeftAdapter::read(&folder).unwrap_err().to_string();
+        assert!(message.contains("use_dora") && message.contains("DoRA"), "{message}");
+    }
+}
+
+#[test]
+fn sixteen_bit_tensors_stay_so() {
+    for dtype in [DType::F16, DType::BF16] {
+        let mut adapter = PeftAdapter::read(&fixture()).unwrap();
+        for it in &mut adapter.tensors {
+            it.a = it.a.clone().cast(dtype).unwrap();
+            it.b = it.b.clone().cast(dtype).unwrap();
+        }
+        let scratch = Scratch::new();
+        adapter.write(&scratch.0, &ModelCard::default()).unwrap();
+        let again = PeftAdapter::read(&scratch.0).unwrap();
+        assert_eq!(again.tensors[3].a.dtype(), dtype);
+        assert_eq!(again.tensors[3].a.to_f32().unwrap(), adapter.tensors[3].a.to_f32().unwrap());
+    }
+}
+
+#[test]
+fn configs_that_are_not_there_yet() {
+    let scratch = Scratch::new();
+    fs::copy(fixture().join(TENSORS), scratch.0.join(TENSORS)).unwrap();
+    let refused = |key: &str, value: Value, part: &str| {
+        let mut config = config(&fixture());
+        config[key] = value;
+        fs::write(scratch.0.join(CONFIG), config.to_string()).unwrap();
+        let message = PeftAdapter::read(&scratch.0).unwrap_err().to_string();
+        assert!(message.contains(part), "`{message}` lacks `{part}`");
+        assert!(message.contains("adapter_config.json") || message.contains(TENSORS), "{message}");
+    };
+    refused("peft_type", json!("IA3"), "IA3");
+    refused("use_dora", json!(true), "DoRA");
+    refused("lora_bias", json!(true), "lora_bias");
+    refused("bias", json!("all"), "bias");
+    refused("modules_to_save", json!(["lm_head"]), "whole modules");
+    refused("rank_pattern", json!({ "q_proj": 2 }), "ranks that differ");
+    refused("init_lora_weights", json!("pissa_niter_4"), "changes the base model");
+    refused("use_telepathy", json!(true), "use_telepathy");
+    refused("r", json!(8), "`r` is 8");
+    refused("r", json!(0), "positive whole number");
+    refused("target_modules", json!(7), "list of names");
+    refused("peft_type", Value::Null, "peft_type");
+}
+
+#[test]
+fn files_that_are_missing_or_damaged() {
+    let scratch = Scratch::new();
+    let message = || PeftAdapter::read(&scratch.0).unwrap_err().to_string();
+    assert!(message().contains(CONFIG));
+    fs::copy(fixture().join(CONFIG), scratch.0.join(CONFIG)).unwrap();
+    assert!(message().contains(TENSORS));
+    fs::write(scratch.0.join("adapter_model.bin"), "").unwrap();
+    assert!(message().contains("pickle"));
+    let bytes = fs::read(fixture().join(TENSORS)).unwrap();
+    fs::write(scratch.0.join(TENSORS), &bytes[..bytes.len() - 1]).unwrap();
+    assert!(message().contains("download it again"));
+    let mut odd = bytes.clone();
+    let at = bytes.windows(20).position(|it| it == b"q_proj.lora_B.weight").unwrap();
+    odd[at + 12] = b'C';
+    fs::write(scratch.0.join(TENSORS), odd).unwrap();
+    assert!(message().contains("lora_C"));
+}
+
+#[test]
+fn what_can_not_be_written() {
+    let mut adapter = PeftAdapter::read(&fixture()).unwrap();
+    let scratch = Scratch::new();
+    fs::write(scratch.0.join("file"), "").unwrap();
+    let message = adapter.write(&scratch.0.join("file"), &ModelCard::default()).unwrap_err().to_string();
+    assert!(message.contains("file"), "{message}");
+    if cfg!(target_os = "linux") {
+        let message = write_whole(Path::new("/proc/nothing/x"), b"x").unwrap_err().to_string();
+        assert!(message.contains("/proc/nothing/x"), "{message}");
+    }
+    adapter.r = 5;
+    let message = adapter.write(&scratch.0.join("out"), &ModelCard::default()).unwrap_err().to_string();
+    assert!(message.contains("`r` is 5") && !scratch.0.join("out").exists(), "{message}");
+}
+
+#[test]
+fn the_card_names_what_was_done() {
+    let mut adapter = PeftAdapter::read(&fixture()).unwrap();
+    adapter.base_model_name_or_path = "org/Base-1B".into();
+    let card = ModelCard {
+        title: "Me".into(),
+        datasets: vec!["identity.jsonl".into()],
+        training: vec![("Steps".into(), "60 | 61".into())],
+    };
+    let text = card.markdown(&adapter);
+    assert!(text.starts_with("---\nbase_model: org/Base-1B\nlibrary_name: peft\n"), "{text}");
+    assert!(
+        text.contains("| Steps | 60 \\| 61 |")
+            && text.contains("| Data | identity.jsonl |")
+            && text.contains("# Me\n")
+    );
+    adapter.base_model_name_or_path = "/models/x".into();
+    assert!(!card.markdown(&adapter).contains("base_model:"));
+}
+
+#[test]
+fn adapters_of_other_models() {
+    let folder = fixture().with_file_name("llama_tiny");
+    let files = ModelFiles::open(folder).unwrap();
+    let mut adapter = PeftAdapter::read(&fixture()).unwrap();
+    adapter.check_fits(&files.spec).unwrap();
+    let tied = ModelFiles::open(fixture().with_file_name("llama_tiny_tied")).unwrap();
+    let message = adapter.check_fits(&tied.spec).unwrap_err().to_string();
+    assert!(
+        message.contains("model.layers.0.mlp.down_proj") && message.contains("another model"),
+        "{message}"
+    );
+    adapter.tensors[0].module = "model.layers.7.mlp.down_proj".into();
+    let message = adapter.check_fits(&files.spec).unwrap_err().to_string();
+    assert!(message.contains("model.layers.7") && message.contains("another model"), "{message}");
+}
