@@ -1,0 +1,193 @@
+//! GET requests, with redirects that don't carry the token elsewhere.
+
+use std::time::Duration;
+
+use ureq::http::{HeaderMap, Response};
+use ureq::{Agent, Body};
+
+use crate::name::Name;
+use crate::{Error, HubOptions, Result};
+
+/// Redirects that are followed.
+const MOST_REDIRECTS: usize = 10;
+
+/// Asks one hub about one model.
+pub(crate) struct Client<'a> {
+    agent: Agent,
+    endpoint: String,
+    token: Option<&'a str>,
+    name: &'a Name,
+    revision: &'a str,
+}
+
+/// An answer that isn't the one asked for, or none.
+pub(crate) struct Failure {
+    /// For the user.
+    pub(crate) error: Error,
+    /// Whether asking again may help, and after what time the server wants to be asked.
+    pub(crate) again: Option<Option<Duration>>,
+}
+
+impl Failure {
+    fn last(message: String) -> Failure {
+        Failure { error: Error::new(message), again: None }
+    }
+}
+
+impl<'a> Client<'a> {
+    pub(crate) fn new(name: &'a Name, options: &'a HubOptions) -> Result<Client<'a>> {
+        let endpoint = options.endpoint.trim_end_matches('/').to_string();
+        let Some(origin) = origin(&endpoint) else {
+            let message =
+                format!("HF_ENDPOINT is `{endpoint}`, expected an address such as https://huggingface.co");
+            return Err(Error::new(message));
+        };
+        let mut config = Agent::config_builder()
+            .max_redirects(0)
+            .max_redirects_will_error(false)
+            .http_status_as_error(false)
+            .timeout_connect(Some(Duration::from_secs(20)))
+            .timeout_recv_response(Some(Duration::from_secs(60)))
+            .timeout_per_read(Some(Duration::from_secs(60)))
+            .user_agent(concat!("ferrotune/", env!("CARGO_PKG_VERSION")));
+        // A server on this machine isn't reached through a proxy.
+        let host = origin.rsplit_once("://").map_or("", |(_, host)| host);
+        if ["localhost", "127.0.0.1", "[::1]"]
+            .iter()
+            .any(|it| host == *it || host.starts_with(&format!("{it}:")))
+        {
+            config = config.proxy(None);
+        }
+        let (token, revision) = (options.token.as_deref(), options.revision());
+        Ok(Client { agent: config.build().into(), endpoint, token, name, revision })
+    }
+
+    /// Where the hub tells what a model consists of.
+    pub(crate) fn listing(&self) -> String {
+        let model = escaped(&self.name.model, true);
+        format!("{}/api/models/{model}/revision/{}?blobs=true", self.endpoint, escaped(self.revision, false))
+    }
+
+    /// Where a file is.
+    pub(crate) fn file(&self, commit: &str, path: &str) -> String {
+        let model = escaped(&self.name.model, true);
+        format!("{}/{model}/resolve/{}/{}", self.endpoint, escaped(commit, false), escaped(path, true))
+    }
+
+    /// GET, from a byte on. The answer's status is 200, 206 or 416.
+    pub(crate) fn get(&self, url: &str, from: u64) -> Result<Response<Body>, Failure> {
+        let mut url = url.to_string();
+        for _ in 0..MOST_REDIRECTS {
+            let mut request = self.agent.get(&url);
+            if let Some(token) = self.token.filter(|_| origin(&url) == origin(&self.endpoint)) {
+                request = request.header("Authorization", format!("Bearer {token}"));
+            }
+            if from > 0 {
+                request = request.header("Range", format!("bytes={from}-"));
+            }
+            let response = request.call().map_err(|error| self.unreachable(&url, &error))?;
+            let status = response.status().as_u16();
+            match status {
+                200 | 206 | 416 => return Ok(response),
+                301 | 302 | 303 | 307 | 308 => url = self.redirected(&url, response.headers())?,
+                _ => return Err(self.refused(status, response.headers())),
+            }
+        }
+        Err(Failure::last(format!("`{}`: {url} is redirected without end", self.name)))
+    }
+
+    fn redirected(&self, url: &str, headers: &HeaderMap) -> Result<String, Failure> {
+        let wrong = |to: &str| {
+            Failure::last(format!(
+                "`{}`: {url} is redirected to `{to}`, which isn't followed: try another HF_ENDPOINT",
+                self.name
+            ))
+        };
+        let to = text(headers, "location").ok_or_else(|| wrong(""))?;
+        let (Some(from), true) = (origin(url), to.starts_with('/') && !to.starts_with("//")) else {
+            // Elsewhere; but what was asked for in secret isn't fetched in the open.
+            let safe = origin(to).is_some() && (!url.starts_with("https://") || to.starts_with("https://"));
+            return if safe { Ok(to.to_string()) } else { Err(wrong(to)) };
+        };
+        Ok(format!("{from}{to}"))
+    }
+
+    fn unreachable(&self, url: &str, error: &ureq::Error) -> Failure {
+        let host = origin(url).unwrap_or_default();
+        let error = Error::new(format!(
+            "can't reach {host} for `{}` ({error}): check the connection or HTTPS_PROXY, set HF_ENDPOINT to a \
+             mirror, or give the path of a folder or GGUF file that holds the model",
+            self.name
+        ));
+        Failure { error, again: Some(None) }
+    }
+
+    fn refused(&self, status: u16, headers: &HeaderMap) -> Failure {
+        let (name, endpoint, revision) = (&self.name, &self.endpoint, self.revision);
+        let code = text(headers, "x-error-code").unwrap_or("");
+        let page = format!("{endpoint}/{}", name.model);
+        let wait = text(headers, "retry-after").and_then(|it| it.parse().ok()).map(Duration::from_secs);
+        match (status, self.token.is_some()) {
+            (_, _) if code == "GatedRepo" => Failure::last(format!(
+                "`{name}` is given to those who have accepted its licence: accept it at {page}, then set HF_TOKEN \
+                 to a token from {endpoint}/settings/tokens"
+            )),
+            (401, false) => Failure::last(format!(
+                "{endpoint} doesn't show `{name}` to everyone (401): check the name, or set HF_TOKEN to a token \
+                 from {endpoint}/settings/tokens if it is private"
+            )),
+            (401, true) => Failure::last(format!(
+                "{endpoint} doesn't accept the token or doesn't have `{name}` (401): check HF_TOKEN and the name"
+            )),
+            (403, _) => Failure::last(format!(
+                "{endpoint} forbids `{name}` to this token (403): ask for access at {page}, or set HF_TOKEN to a \
+                 token that may read it"
+            )),
+            (404, _) if code == "RevisionNotFound" => {
+                Failure::last(format!("`{name}` has no revision `{revision}` at {endpoint} (404)"))
+            }
+            (404, _) => Failure::last(format!(
+                "{endpoint} has no `{name}` at revision `{revision}` (404): check the name, or set HF_ENDPOINT to \
+                 the hub that has it"
+            )),
+            (429, _) => {
+                let token =
+                    if self.token.is_some() { "" } else { ", or set HF_TOKEN: known users may ask more" };
+                let message =
+                    format!("{endpoint} is asked too much for now (429): try again in some minutes{token}");
+                Failure { error: Error::new(message), again: Some(wait) }
+            }
+            (500.., _) => {
+                let message =
+                    format!("{endpoint} has trouble of its own ({status}) with `{name}`: try again later");
+                Failure { error: Error::new(message), again: Some(wait) }
+            }
+            _ => Failure::last(format!("{endpoint} answers {status} for `{name}`, which isn't understood")),
+        }
+    }
+}
+
+/// A header, where it is there and readable.
+pub(crate) fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+    headers.get(name)?.to_str().ok()
+}
+
+/// `scheme://host:port` of an address.
+fn origin(url: &str) -> Option<&str> {
+    let rest = url.strip_prefix("https://").or_else(|| url.strip_prefix("http://"))?;
+    let host = rest.split(['/', '?', '#']).next().filter(|it| !it.is_empty() && !it.contains('@'))?;
+    Some(&url[..url.len() - rest.len() + host.len()])
+}
+
+/// A part of an address; slashes stay where `slashes` says so.
+fn escaped(text: &str, slashes: bool) -> String {
+    let mut escaped = String::new();
+    for byte in text.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => escaped.push(byte.into()),
+            b'/' if slashes => escaped.push('/'),
+            _ => escaped += &format!("%{byte:02X}"),
+        }
+    }
+    escaped
+}
