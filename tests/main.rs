@@ -2,5 +2,8 @@
 
 mod command_line;
 mod config;
+mod data;
+mod debug;
 mod doctor;
+mod run;
 mod util;

@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+/// A tiny Llama with random weights, in the repository.
+pub const TINY: &str = "tests/fixtures/llama_tiny";
+
 /// A folder that is gone when the test is over.
 pub struct Dir(PathBuf);
 
@@ -37,8 +40,11 @@ impl Dir {
     pub fn ferrotune(&self, words: &[&str]) -> Run {
         let mut command = Command::new(program());
         command.args(words).current_dir(&self.0).stdin(Stdio::null());
-        command.env("FERROTUNE_HOME", self.0.join("home"));
-        for name in ["NO_COLOR", "FERROTUNE_LOG", "HF_TOKEN", "RUST_BACKTRACE"] {
+        command
+            .env("FERROTUNE_HOME", self.0.join("home"))
+            .env("HF_HOME", self.0.join("hf"))
+            .env("HF_HUB_OFFLINE", "1");
+        for name in ["NO_COLOR", "FERROTUNE_LOG", "HF_TOKEN", "HF_HUB_CACHE", "RUST_BACKTRACE"] {
             command.env_remove(name);
         }
         Run(command)

@@ -56,7 +56,7 @@ pub enum Command {
 
     /// Talk to a model.
     #[command(
-        after_help = "Examples:\n  ferrotune chat --model SmolLM2-135M-Instruct --adapter out/identity\n  \
+        after_help = "Examples:\n  ferrotune chat --model HuggingFaceTB/SmolLM2-135M-Instruct --adapter out/identity\n  \
         ferrotune chat examples/quickstart.yaml --adapter out/identity --prompt 'Who are you?' --greedy\n\n\
         In a chat, `/clear` forgets what was said and `/exit` ends it"
     )]
@@ -72,7 +72,7 @@ pub enum Command {
 
     /// JSON for bug reports and comparisons: logits, token ids, rendered conversations.
     #[command(
-        after_help = "Example:\n  ferrotune debug tokenize --model SmolLM2-135M-Instruct 'Hello there'"
+        after_help = "Example:\n  ferrotune debug tokenize --model HuggingFaceTB/SmolLM2-135M-Instruct 'Hello there'"
     )]
     Debug(DebugArgs),
 
@@ -168,19 +168,19 @@ pub struct DebugArgs {
 pub enum DebugCommand {
     /// Logits of given token ids.
     #[command(
-        after_help = "Example:\n  ferrotune debug logits --model SmolLM2-135M-Instruct --ids 1,4093,198"
+        after_help = "Example:\n  ferrotune debug logits --model HuggingFaceTB/SmolLM2-135M-Instruct --ids 1,4093,198"
     )]
     Logits(LogitsArgs),
     /// Token ids of a text.
     #[command(
-        after_help = "Example:\n  ferrotune debug tokenize --model SmolLM2-135M-Instruct 'Hello there'\n\n\
+        after_help = "Example:\n  ferrotune debug tokenize --model HuggingFaceTB/SmolLM2-135M-Instruct 'Hello there'\n\n\
         Without TEXT, standard input is read"
     )]
     Tokenize(TokenizeArgs),
     /// A conversation as the model sees it, with the spans that are trained on.
     #[command(
         after_help = "Example:\n  echo '{\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}]}' |\n    \
-        ferrotune debug render --model SmolLM2-135M-Instruct"
+        ferrotune debug render --model HuggingFaceTB/SmolLM2-135M-Instruct"
     )]
     Render(RenderArgs),
 }

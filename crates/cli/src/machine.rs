@@ -1,7 +1,7 @@
 //! What the machine says about itself. What can't be found out is `None`, never an error.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Name and version of the system.
 pub fn system() -> String {
@@ -112,15 +112,6 @@ pub fn free_space(folder: &Path) -> Option<u64> {
 #[cfg(not(unix))]
 pub fn free_space(_folder: &Path) -> Option<u64> {
     None
-}
-
-/// Where models are kept: `$FERROTUNE_HOME`, or the cache folder that the system has for programs.
-pub fn model_cache() -> PathBuf {
-    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let home = || set("HOME").or_else(|| set("USERPROFILE")).unwrap_or_default().join(".cache");
-    let root =
-        set("FERROTUNE_HOME").unwrap_or_else(|| set("XDG_CACHE_HOME").unwrap_or_else(home).join("ferrotune"));
-    root.join("models")
 }
 
 /// Whether products in bf16 are faster than in f32.

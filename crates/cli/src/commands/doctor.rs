@@ -50,8 +50,14 @@ pub fn run(console: &Console) -> anyhow::Result<Outcome> {
         line(&format!("lib{}", library.name), found)?;
     }
 
-    let cache = machine::model_cache();
-    line("model cache", format!("{}, {}", cache.display(), cache_state(&cache)))?;
+    let cache = match ferrotune_hub::cache_dir() {
+        Ok(folder) => {
+            let models = folder.join("models");
+            format!("{}, {}", models.display(), cache_state(&models))
+        }
+        Err(error) => error.to_string(),
+    };
+    line("model cache", cache)?;
     line("training", will_use(&features))?;
     out.flush()?;
     Ok(Outcome::Done)

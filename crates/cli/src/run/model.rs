@@ -1,14 +1,15 @@
 //! The model: its name to files, the files to tokenizer and chat template.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::bail;
+use anyhow::Context as _;
 use ferrotune_data::{GgufVocabulary, Template, Tokenizer, check_template};
+use ferrotune_hub::{HubOptions, resolve};
 use ferrotune_model::source::ModelFiles;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::config::RunConfig;
 use crate::console::{Console, Usage};
-use crate::machine;
 
 /// A model's files with what turns text into its tokens.
 pub struct OpenModel {
@@ -33,9 +34,9 @@ impl OpenModel {
     ///
     /// # Errors
     /// When none is named or found, or a file of it is missing or damaged.
-    pub fn open(config: &RunConfig, _console: &Console) -> anyhow::Result<OpenModel> {
+    pub fn open(config: &RunConfig, console: &Console) -> anyhow::Result<OpenModel> {
         let name = name(config)?;
-        let path = find(config, &name)?;
+        let path = find(config, &name, console)?;
         tracing::info!("model files: {}", path.display());
         let files = ModelFiles::open(&path)?;
         let vocabulary = Vocabulary::of(&files)?;
@@ -48,8 +49,8 @@ impl Vocabulary {
     ///
     /// # Errors
     /// When the model, its tokenizer or its chat template is not found, or one of them is damaged.
-    pub fn open(config: &RunConfig, _console: &Console) -> anyhow::Result<Vocabulary> {
-        let path = find(config, &name(config)?)?;
+    pub fn open(config: &RunConfig, console: &Console) -> anyhow::Result<Vocabulary> {
+        let path = find(config, &name(config)?, console)?;
         if path.join("tokenizer.json").is_file() {
             return Vocabulary::new(Tokenizer::from_folder(&path)?);
         }
@@ -99,31 +100,28 @@ fn name(config: &RunConfig) -> anyhow::Result<String> {
     }
 }
 
-/// A path as it is, or a folder of the model cache: `owner/name`, or the name alone where one owner has it.
-fn find(config: &RunConfig, name: &str) -> anyhow::Result<PathBuf> {
-    if Path::new(name).exists() {
-        return Ok(PathBuf::from(name));
-    }
-    let cache = config.cache_dir.clone().unwrap_or_else(machine::model_cache);
-    let wanted = name.replace('/', "--");
-    let entries = std::fs::read_dir(&cache).into_iter().flatten().flatten();
-    let mut found: Vec<PathBuf> = entries
-        .filter(|entry| {
-            let folder = entry.file_name().to_string_lossy().into_owned();
-            folder == wanted || folder.ends_with(&format!("--{wanted}"))
-        })
-        .map(|entry| entry.path())
-        .collect();
-    found.sort();
-    match found.as_slice() {
-        [one] => Ok(one.clone()),
-        [] => bail!(
-            "model `{name}`: neither a path nor in the model cache {}; downloading is not there yet",
-            cache.display()
-        ),
-        _ => bail!(
-            "model `{name}`: the model cache {} has several of this name; say whose it is",
-            cache.display()
-        ),
-    }
+/// The local folder or file of a model; one that is not here yet is fetched.
+fn find(config: &RunConfig, name: &str, console: &Console) -> anyhow::Result<PathBuf> {
+    let from_env = HubOptions::from_env();
+    let options = HubOptions {
+        cache_dir: config.cache_dir.clone(),
+        revision: Some(config.model_revision.clone()).filter(|it| it != "main"),
+        token: config.hf_hub_token.clone().or(from_env.token.clone()),
+        ..from_env
+    };
+    let bar = ProgressBar::hidden();
+    let style = ProgressStyle::with_template(
+        "{msg} [{bar:30}] {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left",
+    );
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> "));
+    let path = resolve(name, &options, &mut |progress| {
+        if bar.is_hidden() && console.shows_progress() {
+            bar.set_draw_target(ProgressDrawTarget::stderr());
+        }
+        bar.set_length(progress.total);
+        bar.set_position(progress.done);
+        bar.set_message(progress.file.to_string());
+    });
+    bar.finish_and_clear();
+    path.with_context(|| format!("model `{name}`"))
 }
