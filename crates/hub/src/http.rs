@@ -115,8 +115,8 @@ impl<'a> Client<'a> {
     fn unreachable(&self, url: &str, error: &ureq::Error) -> Failure {
         let host = origin(url).unwrap_or_default();
         let error = Error::new(format!(
-            "can't reach {host} for `{}` ({error}): check the connection or HTTPS_PROXY, set HF_ENDPOINT to a \
-             mirror, or give the path of a folder or GGUF file that holds the model",
+            "can't reach {host} for `{}` ({error}): check the connection or HTTPS_PROXY, set HF_ENDPOINT to \
+             a mirror, or give the path of a folder or GGUF file that holds the model",
             self.name
         ));
         Failure { error, again: Some(None) }
@@ -129,26 +129,27 @@ impl<'a> Client<'a> {
         let wait = text(headers, "retry-after").and_then(|it| it.parse().ok()).map(Duration::from_secs);
         match (status, self.token.is_some()) {
             (_, _) if code == "GatedRepo" => Failure::last(format!(
-                "`{name}` is given to those who have accepted its licence: accept it at {page}, then set HF_TOKEN \
-                 to a token from {endpoint}/settings/tokens"
+                "`{name}` is given to those who have accepted its licence: accept it at {page}, then set \
+                 HF_TOKEN to a token from {endpoint}/settings/tokens"
             )),
             (401, false) => Failure::last(format!(
-                "{endpoint} doesn't show `{name}` to everyone (401): check the name, or set HF_TOKEN to a token \
-                 from {endpoint}/settings/tokens if it is private"
+                "{endpoint} doesn't show `{name}` to everyone (401): check the name, or set HF_TOKEN to a \
+                 token from {endpoint}/settings/tokens if it is private"
             )),
             (401, true) => Failure::last(format!(
-                "{endpoint} doesn't accept the token or doesn't have `{name}` (401): check HF_TOKEN and the name"
+                "{endpoint} doesn't accept the token or doesn't have `{name}` (401): check HF_TOKEN and \
+                 the name"
             )),
             (403, _) => Failure::last(format!(
-                "{endpoint} forbids `{name}` to this token (403): ask for access at {page}, or set HF_TOKEN to a \
-                 token that may read it"
+                "{endpoint} forbids `{name}` to this token (403): ask for access at {page}, or set HF_TOKEN \
+                 to a token that may read it"
             )),
             (404, _) if code == "RevisionNotFound" => {
                 Failure::last(format!("`{name}` has no revision `{revision}` at {endpoint} (404)"))
             }
             (404, _) => Failure::last(format!(
-                "{endpoint} has no `{name}` at revision `{revision}` (404): check the name, or set HF_ENDPOINT to \
-                 the hub that has it"
+                "{endpoint} has no `{name}` at revision `{revision}` (404): check the name, or set \
+                 HF_ENDPOINT to the hub that has it"
             )),
             (429, _) => {
                 let token =

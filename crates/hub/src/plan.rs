@@ -89,8 +89,8 @@ fn nothing(name: &Name, all: &[RemoteFile]) -> String {
         format!("`{name}` is an adapter, not a model: name its base as the model and this as the adapter")
     } else if has(&|it| it.ends_with(".bin") || it.ends_with(".pth") || it.ends_with(".pt")) {
         format!(
-            "`{name}` has its weights as a pickle alone, which runs code when it is opened, so it is refused: \
-             look for a revision or a copy with model.safetensors"
+            "`{name}` has its weights as a pickle alone, which runs code when it is opened, so it is \
+             refused: look for a revision or a copy with model.safetensors"
         )
     } else {
         format!("`{name}` has neither config.json with model.safetensors nor a GGUF file")

@@ -54,7 +54,8 @@ fn listing(files: &[(&str, &[u8])]) -> Answer {
         match path.ends_with(".json") {
             true => json!({ "rfilename": path, "size": bytes.len(), "blobId": "…" }),
             false => {
-                json!({ "rfilename": path, "size": bytes.len(), "lfs": { "sha256": sha256, "size": bytes.len() } })
+                let lfs = json!({ "sha256": sha256, "size": bytes.len() });
+                json!({ "rfilename": path, "lfs": lfs })
             }
         }
     };

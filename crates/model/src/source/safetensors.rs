@@ -230,7 +230,8 @@ fn explain(error: SafeTensorError, bytes: &[u8]) -> String {
             format!("the file has {length} bytes, a safetensors file has at least 8: {again}")
         }
         SafeTensorError::HeaderTooLarge | SafeTensorError::InvalidHeaderLength => format!(
-            "the header says it has {} bytes, but the file has {length}: either it isn't safetensors or {again}",
+            "the header says it has {} bytes, but the file has {length}: either it isn't safetensors, or \
+             {again}",
             header.unwrap_or(0)
         ),
         SafeTensorError::MetadataIncompleteBuffer => {

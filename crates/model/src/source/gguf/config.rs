@@ -191,3 +191,40 @@ fn frequency_factors(factors: &[f32], theta: f64, head_dim: usize) -> Result<Jso
     }
     Ok(json!({ "rope_type": "frequency_factors", "factors": factors }))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn llama_3_2(factors: &[f32]) -> Json {
+        frequency_factors(factors, 500_000.0, 64).unwrap()
+    }
+
+    #[test]
+    fn the_usual_factors_are_known_again() {
+        let base: Vec<f64> = (0..32).map(|i| 500_000f64.powf(-2.0 * f64::from(i) / 64.0)).collect();
+        let scaling =
+            Llama3 { factor: 32.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_context: 8192.0 };
+        let mut factors: Vec<f32> = llama3_factors(&base, &scaling).iter().map(|it| *it as f32).collect();
+        assert_eq!((factors[0], factors[31]), (1.0, 32.0));
+        let json = llama_3_2(&factors);
+        assert_eq!((&json["rope_type"], &json["factor"]), (&"llama3".into(), &32.0.into()));
+        factors[16] *= 1.01;
+        let json = llama_3_2(&factors);
+        assert_eq!((&json["rope_type"], &json["factors"]), (&"frequency_factors".into(), &json!(factors)));
+        assert!(frequency_factors(&factors, 500_000.0, 128).unwrap_err().contains("32 numbers, expected 64"));
+    }
+
+    #[test]
+    fn other_factors_divide_the_frequencies() {
+        let config = json!({
+            "model_type": "llama", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8,
+            "num_hidden_layers": 1, "num_attention_heads": 2, "rope_theta": 100.0,
+            "rope_scaling": { "rope_type": "frequency_factors", "factors": [2.0, 5.0] },
+        });
+        let spec = crate::families::spec(&config, std::path::Path::new("x.gguf")).unwrap();
+        let rope = spec.layers[0].attention.rope.as_ref().unwrap();
+        assert!((rope.inverse_frequencies[0] - 0.5).abs() < 1e-12);
+        assert!((rope.inverse_frequencies[1] - 0.1 / 5.0).abs() < 1e-12);
+    }
+}

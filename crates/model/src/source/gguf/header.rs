@@ -207,7 +207,7 @@ pub(super) fn parse(bytes: &[u8]) -> Parsed<Header> {
     if !(2..=3).contains(&version) {
         return Err(format!("GGUF of version {version} can't be read, expected 2 or 3 (little-endian)"));
     }
-    // The shortest entries: a name's length, its type and one byte; a name's length, dimensions, type, offset.
+    // The shortest entries: a name's length, dimensions, type, offset; a name's length, type, one byte.
     let tensor_count = reader.count(24, "the number of tensors")?;
     let value_count = reader.count(13, "the number of metadata entries")?;
     let mut values = BTreeMap::new();
@@ -271,7 +271,8 @@ fn tensor(reader: &mut Reader) -> Parsed<(String, Type, Vec<usize>, u64)> {
     }
     let kind = Type::from_id(reader.u32("the type of a tensor")?);
     let kind = kind.map_err(|kind| {
-        format!("tensor `{name}` is stored as {kind}, which can't be read yet: take a Q4_K_M, Q8_0, F16 or BF16 file")
+        let instead = "take a Q4_K_M, Q8_0, F16 or BF16 file";
+        format!("tensor `{name}` is stored as {kind}, which can't be read yet: {instead}")
     })?;
     let offset = reader.u64("the offset of a tensor")?;
     Ok((name, kind, shape, offset))

@@ -3,6 +3,8 @@
 mod blocks;
 mod config;
 mod header;
+#[cfg(test)]
+mod tests;
 mod vocabulary;
 
 use std::collections::BTreeMap;

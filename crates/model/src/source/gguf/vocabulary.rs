@@ -1,4 +1,9 @@
-use super::header::{Header, List, Value};
+use std::path::Path;
+
+use ferrotune_tensor::Error;
+
+use super::header::{self, Header, List, Value};
+use crate::source::mapped::Mapped;
 
 /// The tokenizer that a GGUF file carries, `tokenizer.*`, as it stands there.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -29,6 +34,18 @@ pub struct GgufVocabulary {
     pub add_space_prefix: Option<bool>,
     /// The chat template.
     pub chat_template: Option<String>,
+}
+
+impl GgufVocabulary {
+    /// Reads the vocabulary of a GGUF file of any family, with or without weights.
+    ///
+    /// # Errors
+    /// When the file is truncated or contradicts itself.
+    pub fn open(path: &Path) -> Result<GgufVocabulary, Error> {
+        let file = Mapped::open(path)?;
+        let header = header::parse(file.bytes()).map_err(|message| Error::file(path, message))?;
+        read(&header, file.bytes()).map_err(|message| Error::file(path, message))
+    }
 }
 
 /// Reads the vocabulary out of a header; `file` is the whole file.

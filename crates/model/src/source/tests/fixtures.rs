@@ -2,7 +2,7 @@ use ferrotune_tensor::DType;
 use sha2::{Digest, Sha256};
 
 use super::*;
-use crate::source::{FileKind, SafetensorsSource};
+use crate::source::{FileKind, GgufVocabulary, SafetensorsSource};
 use crate::spec::names;
 
 #[test]
@@ -136,4 +136,50 @@ fn tensors_are_read_from_several_threads() {
             scope.spawn(|| source.names().iter().for_each(|it| drop(source.get(it).unwrap())));
         }
     });
+}
+
+#[test]
+fn plain_numbers_of_each_type() {
+    let values = [0.0f32, -1.5, 0.333_251_95, 65504.0, 6.0e-8];
+    let mut data = Vec::new();
+    let mut header = serde_json::Map::new();
+    let mut add = |name: &str, kind: &str, bytes: Vec<u8>| {
+        let offsets = [data.len(), data.len() + bytes.len()];
+        header
+            .insert(name.into(), serde_json::json!({ "dtype": kind, "shape": [5], "data_offsets": offsets }));
+        data.extend(bytes);
+    };
+    add("a", "F32", values.iter().flat_map(|it| it.to_le_bytes()).collect());
+    add("b", "F16", values.iter().flat_map(|it| half::f16::from_f32(*it).to_le_bytes()).collect());
+    add("c", "BF16", values.iter().flat_map(|it| half::bf16::from_f32(*it).to_le_bytes()).collect());
+    add("d", "I64", vec![0; 40]);
+    let header = serde_json::Value::from(header).to_string();
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.as_bytes());
+    bytes.extend(data);
+    let scratch = Scratch::new();
+    let source = SafetensorsSource::open_file(&scratch.write("x.safetensors", bytes)).unwrap();
+    for (name, dtype) in [("a", DType::F32), ("b", DType::F16), ("c", DType::BF16)] {
+        let Stored::Dense(stored) = source.get(name).unwrap();
+        assert_eq!((stored.dtype(), stored.shape()), (dtype, (1, 5)));
+        let wide = source.get_f32(name).unwrap();
+        assert_eq!(stored.to_f32().unwrap(), wide.values::<f32>().unwrap());
+        let close = |(got, value): (&f32, &f32)| (got - value).abs() <= 0.004 * value.abs() + 1e-8;
+        assert!(wide.values::<f32>().unwrap().iter().zip(&values).all(close), "{wide:?}");
+    }
+    let message = source.get("d").unwrap_err().to_string();
+    assert!(message.contains("`d`") && message.contains("I64"), "{message}");
+}
+
+#[test]
+fn vocabularies_of_other_families() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/data/llama.cpp/vocab");
+    let Ok(entries) = fs::read_dir(&folder) else {
+        eprintln!("skipped: {} is not there", folder.display());
+        return;
+    };
+    let files =
+        entries.flatten().map(|it| it.path()).filter(|it| it.extension().is_some_and(|it| it == "gguf"));
+    let counts: Vec<usize> = files.map(|it| GgufVocabulary::open(&it).unwrap().tokens.len()).collect();
+    assert!(counts.len() >= 4 && counts.iter().all(|it| *it > 30_000), "{counts:?}");
 }
