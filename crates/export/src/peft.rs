@@ -110,8 +110,8 @@ impl PeftAdapter {
         let mut adapter = config::read(&folder.join(CONFIG))?;
         let path = folder.join(TENSORS);
         if !path.exists() && folder.join("adapter_model.bin").exists() {
-            let message = "holds adapter_model.bin but no adapter_model.safetensors: a pickle runs code when it is \
-                           opened, so it is refused; save the adapter again with a PEFT of 0.5 or newer";
+            let message = "holds adapter_model.bin but no adapter_model.safetensors: a pickle runs code \
+                           when opened, so it is refused; save the adapter again with a PEFT of 0.5 or newer";
             return Err(Error::file(folder, message));
         }
         let source = SafetensorsSource::open_file(&path)?;
