@@ -6,4 +6,5 @@ mod data;
 mod debug;
 mod doctor;
 mod run;
+mod smollm2;
 mod util;

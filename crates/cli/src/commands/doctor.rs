@@ -4,6 +4,7 @@ use std::io::Write as _;
 use std::path::Path;
 
 use ferrotune_tensor::cuda_status;
+use ferrotune_tensor::product::cpu_products;
 
 use crate::Outcome;
 use crate::console::{Color, Console, bytes};
@@ -58,7 +59,7 @@ pub fn run(console: &Console) -> anyhow::Result<Outcome> {
         Err(error) => error.to_string(),
     };
     line("model cache", cache)?;
-    line("training", will_use(&features))?;
+    line("training", format!("will use the cpu; products in {}", cpu_products()))?;
     out.flush()?;
     Ok(Outcome::Done)
 }
@@ -93,20 +94,4 @@ fn cache_state(cache: &Path) -> String {
         Some(free) => format!("{state}, {} free on its disk", bytes(free)),
         None => state,
     }
-}
-
-fn will_use(features: &[(&'static str, bool)]) -> String {
-    let has = |name: &str| features.iter().any(|(it, present)| *it == name && *present);
-    let f32_products = match () {
-        () if has("avx512f") => "AVX-512",
-        () if has("avx2") && has("fma") => "AVX2",
-        () if has("neon") => "NEON",
-        () => "plain instructions: slow",
-    };
-    let bf16_products = match () {
-        () if has("amx_bf16") => "AMX tiles",
-        () if has("avx512_bf16") => "AVX-512 BF16",
-        () => "as f32: this cpu has no faster ones",
-    };
-    format!("will use the cpu; products in f32 by {f32_products}, with `bf16: true` {bf16_products}")
 }

@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 
-use anyhow::Context as _;
 use ferrotune_data::{GgufVocabulary, Template, Tokenizer, check_template};
 use ferrotune_hub::{HubOptions, resolve};
 use ferrotune_model::source::ModelFiles;
@@ -123,5 +122,5 @@ fn find(config: &RunConfig, name: &str, console: &Console) -> anyhow::Result<Pat
         bar.set_message(progress.file.to_string());
     });
     bar.finish_and_clear();
-    path.with_context(|| format!("model `{name}`"))
+    Ok(path?)
 }
