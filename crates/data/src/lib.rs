@@ -20,6 +20,7 @@ pub mod formats;
 mod gguf_vocabulary;
 mod jinja;
 mod marked;
+mod prompt;
 mod report;
 mod source;
 mod spans;
@@ -37,8 +38,9 @@ pub use jinja::Now;
 pub use marked::{
     MarkOptions, MarkedText, Sample, check_template, encode_all, encode_conversation, mark_conversation,
 };
+pub use prompt::encode_prompt;
 pub use report::{Bar, Report};
 pub use source::{Dropped, Loaded, OnBadRow, SourceOptions, load, load_path, read_rows};
-pub use spans::{Spans, Turn, assistant_spans};
+pub use spans::{RenderedConversation, Spans, Turn, assistant_spans, render_conversation};
 pub use template::{Rendered, Template};
 pub use tokenizer::{Encoded, TokenStream, Tokenizer};

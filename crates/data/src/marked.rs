@@ -7,6 +7,7 @@
 //! Control tokens that somebody typed inside a message stay text. To know them from the template's own after
 //! rendering, a non-character is put into each before, and taken out after.
 
+use std::collections::HashSet;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -156,8 +157,8 @@ pub fn mark_conversation(
     let render = |messages: &[Value], tools: Option<&Value>| {
         assistant_spans(template, messages, tools, &options.template_variables)
     };
-    let control = if options.split_control_tokens { tokenizer.control_tokens() } else { Vec::new() };
-    let spans = match escaped(&messages, conversation.tools.as_ref(), &control, Escape::Everything) {
+    let control = if options.split_control_tokens { tokenizer.control_tokens() } else { &[] };
+    let spans = match escaped(&messages, conversation.tools.as_ref(), control, Escape::Everything) {
         None => render(&messages, conversation.tools.as_ref())?,
         Some((whole, tools)) => {
             // A template may look for such tokens in what the model said (to strip a thought): there they are
@@ -167,14 +168,14 @@ pub fn mark_conversation(
             if spans.text.replace(TYPED, "") == plain.text {
                 spans
             } else {
-                match escaped(&messages, conversation.tools.as_ref(), &control, Escape::NotAssistant) {
+                match escaped(&messages, conversation.tools.as_ref(), control, Escape::NotAssistant) {
                     Some((others, tools)) => render(&others, tools.as_ref())?,
                     None => plain,
                 }
             }
         }
     };
-    let mut marked = without_typed(&spans, &control);
+    let mut marked = without_typed(&spans, control);
     // The last turn, with the marks that touch it where a template marks a turn in pieces.
     let mut last = spans.turns.len().saturating_sub(1);
     while last > 0 && spans.turns[last - 1].range.end == spans.turns[last].range.start {
@@ -203,18 +204,23 @@ pub fn mark_conversation(
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Escape {
+pub(crate) enum Escape {
     Everything,
     NotAssistant,
 }
 
 /// Messages and tools with [`TYPED`] in every control token inside them; none where there are no such tokens.
-fn escaped(
+pub(crate) fn escaped(
     messages: &[Value],
     tools: Option<&Value>,
     control: &[String],
     escape: Escape,
 ) -> Option<(Vec<Value>, Option<Value>)> {
+    let firsts: HashSet<char> = control.iter().filter_map(|token| token.chars().next()).collect();
+    let may_hold = |value: &Value| holds_any(value, &firsts);
+    if !messages.iter().chain(tools).any(may_hold) {
+        return None;
+    }
     let mut found = false;
     let mut messages = messages.to_vec();
     for message in &mut messages {
@@ -230,6 +236,16 @@ fn escaped(
     let mut tools = tools.cloned();
     found |= tools.as_mut().is_some_and(|tools| escape_value(tools, control));
     found.then_some((messages, tools))
+}
+
+/// Whether a text inside `value` has one of these characters: most have none, and need no closer look.
+fn holds_any(value: &Value, characters: &HashSet<char>) -> bool {
+    match value {
+        Value::String(text) => text.contains(|c| characters.contains(&c)),
+        Value::Array(items) => items.iter().any(|item| holds_any(item, characters)),
+        Value::Object(fields) => fields.values().any(|item| holds_any(item, characters)),
+        _ => false,
+    }
 }
 
 fn escape_value(value: &mut Value, control: &[String]) -> bool {
@@ -257,7 +273,7 @@ fn escape_value(value: &mut Value, control: &[String]) -> bool {
 }
 
 /// Takes [`TYPED`] out again and says where it was; the ranges of the turns move with it.
-fn without_typed(spans: &Spans, control: &[String]) -> MarkedText {
+pub(crate) fn without_typed(spans: &Spans, control: &[String]) -> MarkedText {
     let mut marked = MarkedText::default();
     let mut removed = Vec::new();
     for (at, c) in spans.text.char_indices() {
@@ -297,7 +313,9 @@ pub fn check_template(template: &Template, tokenizer: &Tokenizer) -> Result<()> 
     let turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")];
     let messages: Vec<Value> =
         turns.iter().map(|(role, content)| serde_json::json!({"role": role, "content": content})).collect();
-    let text = template.render(&messages, None, false, &Map::new())?.text;
+    // A template that wants something else in a conversation is not judged by this one.
+    let Ok(rendered) = template.render(&messages, None, false, &Map::new()) else { return Ok(()) };
+    let text = rendered.text;
     let mut missing: Vec<&str> = token_shapes(&text).filter(|token| !tokenizer.is_added(token)).collect();
     missing.sort_unstable();
     missing.dedup();

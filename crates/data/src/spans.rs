@@ -86,6 +86,50 @@ pub fn assistant_spans(
     Ok(Spans { text: search.full, turns })
 }
 
+/// A conversation rendered by hand, for `ferrotune debug render`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RenderedConversation {
+    /// The text.
+    pub rendered: String,
+    /// What is trained on, in Unicode code points of the text; none where it cannot be found.
+    pub spans: Option<Vec<Range<usize>>>,
+    /// Why the spans cannot be found.
+    pub why_no_spans: Option<String>,
+}
+
+/// Renders `{"messages": […], "tools": […]}` with its trained spans. Fails with the template's own error.
+pub fn render_conversation(
+    template: &Template,
+    conversation: &Value,
+    add_generation_prompt: bool,
+    extra: &Map<String, Value>,
+) -> Result<RenderedConversation> {
+    let messages = conversation.get("messages").and_then(Value::as_array).ok_or_else(|| {
+        Error::Dataset("expected a conversation as {\"messages\": […], \"tools\": […]}".to_string())
+    })?;
+    let tools = conversation.get("tools");
+    let rendered = template.render(messages, tools, add_generation_prompt, extra)?;
+    if template.marks_generation() {
+        let spans = Some(rendered.generation_spans);
+        return Ok(RenderedConversation { rendered: rendered.text, spans, why_no_spans: None });
+    }
+    let found = assistant_spans(template, messages, tools, extra).and_then(|spans| {
+        let end = spans.turns.last().map_or(0, |turn| turn.range.end);
+        if rendered.text.starts_with(&spans.text[..end]) {
+            return Ok(spans.in_code_points());
+        }
+        Err(Error::Template {
+            name: template.name().to_string(),
+            message: "with the generation prompt the turns before it are rendered differently".to_string(),
+        })
+    });
+    let rendered = rendered.text;
+    Ok(match found {
+        Ok(spans) => RenderedConversation { rendered, spans: Some(spans), why_no_spans: None },
+        Err(error) => RenderedConversation { rendered, spans: None, why_no_spans: Some(error.to_string()) },
+    })
+}
+
 struct Search<'a> {
     template: &'a Template,
     messages: &'a [Value],
@@ -295,4 +339,68 @@ fn token_at(text: &str, from: usize, at: usize) -> Option<usize> {
     let close = text[open..].find('>')? + open + 1;
     let token = &text[open..close];
     (close > at && token.len() <= 64 && !token.contains(char::is_whitespace)).then_some(close)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_support::CHATML;
+    use serde_json::json;
+    use std::collections::BTreeMap;
+
+    /// The trained parts of a conversation, or why there are none.
+    fn check(source: &str, turns: &[(&str, &str)], expected: Result<&[&str], &str>) {
+        let template = Template::new("t", source, &BTreeMap::new()).unwrap();
+        let messages: Vec<Value> =
+            turns.iter().map(|(role, content)| json!({"role": role, "content": content})).collect();
+        let rendered =
+            render_conversation(&template, &json!({ "messages": messages }), false, &Map::new()).unwrap();
+        let characters: Vec<char> = rendered.rendered.chars().collect();
+        let spans = rendered.spans.map(|spans| {
+            spans.into_iter().map(|span| characters[span].iter().collect::<String>()).collect::<Vec<_>>()
+        });
+        match expected {
+            Ok(expected) => assert_eq!(spans.unwrap(), expected),
+            Err(why) => assert_eq!(rendered.why_no_spans.unwrap(), why),
+        }
+    }
+
+    const CHAT: &[(&str, &str)] =
+        &[("user", "é <|im_end|>"), ("assistant", "ö"), ("user", "ö<|im_end|>"), ("assistant", "user")];
+
+    #[test]
+    fn with_and_without_a_generation_prompt() {
+        check(CHATML, CHAT, Ok(&["ö<|im_end|>", "user<|im_end|>"]));
+        // The header stays out where add_generation_prompt is not looked at.
+        let ignores = CHATML.split("{% if add").next().unwrap();
+        check(ignores, CHAT, Ok(&["ö<|im_end|>", "user<|im_end|>"]));
+        let no_header = "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]\
+                         {% else %} {{ m.content }}</s>{% endif %}{% endfor %}";
+        check(no_header, CHAT, Ok(&[" ö</s>", " user</s>"]));
+    }
+
+    #[test]
+    fn the_end_may_be_written_before_the_next_turn() {
+        let late = "{% for m in messages %}{% if not loop.first %}{% if m.role == 'user' %}<end>{% endif %}{% endif %}\
+                    <{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}";
+        check(late, CHAT, Ok(&["ö<end>", "user"]));
+    }
+
+    #[test]
+    fn a_conversation_may_begin_with_the_assistant() {
+        check(
+            CHATML,
+            &[("assistant", "a"), ("user", "b"), ("assistant", "c")],
+            Ok(&["a<|im_end|>", "c<|im_end|>"]),
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_found_is_named() {
+        let only_whole =
+            "{% if messages | length != 2 %}{{ raise_exception('two') }}{% endif %}{{ messages | length }}";
+        let why = "cannot find the assistant's turn 1 in what chat template `t` renders: the template does not render \
+                   what comes before it";
+        check(only_whole, &CHAT[..2], Err(why));
+    }
 }

@@ -24,6 +24,7 @@ pub struct Tokenizer {
     /// Without its post-processor: what that adds is in `prefix` and `suffix`.
     inner: tokenizers::Tokenizer,
     plain: OnceLock<Plain>,
+    control: OnceLock<Vec<String>>,
     prefix: Vec<u32>,
     suffix: Vec<u32>,
     special_tokens: BTreeMap<String, String>,
@@ -91,9 +92,20 @@ impl Tokenizer {
         } else {
             config.get("chat_template").filter(|template| !template.is_null()).cloned()
         };
-        let plain = OnceLock::new();
+        let (plain, control) = (OnceLock::new(), OnceLock::new());
         let original = Some(bytes);
-        Ok(Tokenizer { name, inner, plain, prefix, suffix, special_tokens, chat_template, original, config })
+        Ok(Tokenizer {
+            name,
+            inner,
+            plain,
+            control,
+            prefix,
+            suffix,
+            special_tokens,
+            chat_template,
+            original,
+            config,
+        })
     }
 
     /// Builds the tokenizer a GGUF file describes. Fails on an unknown `tokenizer.ggml.pre`, by name.
@@ -118,6 +130,7 @@ impl Tokenizer {
             name: format!("{}/{}", vocabulary.model, vocabulary.pre),
             inner,
             plain: OnceLock::new(),
+            control: OnceLock::new(),
             prefix,
             suffix: Vec::new(),
             special_tokens,
@@ -195,13 +208,15 @@ impl Tokenizer {
         self.inner.get_added_vocabulary().get_added_tokens_decoder().get(&id).is_some_and(|t| t.special)
     }
 
-    /// Texts of all control tokens.
-    pub fn control_tokens(&self) -> Vec<String> {
-        let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
-        let mut tokens: Vec<String> =
-            added.values().filter(|token| token.special).map(|token| token.content.clone()).collect();
-        tokens.sort();
-        tokens
+    /// Texts of all control tokens, sorted.
+    pub fn control_tokens(&self) -> &[String] {
+        self.control.get_or_init(|| {
+            let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
+            let control = added.values().filter(|token| token.special);
+            let mut tokens: Vec<String> = control.map(|token| token.content.clone()).collect();
+            tokens.sort();
+            tokens
+        })
     }
 
     /// Whether `token` is an added token, special or not, that text is cut at.
@@ -510,16 +525,16 @@ mod tests {
     #[test]
     fn typed_control_tokens_stay_text() {
         let tokenizer = tokenizer();
-        let check = |text: &str, typed: &[Range<usize>], expected: &[&str]| {
-            let encoded = tokenizer.encode_segments(text, typed).unwrap();
+        let check = |text: &str, typed: Option<Range<usize>>, expected: &[&str]| {
+            let encoded = tokenizer.encode_segments(text, typed.as_slice()).unwrap();
             let pieces: Vec<&str> = encoded.ranges.iter().map(|range| &text[range.clone()]).collect();
             assert_eq!(pieces, expected);
             let decoded = tokenizer.decode(&encoded.ids, false).unwrap();
             assert_eq!(decoded, text);
         };
-        check("<s>a</s>", &[], &["<s>", "a", "</s>"]);
-        check("<s>a</s>", &[4..8], &["<s>", "a", "<", "/", "s", ">"]);
-        check("<s><s>é", &[0..3], &["<", "s", ">", "<s>", "é", "é"]);
+        check("<s>a</s>", None, &["<s>", "a", "</s>"]);
+        check("<s>a</s>", Some(4..8), &["<s>", "a", "<", "/", "s", ">"]);
+        check("<s><s>é", Some(0..3), &["<", "s", ">", "<s>", "é", "é"]);
     }
 
     #[test]
