@@ -17,10 +17,8 @@ use crate::console::Usage;
 use others::{Fate, other_key, other_names};
 use yaml::{Data, Node};
 
-pub use kinds::{
-    MaxSteps, Optimizer, QuantizationBit, QuantizationType, Recompute, Resume, SaveStrategy, Schedule, Steps,
-};
-pub use settings::{KeyHelp, RunConfig};
+pub use kinds::{QuantizationBit, Recompute, Resume, SaveStrategy, Schedule};
+pub use settings::RunConfig;
 
 impl RunConfig {
     /// Reads the file, if one is given, and then the words of the command line.

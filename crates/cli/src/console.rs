@@ -75,6 +75,11 @@ impl Console {
         !self.quiet && io::stderr().is_terminal()
     }
 
+    /// A line of progress, on standard error.
+    pub fn plain(&self, message: impl fmt::Display) {
+        let _ = writeln!(io::stderr().lock(), "{message}");
+    }
+
     /// Something worth knowing; `--quiet` hides it.
     pub fn note(&self, message: impl fmt::Display) {
         if !self.quiet {

@@ -113,8 +113,3 @@ pub fn free_space(folder: &Path) -> Option<u64> {
 pub fn free_space(_folder: &Path) -> Option<u64> {
     None
 }
-
-/// Whether products in bf16 are faster than in f32.
-pub fn has_fast_bf16() -> bool {
-    cpu_features().iter().any(|(name, present)| *present && matches!(*name, "amx_bf16" | "avx512_bf16"))
-}

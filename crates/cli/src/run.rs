@@ -4,21 +4,25 @@
 //! template, the data, and last the memory. The crates get plain values out of here, never the config.
 
 mod data;
+mod decoder;
 mod model;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};
 use ferrotune_data::{BatchOptions, Batches};
 use ferrotune_model::spec::{BaseWeights, MemoryEstimate, MemoryPlan};
+use ferrotune_tensor::product::bf16_products;
 use ferrotune_tensor::{Device, Precision};
+use ferrotune_trainer::latest_checkpoint;
 
 use crate::config::{QuantizationBit, Recompute, Resume, RunConfig};
 use crate::console::{Console, Usage, bytes};
 use crate::machine;
 
 pub use data::{OpenData, mark_options};
+pub use decoder::{Adapters, build_decoder, lora_config, open_decoder, peft_adapter};
 pub use model::{OpenModel, Vocabulary};
 
 /// A training run, opened and checked.
@@ -116,7 +120,7 @@ pub fn open_device(config: &RunConfig, console: &Console) -> anyhow::Result<(Dev
             "training in f16 needs a GPU, and this runs on the cpu; use `bf16: true`, or leave both out";
         return Err(mistake(config, "fp16", message));
     }
-    if config.bf16 && on_cpu && !machine::has_fast_bf16() {
+    if config.bf16 && on_cpu && bf16_products().is_none() {
         console.note("`bf16`: this cpu multiplies bf16 no faster; products are computed in f32");
     }
     let precision = if config.bf16 || config.fp16 { Precision::Bf16 } else { Precision::Full };
@@ -132,7 +136,7 @@ fn output(config: &RunConfig) -> anyhow::Result<(PathBuf, Option<PathBuf>)> {
     if folder.exists() && !folder.is_dir() {
         return wrong(format!("`{}` is a file, expected a folder", folder.display()));
     }
-    let newest = newest_checkpoint(&folder);
+    let newest = latest_checkpoint(&folder);
     let resume_from = match &config.resume_from_checkpoint {
         Resume::No => None,
         Resume::Auto => newest,
@@ -164,16 +168,6 @@ fn output(config: &RunConfig) -> anyhow::Result<(PathBuf, Option<PathBuf>)> {
         ));
     }
     Ok((folder, resume_from))
-}
-
-/// The `checkpoint-N` with the highest N.
-fn newest_checkpoint(folder: &Path) -> Option<PathBuf> {
-    let entries = fs::read_dir(folder).ok()?.flatten();
-    let numbered = entries.filter_map(|entry| {
-        let number = entry.file_name().to_str()?.strip_prefix("checkpoint-")?.parse::<u64>().ok()?;
-        entry.path().is_dir().then(|| (number, entry.path()))
-    });
-    numbered.max_by_key(|(number, _)| *number).map(|(_, path)| path)
 }
 
 /// Checks model and data against each other.

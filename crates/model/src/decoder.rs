@@ -54,6 +54,11 @@ impl KvCache {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+
+    /// Forgets all but the first tokens.
+    pub fn truncate(&mut self, len: usize) {
+        self.0.iter_mut().for_each(|layer| layer.truncate(len));
+    }
 }
 
 impl Decoder {

@@ -73,6 +73,16 @@ impl KeyValues {
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
+
+    /// Forgets all but the first tokens.
+    pub fn truncate(&mut self, len: usize) {
+        if len < self.len {
+            let width = self.k.len() / self.len;
+            self.k.truncate(len * width);
+            self.v.truncate(len * width);
+            self.len = len;
+        }
+    }
 }
 
 impl Attention {

@@ -11,18 +11,37 @@ use ferrotune_data::{
     Conversation, Error, Place, Row, Template, assistant_spans, encode_conversation, formats,
     mark_conversation,
 };
+use ferrotune_nn::{Context, LanguageModel as _};
 use serde_json::{Map, Value, json};
 
 use crate::Outcome;
 use crate::args::{LogitsArgs, RenderArgs, TokenizeArgs};
 use crate::config::RunConfig;
 use crate::console::{Console, Usage};
-use crate::run::{Vocabulary, mark_options};
+use crate::run::{Vocabulary, mark_options, open_decoder};
 
-/// Logits of token ids.
-pub fn logits(args: &LogitsArgs, _console: &Console) -> anyhow::Result<Outcome> {
-    let _config = RunConfig::load(None, &args.overrides)?;
-    anyhow::bail!("`ferrotune debug logits` is not built yet")
+/// `{"input_ids": […], "logits": [[…], …]}`: logits after each token; with `--top`, the likeliest tokens alone, as
+/// `[[id, logit], …]`.
+pub fn logits(args: &LogitsArgs, console: &Console) -> anyhow::Result<Outcome> {
+    let mut config = RunConfig::load(None, &args.overrides)?;
+    config.model_name_or_path = Some(args.model.clone());
+    config.adapter_name_or_path = args.adapter.clone().or(config.adapter_name_or_path);
+    let (_, decoder) = open_decoder(&config, console)?;
+    let hidden = decoder.hidden(&Context::new(vec![0, args.ids.len()]), &args.ids)?;
+    let logits = decoder.head.logits(&hidden)?;
+    let rows = logits.values::<f32>()?.chunks(logits.cols());
+    let rows: Vec<Value> = match args.top {
+        None => rows.map(|row| json!(row)).collect(),
+        Some(top) => rows.map(|row| json!(likeliest(row, top))).collect(),
+    };
+    print(console, &json!({ "input_ids": args.ids, "logits": rows }))
+}
+
+fn likeliest(row: &[f32], top: usize) -> Vec<(usize, f32)> {
+    let mut all: Vec<(usize, f32)> = row.iter().copied().enumerate().collect();
+    all.sort_by(|a, b| b.1.total_cmp(&a.1));
+    all.truncate(top);
+    all
 }
 
 /// `{"ids": […], "tokens": […]}`: ids of a text, and how the vocabulary writes each.

@@ -1,16 +1,342 @@
 //! `ferrotune train`
 
+use std::fs;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::io::Write as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::Context as _;
+use ferrotune_data::{BatchSource as _, Batches};
+use ferrotune_export::{ModelCard, PeftAdapter};
+use ferrotune_model::{Decoder, Recompute};
+use ferrotune_nn::LanguageModel as _;
+use ferrotune_tensor::{Error, Result, peak_resident_bytes};
+use ferrotune_trainer::{
+    AdamW, Control, Ending, LogWriter, NextToken, RunHooks, Schedule, ScheduleKind, Settings, StepReport,
+    Summary, read_state, train,
+};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
 use crate::Outcome;
 use crate::args::TrainArgs;
-use crate::config::RunConfig;
-use crate::console::Console;
-use crate::run::Run;
+use crate::config::{self, RunConfig, SaveStrategy};
+use crate::console::{Console, bytes, thousands};
+use crate::machine;
+use crate::run::{Adapters, Run, build_decoder, lora_config, memory, peft_adapter};
+
+/// Keys that a resumed run may change.
+const FREE_KEYS: [&str; 22] = [
+    "cache_dir",
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "logging_steps",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "num_threads",
+    "device",
+    "recompute",
+    "disable_gradient_checkpointing",
+    "max_new_tokens",
+    "do_sample",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "do_train",
+    "dataset_dir",
+    "model_name_or_path",
+    "model_revision",
+];
 
 /// Trains what the config says.
 pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
     let mut run = Run::open(RunConfig::load(Some(&args.config), &args.overrides)?, console)?;
-    let batches = run.batches()?;
-    let steps = run.config.total_steps(batches.steps_per_epoch(run.config.gradient_accumulation_steps));
-    console.note(format!("{steps} steps"));
-    anyhow::bail!("`ferrotune train` is not built yet")
+    let longest_batch = run.data.longest_batch(&run.config);
+    let mut batches = run.batches()?;
+    let steps_per_epoch = batches.steps_per_epoch(run.config.gradient_accumulation_steps);
+    let total_steps = run.config.total_steps(steps_per_epoch);
+    let settings = settings(&run, &batches, total_steps, steps_per_epoch as u64);
+    let (adapters, resumed) = match &run.resume_from {
+        Some(checkpoint) => {
+            let adapter = PeftAdapter::read(checkpoint)?;
+            let (state, optimizer) = read_state(checkpoint)?;
+            console.note(format!("going on from {} after step {}", checkpoint.display(), state.step));
+            (Adapters::Trained(Box::new(adapter)), Some((state, optimizer)))
+        }
+        None => {
+            remove_old_checkpoints(&run.output_dir)?;
+            (Adapters::New(lora_config(&run.config)), None)
+        }
+    };
+    let mut model = build_decoder(&run.config, &run.model.files, run.precision, adapters)?;
+    model.recompute.fill(recompute(&run, longest_batch));
+    describe(&run, &mut model, &batches, total_steps, console)?;
+    let mut optimizer = AdamW::new(
+        run.config.adam_beta1,
+        run.config.adam_beta2,
+        run.config.adam_epsilon,
+        run.config.weight_decay,
+    );
+    let done = resumed.as_ref().map_or(0, |(state, _)| state.step);
+    let mut hooks = Hooks {
+        run: &run,
+        console,
+        bar: bar(console, total_steps),
+        log: LogWriter::open(&run.output_dir, done)?,
+        logging_steps: run.config.logging_steps.of(total_steps).max(1) as usize,
+        since_log: (0.0, 0),
+        interrupted: interrupted()?,
+    };
+    let summary = train(&settings, resumed, &mut model, &mut batches, &NextToken, &mut optimizer, &mut hooks);
+    hooks.bar.finish_and_clear();
+    let summary = summary?;
+    if let Ending::Stopped(checkpoint) = &summary.ending {
+        console.warn(format!(
+            "interrupted after step {} of {total_steps}; saved to {}. Go on with: ferrotune train {} resume_from_checkpoint=true",
+            summary.steps,
+            checkpoint.display(),
+            args.config.display()
+        ));
+        return Ok(Outcome::Interrupted);
+    }
+    hooks.save_model(&mut model, &run.output_dir.clone())?;
+    finish(&run, &summary, console)
+}
+
+fn settings(run: &Run, batches: &Batches, total_steps: u64, steps_per_epoch: u64) -> Settings {
+    let config = &run.config;
+    let save_steps = match config.save_strategy {
+        SaveStrategy::No => 0,
+        SaveStrategy::Epoch => steps_per_epoch,
+        SaveStrategy::Steps => config.save_steps.of(total_steps),
+    };
+    Settings {
+        output_dir: run.output_dir.clone(),
+        schedule: Schedule {
+            kind: schedule_kind(config.lr_scheduler_type),
+            learning_rate: config.learning_rate,
+            warmup_steps: config.warmup(total_steps) as usize,
+            total_steps: total_steps as usize,
+        },
+        gradient_accumulation_steps: config.gradient_accumulation_steps,
+        max_grad_norm: config.max_grad_norm,
+        seed: config.seed,
+        save_steps: save_steps as usize,
+        save_total_limit: config.save_total_limit,
+        identity: identity(run, batches),
+    }
+}
+
+fn schedule_kind(kind: config::Schedule) -> ScheduleKind {
+    match kind {
+        config::Schedule::Linear => ScheduleKind::Linear,
+        config::Schedule::Cosine => ScheduleKind::Cosine,
+        config::Schedule::Constant => ScheduleKind::Constant,
+        config::Schedule::ConstantWithWarmup => ScheduleKind::ConstantWithWarmup,
+    }
+}
+
+/// What must be the same for a run to go on: base model, data, and every key that changes the numbers.
+fn identity(run: &Run, batches: &Batches) -> Vec<(String, String)> {
+    let mut hash = DefaultHasher::new();
+    batches.samples().iter().for_each(|it| (&it.tokens, &it.trained).hash(&mut hash));
+    let mut all = vec![
+        ("the base model".to_string(), run.model.files.fingerprint()),
+        ("the data".to_string(), format!("{:016x}", hash.finish())),
+    ];
+    let values = run.config.values().into_iter().filter(|(key, _)| !FREE_KEYS.contains(key));
+    all.extend(values.map(|(key, value)| (format!("`{key}`"), value)));
+    all
+}
+
+/// A new run in a folder that held one: the old checkpoints would be taken for its own.
+fn remove_old_checkpoints(output_dir: &Path) -> anyhow::Result<()> {
+    while let Some(checkpoint) = ferrotune_trainer::latest_checkpoint(output_dir) {
+        fs::remove_dir_all(&checkpoint)
+            .with_context(|| format!("can't remove the old {}", checkpoint.display()))?;
+    }
+    Ok(())
+}
+
+/// Keeps activations where memory allows it.
+fn recompute(run: &Run, longest_batch: usize) -> Recompute {
+    match run.config.recompute_policy() {
+        config::Recompute::Keep => Recompute::Keep,
+        config::Recompute::All => Recompute::Recompute,
+        config::Recompute::Auto => {
+            let needed = memory(&run.config, &run.model, longest_batch).total();
+            let fits = machine::available_memory().is_none_or(|available| needed < available / 10 * 9);
+            if fits { Recompute::Keep } else { Recompute::Recompute }
+        }
+    }
+}
+
+/// What is about to be trained, in PEFT's words where it has them.
+fn describe(
+    run: &Run,
+    model: &mut Decoder,
+    batches: &Batches,
+    total_steps: u64,
+    console: &Console,
+) -> anyhow::Result<()> {
+    let trainable: usize = model.parameters().iter().map(|it| it.value.rows() * it.value.cols()).sum();
+    let all = run.model.files.spec.parameter_count() + trainable as u64;
+    let share = 100.0 * trainable as f64 / all as f64;
+    console.note(format!(
+        "trainable params: {} || all params: {} || trainable%: {share:.4}",
+        thousands(trainable as u64),
+        thousands(all)
+    ));
+    let config = &run.config;
+    let step = config.per_device_train_batch_size * config.gradient_accumulation_steps;
+    console.note(format!(
+        "{} samples, {:.0} % of their tokens trained; {} batches in an epoch, {step} samples in a step, {total_steps} steps; weights {} in memory",
+        thousands(batches.samples().len() as u64),
+        100.0 * run.data.report.trained_share(),
+        thousands(batches.batches_per_epoch() as u64),
+        bytes(model.weight_bytes() as u64),
+    ));
+    Ok(())
+}
+
+fn bar(console: &Console, total_steps: u64) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(total_steps), ProgressDrawTarget::hidden());
+    let template = "step {pos}/{len} [{bar:24}] {msg}";
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    bar.set_style(style.progress_chars("=> "));
+    if console.shows_progress() {
+        bar.set_draw_target(ProgressDrawTarget::stderr());
+    }
+    bar
+}
+
+/// Is set by Ctrl-C or a termination signal; a second one ends the process at once.
+fn interrupted() -> anyhow::Result<Arc<AtomicBool>> {
+    let flag = Arc::new(AtomicBool::new(false));
+    let set = flag.clone();
+    ctrlc::set_handler(move || {
+        if set.swap(true, Ordering::SeqCst) {
+            std::process::exit(130);
+        }
+        let _ = writeln!(std::io::stderr(), "\nfinishing the step, then saving; once more to leave at once");
+    })
+    .context("can't listen for Ctrl-C")?;
+    Ok(flag)
+}
+
+struct Hooks<'a> {
+    run: &'a Run,
+    console: &'a Console,
+    bar: ProgressBar,
+    log: LogWriter,
+    logging_steps: usize,
+    /// Sum and count of the losses since the last line of the log.
+    since_log: (f64, usize),
+    interrupted: Arc<AtomicBool>,
+}
+
+impl RunHooks<Decoder> for Hooks<'_> {
+    fn save_model(&mut self, model: &mut Decoder, folder: &Path) -> Result<()> {
+        let plain = |error: anyhow::Error| Error::msg(format!("{error:#}"));
+        let adapter = peft_adapter(&self.run.config, &self.run.model.name, model).map_err(plain)?;
+        adapter.write(folder, &card(self.run))?;
+        let saved = self.run.model.vocabulary.tokenizer.save(folder);
+        saved.map_err(|error| Error::msg(error.to_string()))
+    }
+
+    fn report(&mut self, report: &StepReport) -> Result<Control> {
+        self.since_log.0 += report.loss;
+        self.since_log.1 += 1;
+        self.bar.set_position(report.step as u64);
+        let line = format!(
+            "loss {:.4}  lr {:.2e}  {:.0} tokens/s  {} left",
+            report.loss,
+            report.learning_rate,
+            report.tokens_per_second,
+            clock(report.remaining_seconds)
+        );
+        if report.step % self.logging_steps == 0 || report.step == report.total_steps {
+            let loss = self.since_log.0 / self.since_log.1 as f64;
+            self.since_log = (0.0, 0);
+            self.log.write(&StepReport { loss, ..*report })?;
+            if !self.console.shows_progress() && !self.console.quiet {
+                self.console.plain(format!("step {}/{}  {line}", report.step, report.total_steps));
+            }
+        }
+        self.bar.set_message(line);
+        let stop = self.interrupted.load(Ordering::SeqCst);
+        Ok(if stop { Control::Stop } else { Control::Continue })
+    }
+}
+
+fn card(run: &Run) -> ModelCard {
+    let config = &run.config;
+    let row = |name: &str, value: String| (name.to_string(), value);
+    ModelCard {
+        title: String::new(),
+        datasets: config.dataset.clone(),
+        training: vec![
+            row("Learning rate", config.learning_rate.to_string()),
+            row("Epochs", config.num_train_epochs.to_string()),
+            row("Samples in a step", {
+                (config.per_device_train_batch_size * config.gradient_accumulation_steps).to_string()
+            }),
+            row("Longest sample", format!("{} tokens", config.cutoff_len)),
+            row(
+                "Base in training",
+                match config.quantization_bit {
+                    Some(_) => "4 bits (NF4)".to_string(),
+                    None => "as stored".to_string(),
+                },
+            ),
+        ],
+    }
+}
+
+/// Time, pace, memory, and what was written where.
+fn finish(run: &Run, summary: &Summary, console: &Console) -> anyhow::Result<Outcome> {
+    let mut out = console.out();
+    writeln!(
+        out,
+        "trained {} steps in {} ({:.0} tokens/s, mean loss {:.4})",
+        summary.steps,
+        clock(summary.elapsed_seconds),
+        summary.tokens_per_second,
+        summary.mean_loss
+    )?;
+    if let Some(peak) = peak_resident_bytes() {
+        writeln!(out, "peak memory {}", bytes(peak))?;
+    }
+    writeln!(out, "{}:", run.output_dir.display())?;
+    let entries =
+        fs::read_dir(&run.output_dir).with_context(|| format!("can't read {}", run.output_dir.display()))?;
+    let mut names: Vec<(String, u64)> = entries
+        .flatten()
+        .filter_map(|entry| {
+            let metadata = entry.metadata().ok()?;
+            let slash = if metadata.is_dir() { "/" } else { "" };
+            let size = if metadata.is_dir() { 0 } else { metadata.len() };
+            Some((format!("{}{slash}", entry.file_name().to_string_lossy()), size))
+        })
+        .collect();
+    names.sort();
+    for (name, size) in names {
+        let size = if name.ends_with('/') { String::new() } else { bytes(size) };
+        writeln!(out, "  {name:<28} {size}")?;
+    }
+    out.flush()?;
+    Ok(Outcome::Done)
+}
+
+/// 1:02:03, or 2:03
+fn clock(seconds: f64) -> String {
+    let seconds = seconds.max(0.0).round() as u64;
+    match seconds / 3600 {
+        0 => format!("{}:{:02}", seconds / 60, seconds % 60),
+        hours => format!("{hours}:{:02}:{:02}", seconds / 60 % 60, seconds % 60),
+    }
 }

@@ -1,5 +1,6 @@
 //! `check(input, expected)` for configs.
 
+use super::kinds::{MaxSteps, Steps};
 use super::*;
 use std::path::PathBuf;
 

@@ -1,0 +1,169 @@
+//! Model files to a decoder in memory: the one place that puts stored weights, NF4 and adapters together.
+
+use std::collections::HashMap;
+
+use ferrotune_export::{LoraTensors, Modules, PeftAdapter};
+use ferrotune_lora::{LoraAdapter, LoraConfig, Target};
+use ferrotune_model::source::{ModelFiles, Stored};
+use ferrotune_model::{BuildOptions, Decoder, PartSpec, build, dense_part};
+use ferrotune_nn::{LanguageModel, Part};
+use ferrotune_quant::{Nf4Weight, Scales};
+use ferrotune_tensor::{DType, Precision, Result};
+
+use super::{OpenModel, open_device, set_threads};
+use crate::config::RunConfig;
+use crate::console::Console;
+
+/// The adapters that a decoder is built with.
+pub enum Adapters {
+    /// None: the base model.
+    None,
+    /// New ones, as a run starts with.
+    New(LoraConfig),
+    /// Trained ones, read from a folder; dropout counts where they are trained further.
+    Trained(Box<PeftAdapter>),
+}
+
+/// Builds the decoder; each projection is quantised as it is read, where the config says so.
+///
+/// # Errors
+/// When a weight is damaged, or an adapter doesn't fit the model.
+pub fn build_decoder(
+    config: &RunConfig,
+    files: &ModelFiles,
+    precision: Precision,
+    adapters: Adapters,
+) -> anyhow::Result<Decoder> {
+    let mut adapters = Maker::new(adapters, files, precision)?;
+    let scales = if config.double_quantization { Scales::Nested } else { Scales::Plain };
+    let mut make = |spec: &PartSpec, stored: Stored| -> Result<Part> {
+        let mut part = match (config.quantization_bit, stored) {
+            (Some(_), Stored::Dense(value)) => {
+                let weight = Box::new(Nf4Weight::quantize(&value, scales, precision)?);
+                Part { name: spec.name.clone(), weight, bias: None, adapter: None }
+            }
+            (_, stored) => dense_part(spec, stored, precision)?,
+        };
+        part.adapter = adapters.make(spec)?.map(|adapter| Box::new(adapter) as _);
+        Ok(part)
+    };
+    let options = BuildOptions { precision, dtype: DType::F32 };
+    Ok(build(&files.spec, files.source.as_ref(), options, &mut make)?)
+}
+
+/// Opens the model that the config names and builds it, with the trained adapter it names.
+///
+/// # Errors
+/// When the model or the adapter is missing, damaged or of another model.
+pub fn open_decoder(config: &RunConfig, console: &Console) -> anyhow::Result<(OpenModel, Decoder)> {
+    set_threads(config);
+    let (_, precision) = open_device(config, console)?;
+    let model = OpenModel::open(config, console)?;
+    let adapters = match &config.adapter_name_or_path {
+        Some(folder) => Adapters::Trained(Box::new(PeftAdapter::read(folder)?)),
+        None => Adapters::None,
+    };
+    let decoder = build_decoder(config, &model.files, precision, adapters)?;
+    Ok((model, decoder))
+}
+
+/// What gives each projection its adapter.
+enum Maker {
+    None,
+    New(LoraConfig, Precision),
+    Trained { tensors: HashMap<String, LoraTensors>, scaling: f64, dropout: f64, precision: Precision },
+}
+
+impl Maker {
+    fn new(adapters: Adapters, files: &ModelFiles, precision: Precision) -> anyhow::Result<Maker> {
+        Ok(match adapters {
+            Adapters::None => Maker::None,
+            Adapters::New(config) => {
+                config.check(&projections(files))?;
+                Maker::New(config, precision)
+            }
+            Adapters::Trained(adapter) => {
+                adapter.check_fits(&files.spec)?;
+                let (scaling, dropout) = (adapter.scaling(), adapter.lora_dropout);
+                let tensors = adapter.tensors.into_iter().map(|it| (it.module.clone(), it)).collect();
+                Maker::Trained { tensors, scaling, dropout, precision }
+            }
+        })
+    }
+
+    fn make(&mut self, spec: &PartSpec) -> Result<Option<LoraAdapter>> {
+        let (output, input) = (spec.out_features, spec.in_features);
+        match self {
+            Maker::None => Ok(None),
+            Maker::New(config, _) if !config.adapts(&spec.name) => Ok(None),
+            Maker::New(config, precision) => {
+                LoraAdapter::new(&spec.name, output, input, config, *precision).map(Some)
+            }
+            Maker::Trained { tensors, scaling, dropout, precision } => {
+                let Some(LoraTensors { a, b, .. }) = tensors.remove(&spec.name) else { return Ok(None) };
+                let (a, b) = (a.cast(DType::F32)?, b.cast(DType::F32)?);
+                LoraAdapter::from_parts(&spec.name, a, b, *scaling, *dropout, *precision).map(Some)
+            }
+        }
+    }
+}
+
+/// The canonical names of all projections.
+fn projections(files: &ModelFiles) -> Vec<String> {
+    let spec = &files.spec;
+    let layers = spec.layers.iter().enumerate();
+    layers
+        .flat_map(|(i, layer)| {
+            let linears = layer.linears(spec.hidden_size).into_iter();
+            linears.map(move |it| ferrotune_model::spec::names::module(i, it.part))
+        })
+        .collect()
+}
+
+/// The settings of new adapters, by the config.
+pub fn lora_config(config: &RunConfig) -> LoraConfig {
+    let all = config.lora_target.iter().any(|it| it == "all");
+    LoraConfig {
+        r: config.lora_rank,
+        lora_alpha: config.alpha(),
+        lora_dropout: config.lora_dropout,
+        use_rslora: config.use_rslora,
+        target_modules: if all { Target::All } else { Target::Names(config.lora_target.clone()) },
+        exclude_modules: config.lora_exclude.clone(),
+        seed: config.seed,
+    }
+}
+
+/// The trained adapter as PEFT stores it.
+///
+/// # Errors
+/// When a tensor can't be read.
+pub fn peft_adapter(config: &RunConfig, base: &str, model: &mut Decoder) -> anyhow::Result<PeftAdapter> {
+    let mut pairs: Vec<LoraTensors> = Vec::new();
+    let mut parameters = model.parameters().into_iter();
+    while let (Some(a), Some(b)) = (parameters.next(), parameters.next()) {
+        let module = a.name.trim_end_matches(".lora_A.weight").to_string();
+        pairs.push(LoraTensors { module, a: a.value.clone(), b: b.value.clone() });
+    }
+    // PEFT takes kinds of modules; all of them, where all are meant.
+    let mut kinds: Vec<String> =
+        pairs.iter().filter_map(|it| Some(it.module.rsplit('.').next()?.to_string())).collect();
+    kinds.sort_unstable();
+    kinds.dedup();
+    let target_modules = match config.lora_target.iter().any(|it| it == "all") {
+        true => kinds,
+        false => config.lora_target.clone(),
+    };
+    Ok(PeftAdapter {
+        base_model_name_or_path: base.to_string(),
+        revision: None,
+        r: config.lora_rank,
+        lora_alpha: config.alpha(),
+        lora_dropout: config.lora_dropout,
+        use_rslora: config.use_rslora,
+        target_modules: Modules::Names(target_modules),
+        exclude_modules: (!config.lora_exclude.is_empty())
+            .then(|| Modules::Names(config.lora_exclude.clone())),
+        tensors: pairs,
+    })
+}
