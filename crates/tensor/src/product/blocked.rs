@@ -38,6 +38,11 @@ const IN_PLACE_COLS: usize = 128;
 const IN_PLACE_ROWS: usize = 32;
 /// Of a [`Tiles`], so many numbers of k are read at once: for all columns of a block, or for 16.
 const PIECE: (usize, usize) = (32, 256);
+/// Numbers in a page, and lines of the L1 cache that may have one place in their pages.
+const PAGE: usize = 1024;
+const WAYS: usize = 8;
+/// With k up to this, `c` sets the speed.
+const SHALLOW: usize = 64;
 /// Panels of `a` that one task packs.
 const PANELS_TO_PACK: usize = 2;
 
@@ -62,11 +67,17 @@ pub(super) fn product(
 
 /// Where `c` is, and how far its rows are apart. Tasks write to it side by side.
 #[derive(Clone, Copy)]
-struct Target(*mut f32, usize);
+pub(super) struct Target(pub(super) *mut f32, pub(super) usize);
 // SAFETY: every task writes tiles of its own.
 unsafe impl Send for Target {}
 // SAFETY: the same.
 unsafe impl Sync for Target {}
+
+impl Target {
+    pub(super) fn columns_from(self, col: usize) -> Target {
+        Target(self.0.wrapping_add(col), self.1)
+    }
+}
 
 /// Packed `a`, written by all threads and then read by all.
 #[derive(Clone, Copy)]
@@ -140,7 +151,10 @@ impl<'a> Product<'a> {
             _ => None,
         };
         let depth = a.cols.div_ceil(a.cols.div_ceil(DEPTH)).next_multiple_of(64);
-        let tile_rows = engine.tile_rows(a.rows);
+        // Rows that are whole pages apart push one another out of the L1 cache: fewer at a time.
+        let pages = |step: usize| step.is_multiple_of(PAGE);
+        let few = left == Left::Rows && pages(a.row_stride) || a.cols <= SHALLOW && pages(c.1);
+        let tile_rows = engine.tile_rows(a.rows, if few { WAYS } else { usize::MAX });
         let row_panels = a.rows.div_ceil(tile_rows);
         let col_panels = cols.div_ceil(COLS);
         let widest = BLOCK_BYTES / 4 / COLS / engine.words(depth.min(a.cols));
@@ -342,11 +356,16 @@ impl<'a> Product<'a> {
         let lanes = |half: usize| (cols.len() - half * 16).min(16);
         match self.b {
             Right::Dense(b) => {
-                for half in 0..halves {
-                    let data = at(&b, k.start, cols.start + half * 16);
-                    let (lane_step, depth_step) = (b.col_stride, b.row_stride);
-                    let source = Source { data, lane_step, depth_step, lanes: lanes(half), depth: k.len() };
-                    pack(half, 0, source);
+                // Where rows of `b` are contiguous, go along them.
+                let step = if b.col_stride == 1 { PIECE.0 } else { k.len() };
+                for start in k.clone().step_by(step) {
+                    let depth = (k.end - start).min(step);
+                    for half in 0..halves {
+                        let data = at(&b, start, cols.start + half * 16);
+                        let (lane_step, depth_step) = (b.col_stride, b.row_stride);
+                        let source = Source { data, lane_step, depth_step, lanes: lanes(half), depth };
+                        pack(half, start - k.start, source);
+                    }
                 }
             }
             Right::Tiles { w, transposed: true } => lend(&scratch::PIECE, 16 * PIECE.1, |piece| {

@@ -56,9 +56,12 @@ impl Engine {
         if self == Engine::Amx { amx::SIDE } else { avx512::ROWS }
     }
 
-    /// Rows of each tile, as even as may be.
-    pub(super) fn tile_rows(self, rows: usize) -> usize {
-        if self == Engine::Amx { amx::SIDE } else { rows.div_ceil(rows.div_ceil(avx512::ROWS)) }
+    /// Rows of each tile, at most so many where that can be chosen, and as even as may be.
+    pub(super) fn tile_rows(self, rows: usize, most: usize) -> usize {
+        match self {
+            Engine::Amx => amx::SIDE,
+            _ => rows.div_ceil(rows.div_ceil(avx512::ROWS.min(most))),
+        }
     }
 
     /// 32-bit words that so many numbers of k take.

@@ -1,7 +1,5 @@
 //! Micro-kernels: one tile of `c`, up to 14 rows × 32 columns, held in 28 of the 32 registers while
 //! k runs. The other operands stream past: two vectors of `b` are loaded, numbers of `a` broadcast.
-#![allow(clippy::needless_range_loop, reason = "all loops over registers are counted alike")]
-
 use std::arch::x86_64::*;
 
 /// Rows of a tile.
@@ -34,32 +32,60 @@ pub(super) struct Tile {
 /// read and, in `c`, written.
 pub(super) type Kernel = unsafe fn(&Tile);
 
-/// `c = alpha·acc + beta·c`
-///
-/// # Safety
-/// As [`Kernel`].
-#[inline]
-#[target_feature(enable = "avx512f")]
-unsafe fn store<const R: usize, const V: usize>(acc: &[[__m512; V]; R], tile: &Tile) {
-    let (alpha, beta) = (_mm512_set1_ps(tile.alpha), _mm512_set1_ps(tile.beta));
-    for (r, row) in acc.iter().enumerate() {
-        for (v, acc) in row.iter().enumerate() {
-            let mask = lanes(tile.cols.saturating_sub(16 * v));
-            // SAFETY: the mask keeps to the columns of `c`.
-            unsafe {
-                let c = tile.c.add(r * tile.c_step + 16 * v);
-                let mut value = _mm512_mul_ps(alpha, *acc);
-                if tile.beta != 0.0 {
-                    value = _mm512_fmadd_ps(beta, _mm512_maskz_loadu_ps(mask, c), value);
-                }
-                if mask == 0xffff {
-                    _mm512_storeu_ps(c, value);
-                } else {
+/// The sums of a tile; of a smaller one the first rows and vectors are used.
+type Sums = [[__m512; 2]; ROWS];
+
+/// Repeats what is to be done for each row of R and each vector of V. A loop would do, but is
+/// unrolled too late: the sums would live in memory.
+macro_rules! each {
+    ($row:ident, $rows:ident => $body:block) => {
+        each!(@ $row, $rows, $body, 0 1 2 3 4 5 6 7 8 9 10 11 12 13)
+    };
+    (@ $index:ident, $count:ident, $body:block, $($number:literal)*) => {
+        $(if $count > $number {
+            let $index = $number;
+            $body
+        })*
+    };
+    ($vector:ident of $vectors:ident => $body:block) => {
+        each!(@ $vector, $vectors, $body, 0 1)
+    };
+}
+
+/// `c = alpha·acc + beta·c`, as a macro because a call would take the sums through memory.
+macro_rules! store {
+    ($acc:ident, $tile:ident, $rows:ident, $vectors:ident) => {
+        let (alpha, beta) = (_mm512_set1_ps($tile.alpha), _mm512_set1_ps($tile.beta));
+        let last = lanes($tile.cols + 16 - 16 * $vectors);
+        if last != 0xffff {
+            each!(r, $rows => {
+                each!(v of $vectors => {
+                    let c = $tile.c.wrapping_add(r * $tile.c_step + 16 * v);
+                    let mask = if v + 1 == $vectors { last } else { 0xffff };
+                    let mut value = _mm512_mul_ps(alpha, $acc[r][v]);
+                    if $tile.beta != 0.0 {
+                        value = _mm512_fmadd_ps(beta, _mm512_maskz_loadu_ps(mask, c), value);
+                    }
                     _mm512_mask_storeu_ps(c, mask, value);
-                }
-            }
+                });
+            });
+        } else if $tile.beta == 0.0 {
+            each!(r, $rows => {
+                each!(v of $vectors => {
+                    let c = $tile.c.wrapping_add(r * $tile.c_step + 16 * v);
+                    _mm512_storeu_ps(c, _mm512_mul_ps(alpha, $acc[r][v]));
+                });
+            });
+        } else {
+            each!(r, $rows => {
+                each!(v of $vectors => {
+                    let c = $tile.c.wrapping_add(r * $tile.c_step + 16 * v);
+                    let value = _mm512_mul_ps(alpha, $acc[r][v]);
+                    _mm512_storeu_ps(c, _mm512_fmadd_ps(beta, _mm512_loadu_ps(c), value));
+                });
+            });
         }
-    }
+    };
 }
 
 /// A mask of the first lanes, at most all 16.
@@ -67,14 +93,14 @@ pub(super) fn lanes(count: usize) -> u16 {
     if count >= 16 { 0xffff } else { (1 << count) - 1 }
 }
 
-/// Asks for the lines of `c` early, so that they are there when the tile is done.
+/// Asks for the lines of `c` early, so that they are there when the tile is done, unless that is soon.
 ///
 /// # Safety
 /// As [`Kernel`].
 #[inline]
 #[target_feature(enable = "avx512f")]
 unsafe fn prefetch<const R: usize, const V: usize>(tile: &Tile) {
-    for r in 0..R {
+    for r in 0..if tile.words < 32 { 0 } else { R } {
         for v in 0..V {
             _mm_prefetch::<_MM_HINT_T0>(tile.c.wrapping_add(r * tile.c_step + 16 * v).cast());
         }
@@ -89,26 +115,22 @@ macro_rules! interleaved {
         /// As [`Kernel`].
         #[target_feature(enable = $features)]
         unsafe fn $name<const R: usize, const V: usize>(tile: &Tile) {
-            let mut acc = [[_mm512_setzero_ps(); V]; R];
+            let mut acc: Sums = [[_mm512_setzero_ps(); 2]; ROWS];
+            let mut y = [_mm512_setzero_ps(); 2];
             // SAFETY: the caller's: the operands can be read as far as `words`, R and V say.
             unsafe {
                 prefetch::<R, V>(tile);
                 let (mut a, mut b) = (tile.a, tile.b);
                 for _ in 0..tile.words {
-                    let mut cols = [_mm512_setzero_ps(); V];
-                    for v in 0..V {
-                        cols[v] = _mm512_loadu_ps(b.wrapping_add(16 * v));
-                    }
-                    for r in 0..R {
+                    each!(v of V => { y[v] = _mm512_loadu_ps(b.wrapping_add(16 * v)); });
+                    each!(r, R => {
                         let x = _mm512_set1_ps(*a.wrapping_add(r));
-                        for v in 0..V {
-                            acc[r][v] = $multiply(acc[r][v], x, cols[v]);
-                        }
-                    }
+                        each!(v of V => { acc[r][v] = $multiply(acc[r][v], x, y[v]); });
+                    });
                     a = a.wrapping_add(tile.a_step);
                     b = b.wrapping_add(tile.b_step);
                 }
-                store(&acc, tile);
+                store!(acc, tile, R, V);
             }
         }
     };
@@ -129,34 +151,24 @@ interleaved!(interleaved_bf16, "avx512f,avx512bf16", |acc, x, y| {
 /// As [`Kernel`].
 #[target_feature(enable = "avx512f")]
 unsafe fn rows_f32<const R: usize, const V: usize>(tile: &Tile) {
-    let mut acc = [[_mm512_setzero_ps(); V]; R];
+    let mut acc: Sums = [[_mm512_setzero_ps(); 2]; ROWS];
+    let mut y = [_mm512_setzero_ps(); 2];
     // SAFETY: the caller's: the operands can be read as far as `words`, R and V say.
     unsafe {
         prefetch::<R, V>(tile);
-        let mut step = |p: usize| {
-            let mut cols = [_mm512_setzero_ps(); V];
-            for v in 0..V {
-                cols[v] = _mm512_loadu_ps(tile.b.wrapping_add(p * tile.b_step + 16 * v));
-            }
-            for r in 0..R {
-                let x = _mm512_set1_ps(*tile.a.wrapping_add(r * tile.a_step + p));
-                for v in 0..V {
-                    acc[r][v] = _mm512_fmadd_ps(x, cols[v], acc[r][v]);
-                }
-            }
-        };
-        let mut p = 0;
-        while p + 4 <= tile.words {
-            for q in 0..4 {
-                step(p + q);
-            }
-            p += 4;
+        let (mut a, mut b) = (tile.a, tile.b);
+        for _ in 0..tile.words {
+            each!(v of V => { y[v] = _mm512_loadu_ps(b.wrapping_add(16 * v)); });
+            each!(r, R => {
+                let x = _mm512_set1_ps(*a.wrapping_add(r * tile.a_step));
+                each!(v of V => { acc[r][v] = _mm512_fmadd_ps(x, y[v], acc[r][v]); });
+                // Else all loads are moved ahead, and there are too few registers for them.
+                std::arch::asm!("", options(nostack, preserves_flags));
+            });
+            a = a.wrapping_add(1);
+            b = b.wrapping_add(tile.b_step);
         }
-        while p < tile.words {
-            step(p);
-            p += 1;
-        }
-        store(&acc, tile);
+        store!(acc, tile, R, V);
     }
 }
 

@@ -17,6 +17,8 @@ mod pack;
 mod portable;
 #[cfg(target_arch = "x86_64")]
 mod scratch;
+#[cfg(target_arch = "x86_64")]
+mod thin;
 
 use std::any::TypeId;
 use std::ops::Range;
@@ -214,7 +216,7 @@ pub fn matmul_tiles(
     let threads = threads(a.rows, k, n);
     #[cfg(target_arch = "x86_64")]
     if let Some(engine) = engine::Engine::of(precision, a.rows, k, n) {
-        return blocked::product(engine, alpha, a, blocked::Right::Tiles { w, transposed }, beta, c, threads);
+        return multiply(engine, alpha, a, blocked::Right::Tiles { w, transposed }, beta, c, threads);
     }
     let _ = precision;
     portable::product_tiles(alpha, a, w, transposed, beta, c, threads);
@@ -240,10 +242,27 @@ fn dense<T: Real>(
     {
         let (alpha, beta) = (alpha.wide() as f32, beta.wide() as f32);
         let c = c.into_f32().expect("the type of a");
-        return blocked::product(engine, alpha, a, blocked::Right::Dense(b), beta, c, threads);
+        return multiply(engine, alpha, a, blocked::Right::Dense(b), beta, c, threads);
     }
     let _ = precision;
     portable::product(alpha, a, b, beta, c, threads);
+}
+
+#[cfg(target_arch = "x86_64")]
+fn multiply(
+    engine: engine::Engine,
+    alpha: f32,
+    a: Matrix<'_, f32>,
+    b: blocked::Right<'_>,
+    beta: f32,
+    c: MatrixMut<'_, f32>,
+    threads: usize,
+) {
+    if thin::takes(&a, &b) {
+        thin::product(alpha, a, b, beta, c, threads);
+    } else {
+        blocked::product(engine, alpha, a, b, beta, c, threads);
+    }
 }
 
 /// Threads that are worth waking.
