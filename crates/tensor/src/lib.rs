@@ -8,6 +8,7 @@
 mod device;
 mod error;
 mod memory;
+mod pool;
 pub mod product;
 mod random;
 mod tensor;

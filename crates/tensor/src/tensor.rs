@@ -4,14 +4,39 @@ use num_traits::{Float, NumAssign};
 use rayon::prelude::*;
 
 use crate::product::{Matrix, MatrixMut};
-use crate::{Device, Error, Result};
+use crate::{Device, Error, Result, pool};
 
 /// A contiguous matrix of numbers, row after row, on one device.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Tensor {
     rows: usize,
     cols: usize,
     storage: CpuStorage,
+    /// The memory came from the pool and goes back there.
+    pooled: bool,
+}
+
+impl Clone for Tensor {
+    fn clone(&self) -> Tensor {
+        let (storage, pooled) = match &self.storage {
+            CpuStorage::F32(values) => {
+                let mut copy = pool::take(values.len());
+                let chunks = copy.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK));
+                chunks.for_each(|(copy, values)| copy.copy_from_slice(values));
+                (CpuStorage::F32(copy), true)
+            }
+            other => (other.clone(), false),
+        };
+        Tensor { rows: self.rows, cols: self.cols, storage, pooled }
+    }
+}
+
+impl Drop for Tensor {
+    fn drop(&mut self) {
+        if let (CpuStorage::F32(values), true) = (&mut self.storage, self.pooled) {
+            pool::give_back(std::mem::take(values));
+        }
+    }
 }
 
 /// A number type that a tensor can hold.
@@ -64,18 +89,22 @@ pub trait Real: Element + Float + NumAssign + std::iter::Sum {
 }
 
 impl Real for f32 {
+    #[inline(always)]
     fn of(value: f64) -> f32 {
         value as f32
     }
+    #[inline(always)]
     fn wide(self) -> f64 {
         f64::from(self)
     }
 }
 
 impl Real for f64 {
+    #[inline(always)]
     fn of(value: f64) -> f64 {
         value
     }
+    #[inline(always)]
     fn wide(self) -> f64 {
         self
     }
@@ -124,7 +153,7 @@ impl Tensor {
                 });
             }
         };
-        Ok(Tensor { rows, cols, storage })
+        Ok(Tensor { rows, cols, storage, pooled: false })
     }
 
     /// A tensor like this one in type and device, of another shape, all zeros.
@@ -141,7 +170,13 @@ impl Tensor {
     /// # Errors
     /// When the device has no room.
     pub fn empty_like(&self, rows: usize, cols: usize) -> Result<Tensor> {
-        self.zeros_like(rows, cols)
+        match (&self.storage, self.device()) {
+            (CpuStorage::F32(_), Device::Cpu) => {
+                let storage = CpuStorage::F32(pool::take(rows * cols));
+                Ok(Tensor { rows, cols, storage, pooled: true })
+            }
+            _ => self.zeros_like(rows, cols),
+        }
     }
 
     /// Takes over `rows · cols` numbers, row after row, on the CPU.
@@ -153,7 +188,7 @@ impl Tensor {
             let message = format!("{} numbers for a tensor of {rows} rows and {cols} columns", values.len());
             return Err(Error::msg(message));
         }
-        Ok(Tensor { rows, cols, storage: T::storage(values) })
+        Ok(Tensor { rows, cols, storage: T::storage(values), pooled: false })
     }
 
     /// Rows.

@@ -272,7 +272,9 @@ impl<'a> Config<'a> {
             Value::Bool(true) => false,
         };
         for (key, value) in self.values {
-            let known = read.contains(key) || (self.prefix.is_empty() && HARMLESS.contains(&key.as_str()));
+            // Keys with an underscore are transformers' notes to itself.
+            let harmless = key.starts_with('_') || HARMLESS.contains(&key.as_str());
+            let known = read.contains(key) || (self.prefix.is_empty() && harmless);
             if !known && !off(value) {
                 let expected = format!(
                     "null or absent: it isn't known for the family {} and may change what the model computes",
