@@ -7,4 +7,5 @@ mod debug;
 mod doctor;
 mod run;
 mod smollm2;
+mod train;
 mod util;

@@ -36,6 +36,14 @@ impl Dir {
         path
     }
 
+    /// The losses in the log of the run in this folder.
+    pub fn losses(&self, output_dir: &str) -> Vec<f64> {
+        let log = fs::read_to_string(self.0.join(output_dir).join("trainer_log.jsonl")).expect("the log");
+        let loss =
+            |line: &str| serde_json::from_str::<serde_json::Value>(line).expect("JSON")["loss"].as_f64();
+        log.lines().filter_map(loss).collect()
+    }
+
     /// The program, run in this folder and without what the developer's environment sets.
     pub fn ferrotune(&self, words: &[&str]) -> Run {
         let mut command = Command::new(program());

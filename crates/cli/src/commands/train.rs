@@ -194,10 +194,11 @@ fn describe(
     let config = &run.config;
     let step = config.per_device_train_batch_size * config.gradient_accumulation_steps;
     console.note(format!(
-        "{} samples, {:.0} % of their tokens trained; {} batches in an epoch, {step} samples in a step, {total_steps} steps; weights {} in memory",
+        "{} samples, {:.0} % of their tokens trained; {} batches in an epoch, {step} samples in a step, {total_steps} steps on {}; weights {} in memory",
         thousands(batches.samples().len() as u64),
         100.0 * run.data.report.trained_share(),
         thousands(batches.batches_per_epoch() as u64),
+        run.device.name(),
         bytes(model.weight_bytes() as u64),
     ));
     Ok(())
@@ -259,7 +260,7 @@ impl RunHooks<Decoder> for Hooks<'_> {
             report.tokens_per_second,
             clock(report.remaining_seconds)
         );
-        if report.step % self.logging_steps == 0 || report.step == report.total_steps {
+        if report.step.is_multiple_of(self.logging_steps) || report.step == report.total_steps {
             let loss = self.since_log.0 / self.since_log.1 as f64;
             self.since_log = (0.0, 0);
             self.log.write(&StepReport { loss, ..*report })?;

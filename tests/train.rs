@@ -1,0 +1,140 @@
+//! Whole runs on a tiny model: what is written, going on, talking to the result.
+
+use std::fs;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::util::{Dir, TINY, repository};
+
+/// Thirty-two rows and a config for them.
+fn with_config(keys: &str) -> Dir {
+    with_rows(32, keys)
+}
+
+fn with_rows(count: usize, keys: &str) -> Dir {
+    let dir = Dir::new();
+    let rows: String = (0..count)
+        .map(|n| {
+            format!(
+                "{{\"messages\": [{{\"role\": \"user\", \"content\": \"Question {n}\"}}, {{\"role\": \"assistant\", \"content\": \"Answer {n}\"}}]}}\n"
+            )
+        })
+        .collect();
+    dir.file("rows.jsonl", rows);
+    let model = repository(TINY);
+    let config = format!(
+        "model_name_or_path: {}\ndataset: rows.jsonl\noutput_dir: out\nlearning_rate: 1e-2\nlogging_steps: 1\n{keys}",
+        model.display()
+    );
+    dir.file("c.yaml", config);
+    dir
+}
+
+#[test]
+fn a_run_learns_and_writes_an_adapter() {
+    let dir = with_config("max_steps: 16\nquantization_bit: 4\nplot_loss: true\n");
+    let ran = dir.ferrotune(&["train", "c.yaml"]).succeeds();
+    let ran =
+        ran.says("note: c.yaml:8: `plot_loss` does nothing").says("trainable params: ").says("step 16/16 ");
+    ran.prints("trained 16 steps").prints("tokens/s").prints("peak memory");
+    let losses = dir.losses("out");
+    assert_eq!(losses.len(), 16, "{losses:?}");
+    assert!(losses[14] + losses[15] < losses[0] + losses[1] - 0.5, "{losses:?}");
+    for name in [
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "README.md",
+        "tokenizer.json",
+        "chat_template.jinja",
+    ] {
+        assert!(dir.path().join("out").join(name).is_file(), "{name}");
+    }
+    let model = repository(TINY).display().to_string();
+    let answer = |words: &[&str]| {
+        let chat = [
+            "chat",
+            "--quiet",
+            "--model",
+            &model,
+            "--prompt",
+            "Question 1",
+            "--greedy",
+            "--max-new-tokens",
+            "8",
+        ];
+        dir.ferrotune(&[&chat, words].concat()).succeeds().stdout
+    };
+    assert_ne!(answer(&[]), answer(&["--adapter", "out"]), "the adapter changes the answer");
+    assert_eq!(answer(&["--adapter", "out"]), answer(&["--adapter", "out"]), "greedy answers repeat");
+
+    let ran = dir.ferrotune(&["train", "c.yaml", "overwrite_output_dir=true", "--quiet"]).succeeds();
+    assert_eq!(ran.stderr, "");
+}
+
+#[test]
+fn epochs_follow_one_another() {
+    // Steps of two rows: they fill an epoch exactly, or the last one of each epoch has a single row.
+    for rows in [4, 3] {
+        let dir = with_rows(rows, "num_train_epochs: 3\ngradient_accumulation_steps: 2\n");
+        dir.ferrotune(&["train", "c.yaml"]).succeeds().prints("trained 6 steps");
+        let losses = dir.losses("out");
+        assert!(losses.len() == 6 && losses.iter().all(|loss| loss.is_finite()), "{losses:?}");
+    }
+}
+
+#[test]
+fn the_same_run_gives_the_same_bits() {
+    let run = || {
+        let dir = with_config("max_steps: 4\nlora_dropout: 0.1\nnum_threads: 2\nsave_strategy: no\n");
+        dir.ferrotune(&["train", "c.yaml"]).succeeds();
+        fs::read(dir.path().join("out/adapter_model.safetensors")).expect("the adapter")
+    };
+    assert!(run() == run());
+}
+
+#[test]
+fn a_resumed_run_ends_as_if_it_had_never_stopped() {
+    let whole = with_config("max_steps: 9\nlora_dropout: 0.1\nnum_threads: 2\nsave_steps: 4\n");
+    whole.ferrotune(&["train", "c.yaml"]).succeeds();
+    let adapter =
+        |dir: &Dir| fs::read(dir.path().join("out/adapter_model.safetensors")).expect("the adapter");
+    let at_the_end = adapter(&whole);
+    // As if it had been killed after step 4.
+    fs::remove_file(whole.path().join("out/adapter_model.safetensors")).expect("the adapter");
+    fs::remove_dir_all(whole.path().join("out/checkpoint-8")).expect("a checkpoint");
+    let ran = whole.ferrotune(&["train", "c.yaml", "resume_from_checkpoint=true"]).succeeds();
+    ran.says("checkpoint-4 after step 4");
+    assert!(adapter(&whole) == at_the_end);
+    assert_eq!(whole.losses("out").len(), 9, "the log has each step once");
+    // Another rank is another run.
+    fs::remove_dir_all(whole.path().join("out/checkpoint-8")).expect("a checkpoint");
+    let words = ["train", "c.yaml", "resume_from_checkpoint=auto", "learning_rate=1e-3", "lora_rank=4"];
+    whole.ferrotune(&words).fails(1).says("error: ");
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_saves_and_says_how_to_go_on() {
+    let dir = with_config("max_steps: 100000\nsave_strategy: no\n");
+    let mut command = dir.ferrotune(&["train", "c.yaml"]).command();
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the program");
+    let log = dir.path().join("out/trainer_log.jsonl");
+    let start = Instant::now();
+    while fs::read_to_string(&log).map_or(0, |text| text.lines().count()) < 3 {
+        assert!(start.elapsed() < Duration::from_secs(60), "no steps");
+        assert!(child.try_wait().expect("the program").is_none(), "it ended by itself");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().expect("kill");
+    assert!(killed.success());
+    let output = child.wait_with_output().expect("the program");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(130), "{stderr}");
+    assert!(stderr.contains("Go on with: ferrotune train c.yaml resume_from_checkpoint=true"), "{stderr}");
+    let done = dir.losses("out").len();
+    let steps = format!("max_steps={}", done + 2);
+    let ran = dir.ferrotune(&["train", "c.yaml", "resume_from_checkpoint=true", &steps]);
+    // A changed `max_steps` changes the learning rates: whether that may go on is the trainer's to say, in one line.
+    let output = ran.command().output().expect("the program");
+    assert!(matches!(output.status.code(), Some(0 | 1)), "{}", String::from_utf8_lossy(&output.stderr));
+}
