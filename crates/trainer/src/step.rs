@@ -36,7 +36,7 @@ pub struct StepOutcome {
     pub tokens: usize,
 }
 
-/// Takes one step; none at the end of an epoch, when no batch is left in it.
+/// Takes one step, in the next epoch where this one has ended; none when there is no data.
 ///
 /// # Errors
 /// When the data can't be read, the device can't, or loss or gradients aren't finite.
@@ -47,11 +47,15 @@ pub fn optimizer_step<M: LanguageModel>(
     objective: &dyn Objective,
     optimizer: &mut dyn Optimizer,
 ) -> Result<Option<StepOutcome>> {
+    let accumulation = settings.gradient_accumulation_steps;
+    if batches.trained_ahead(accumulation) == 0 {
+        next_batch(batches)?; // the end of an epoch, given once
+    }
     // Divided once, by the trained tokens of the whole step: never an average of averages.
-    let trained_total = batches.trained_ahead(settings.gradient_accumulation_steps) as f64;
+    let trained_total = batches.trained_ahead(accumulation) as f64;
     let mut outcome = StepOutcome::default();
-    for micro_step in 0..settings.gradient_accumulation_steps as u64 {
-        let Some(batch) = next_batch(batches, micro_step)? else { break };
+    for micro_step in 0..accumulation as u64 {
+        let Some(batch) = next_batch(batches)? else { break };
         let ctx = Context {
             seed: settings.seed,
             step: settings.step,
@@ -123,13 +127,8 @@ pub fn mean_loss<M: LanguageModel>(model: &M, batches: &[Batch]) -> Result<f64> 
     Ok(sum / count as f64)
 }
 
-/// The next batch of a step. An epoch that ended before the step's first batch gives way to the next.
-fn next_batch(batches: &mut dyn BatchSource, micro_step: u64) -> Result<Option<Batch>> {
-    let next = |batches: &mut dyn BatchSource| batches.next().map_err(|error| Error::msg(error.to_string()));
-    match next(batches)? {
-        None if micro_step == 0 => next(batches),
-        batch => Ok(batch),
-    }
+fn next_batch(batches: &mut dyn BatchSource) -> Result<Option<Batch>> {
+    batches.next().map_err(|error| Error::msg(error.to_string()))
 }
 
 fn context(batch: &Batch) -> Context {
