@@ -168,7 +168,9 @@ impl<'a> Product<'a> {
         let blocks = col_panels.div_ceil(widest);
         let mut best = (usize::MAX, 1, blocks);
         for parts in 1..=threads.min(row_panels) {
-            for blocks in blocks..=(blocks + 2 * threads - 2).min(col_panels) {
+            let fewest = (parts * blocks).div_ceil(threads);
+            for rounds in fewest..fewest + 3 {
+                let blocks = (rounds * threads / parts).clamp(blocks, col_panels);
                 let rounds = (parts * blocks).div_ceil(threads);
                 let rows = row_panels.div_ceil(parts) * tile_rows + packing;
                 let time = rounds * rows * col_panels.div_ceil(blocks);

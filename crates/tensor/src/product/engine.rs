@@ -1,5 +1,7 @@
 //! Which instructions multiply, and the shapes that they ask for.
 
+use std::arch::x86_64::__cpuid;
+
 pub(super) use super::kernel_avx512::{COLS, Tile};
 use super::pack::{self, Source};
 use super::{Precision, kernel_amx as amx, kernel_avx512 as avx512};
@@ -35,7 +37,7 @@ impl Engine {
     pub(super) fn bf16() -> Option<Engine> {
         if amx::available() {
             Some(Engine::Amx)
-        } else if is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512bw") {
+        } else if is_amd() && is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512bw") {
             Some(Engine::Bf16)
         } else {
             None
@@ -151,6 +153,12 @@ impl Engine {
         // SAFETY: the caller's; the engine exists only where its instructions do.
         unsafe { table[usize::from(tile.cols > LANES)][rows - 1](tile) }
     }
+}
+
+/// AMD multiplies bf16 at twice the speed of f32. Intel does so at half of it: it has AMX for that.
+fn is_amd() -> bool {
+    let vendor = __cpuid(0);
+    [vendor.ebx, vendor.edx, vendor.ecx] == [b"Auth", b"enti", b"cAMD"].map(|it| u32::from_le_bytes(*it))
 }
 
 /// Lanes of a vector.

@@ -111,7 +111,8 @@ pub(super) unsafe fn multiply(rows: usize, tile: &Tile) {
     }
 }
 
-/// `to = from + a·b`, rows being so many numbers apart.
+/// `to = from + a·b`, rows being so many numbers apart. `b` streams past (`t1`: it isn't to displace
+/// `a`, which is wanted again for the next columns, from the L1 cache).
 ///
 /// # Safety
 /// As [`multiply`].
@@ -129,10 +130,10 @@ unsafe fn add_up(tile: &Tile, from: (*const f32, usize), to: (*mut f32, usize)) 
             "tileloadd tmm2, [{from_low} + {from_step}]",
             "tileloadd tmm3, [{from_low} + {from_step} + 64]",
             "2:",
-            "tileloadd tmm6, [{b} + {b_step}]",
+            "tileloaddt1 tmm6, [{b} + {b_step}]",
             "tileloadd tmm4, [{a} + {a_step}]",
             "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm7, [{b} + {b_step} + 64]",
+            "tileloaddt1 tmm7, [{b} + {b_step} + 64]",
             "tdpbf16ps tmm1, tmm4, tmm7",
             "tileloadd tmm5, [{a} + {a_step} + 1024]",
             "tdpbf16ps tmm2, tmm5, tmm6",

@@ -32,8 +32,8 @@ use crate::tensor::Real;
 pub enum Precision {
     /// Operands as they are.
     Full,
-    /// f32 operands are rounded to bf16 (nearest even) first, where the CPU multiplies these faster:
-    /// thin products, and all products of CPUs without such instructions, stay as with `Full`.
+    /// f32 operands are rounded to bf16 (nearest even) first where that is faster. Thin products, and
+    /// all products of CPUs whose bf16 is no faster, are as with `Full`.
     Bf16,
 }
 
