@@ -12,8 +12,8 @@ use super::{Matrix, MatrixMut};
 
 /// Most rows of `a`.
 pub(super) const ROWS: usize = 4;
-/// Rows of `w` whose sums run side by side.
-const SIDE: usize = 4;
+/// Running sums of a dot product.
+const SUMS: usize = 4;
 /// Numbers of `w` that are written out at once: they stay in the L1 cache.
 const PIECE: usize = 6 * 1024;
 
@@ -40,7 +40,7 @@ pub(super) fn product(
     let part = |part: usize| {
         let (mut row, end) = (n * part / threads, n * (part + 1) / threads);
         while row < end {
-            let count = (end - row).min((PIECE / k).next_multiple_of(SIDE).max(SIDE));
+            let count = (end - row).min((PIECE / k).max(1));
             let c = target.columns_from(row);
             match b {
                 Right::Dense(b) => {
@@ -74,71 +74,61 @@ unsafe fn sums(
     beta: f32,
     c: Target,
 ) {
-    let mut row = 0;
-    while row < count {
-        let side = (count - row).min(SIDE);
-        let w = (w.wrapping_add(row * step), step);
-        // SAFETY: the caller's; no more rows are read than there are.
+    for row in 0..count {
+        let w = w.wrapping_add(row * step);
+        // SAFETY: the caller's.
         let sums = unsafe {
-            match (a.rows, side) {
-                (1, SIDE) => dots::<1, SIDE>(a, w),
-                (2, SIDE) => dots::<2, SIDE>(a, w),
-                (3, SIDE) => dots::<3, SIDE>(a, w),
-                (_, SIDE) => dots::<4, SIDE>(a, w),
-                (1, _) => dots::<1, 1>(a, w),
-                (2, _) => dots::<2, 1>(a, w),
-                (3, _) => dots::<3, 1>(a, w),
-                _ => dots::<4, 1>(a, w),
+            match a.rows {
+                1 => dots::<1>(a, w),
+                2 => dots::<2>(a, w),
+                3 => dots::<3>(a, w),
+                _ => dots::<4>(a, w),
             }
         };
-        let side = if side == SIDE { SIDE } else { 1 };
-        for (i, sums) in sums.iter().enumerate().take(a.rows) {
-            for (j, sum) in sums.iter().enumerate().take(side) {
-                // SAFETY: the caller's.
-                unsafe {
-                    let c = c.0.wrapping_add(i * c.1 + row + j);
-                    *c = if beta == 0.0 { alpha * sum } else { alpha * sum + beta * *c };
-                }
+        for (i, sum) in sums.iter().enumerate().take(a.rows) {
+            // SAFETY: the caller's.
+            unsafe {
+                let c = c.0.wrapping_add(i * c.1 + row);
+                *c = if beta == 0.0 { alpha * sum } else { alpha * sum + beta * *c };
             }
         }
-        row += side;
     }
 }
 
-/// The dot products of M rows of `a` and N of `w`. Each has one running sum, so that it doesn't
-/// matter which others are computed beside it.
+/// The dot products of M rows of `a` and one of `w`, each in several running sums because a
+/// multiply-add takes several cycles.
 ///
 /// # Safety
 /// As [`sums`]; `a` has M rows.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn dots<const M: usize, const N: usize>(
-    a: &Matrix<'_, f32>,
-    (w, step): (*const f32, usize),
-) -> [[f32; SIDE]; ROWS] {
-    let mut acc = [[_mm512_setzero_ps(); N]; M];
-    let x = a.data.as_ptr();
-    let mut p = 0;
-    while p < a.cols {
-        let mask = lanes(a.cols - p);
-        let ws: [__m512; N] = std::array::from_fn(|j| {
-            // SAFETY: the mask keeps to the depth that exists.
-            unsafe { _mm512_maskz_loadu_ps(mask, w.wrapping_add(j * step + p)) }
-        });
-        for (i, acc) in acc.iter_mut().enumerate() {
-            // SAFETY: the same.
-            let x = unsafe { _mm512_maskz_loadu_ps(mask, x.wrapping_add(i * a.row_stride + p)) };
-            for (acc, w) in acc.iter_mut().zip(ws) {
-                *acc = _mm512_fmadd_ps(x, w, *acc);
+unsafe fn dots<const M: usize>(a: &Matrix<'_, f32>, w: *const f32) -> [f32; ROWS] {
+    let mut acc = [[_mm512_setzero_ps(); SUMS]; M];
+    let (x, k) = (a.data.as_ptr(), a.cols);
+    let mut add = |p: usize, sum: usize, mask: u16| {
+        // SAFETY: the mask keeps to the depth that exists.
+        unsafe {
+            let w = _mm512_maskz_loadu_ps(mask, w.wrapping_add(p));
+            for (i, acc) in acc.iter_mut().enumerate() {
+                let x = _mm512_maskz_loadu_ps(mask, x.wrapping_add(i * a.row_stride + p));
+                acc[sum] = _mm512_fmadd_ps(x, w, acc[sum]);
             }
         }
+    };
+    let mut p = 0;
+    while p + 16 * SUMS <= k {
+        for sum in 0..SUMS {
+            add(p + 16 * sum, sum, 0xffff);
+        }
+        p += 16 * SUMS;
+    }
+    while p < k {
+        add(p, 0, lanes(k - p));
         p += 16;
     }
-    let mut sums = [[0.0; SIDE]; ROWS];
-    for (sums, acc) in sums.iter_mut().zip(acc) {
-        for (sum, acc) in sums.iter_mut().zip(acc) {
-            *sum = _mm512_reduce_add_ps(acc);
-        }
+    let mut sums = [0.0; ROWS];
+    for (sum, acc) in sums.iter_mut().zip(acc) {
+        *sum = _mm512_reduce_add_ps(acc.into_iter().reduce(|a, b| _mm512_add_ps(a, b)).expect("SUMS > 0"));
     }
     sums
 }
