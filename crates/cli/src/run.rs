@@ -161,7 +161,10 @@ fn output(config: &RunConfig) -> anyhow::Result<(PathBuf, Option<PathBuf>)> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => true,
         Err(error) => return wrong(format!("can't read `{}`: {error}", folder.display())),
     };
-    if !empty && !config.overwrite_output_dir && config.resume_from_checkpoint == Resume::No {
+    // A run that ended before its first checkpoint starts anew by itself; a finished one is kept.
+    let unfinished =
+        config.resume_from_checkpoint == Resume::Auto && !folder.join("adapter_model.safetensors").exists();
+    if !empty && !config.overwrite_output_dir && resume_from.is_none() && !unfinished {
         return wrong(format!(
             "`{}` is not empty; name another folder, set `overwrite_output_dir: true`, or go on with `resume_from_checkpoint: true`",
             folder.display()

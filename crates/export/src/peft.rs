@@ -107,6 +107,12 @@ impl PeftAdapter {
     /// # Errors
     /// When a file is missing or damaged, or the adapter is of a kind that isn't there yet.
     pub fn read(folder: &Path) -> Result<PeftAdapter> {
+        if !folder.join(CONFIG).is_file() {
+            let message = format!(
+                "holds no adapter, which has an {CONFIG}; name the output_dir of a run, or a checkpoint in it"
+            );
+            return Err(Error::file(folder, message));
+        }
         let mut adapter = config::read(&folder.join(CONFIG))?;
         let path = folder.join(TENSORS);
         if !path.exists() && folder.join("adapter_model.bin").exists() {

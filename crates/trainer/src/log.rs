@@ -10,29 +10,30 @@ use serde_json::json;
 
 use crate::StepReport;
 
-/// Appends reports to a file.
+/// Appends reports to a file, which is made with the first of them.
 #[derive(Debug)]
 pub struct LogWriter {
     path: PathBuf,
-    file: File,
+    keep_steps: usize,
+    file: Option<File>,
 }
 
 impl LogWriter {
-    /// Opens the log of a run; a run that is resumed after `keep_steps` steps keeps its lines up to there.
-    ///
-    /// # Errors
-    /// When the file can't be written.
-    pub fn open(output_dir: &Path, keep_steps: usize) -> Result<LogWriter> {
-        let path = output_dir.join("trainer_log.jsonl");
-        let old = std::fs::read_to_string(&path).unwrap_or_default();
+    /// The log of a run; one that goes on after `keep_steps` steps keeps its lines up to there.
+    pub fn new(output_dir: &Path, keep_steps: usize) -> LogWriter {
+        LogWriter { path: output_dir.join("trainer_log.jsonl"), keep_steps, file: None }
+    }
+
+    fn open(&self) -> std::io::Result<File> {
+        let old = std::fs::read_to_string(&self.path).unwrap_or_default();
         let step_of = |line: &str| -> Option<u64> {
             serde_json::from_str::<serde_json::Value>(line).ok()?.get("current_steps")?.as_u64()
         };
-        let kept = old.lines().filter(|line| step_of(line).is_some_and(|step| step as usize <= keep_steps));
+        let kept =
+            old.lines().filter(|line| step_of(line).is_some_and(|step| step as usize <= self.keep_steps));
         let kept: String = kept.map(|line| format!("{line}\n")).collect();
-        std::fs::write(&path, kept).map_err(|source| Error::io(&path, source))?;
-        let file = OpenOptions::new().append(true).open(&path).map_err(|source| Error::io(&path, source))?;
-        Ok(LogWriter { path, file })
+        std::fs::write(&self.path, kept)?;
+        OpenOptions::new().append(true).open(&self.path)
     }
 
     /// Adds a line.
@@ -54,7 +55,11 @@ impl LogWriter {
             "throughput": report.tokens_per_second,
             "total_tokens": report.total_tokens,
         });
-        writeln!(self.file, "{line}").map_err(|source| Error::io(&self.path, source))
+        let written = match self.file.take().map_or_else(|| self.open(), Ok) {
+            Ok(file) => writeln!(self.file.insert(file), "{line}"),
+            Err(error) => Err(error),
+        };
+        written.map_err(|source| Error::io(&self.path, source))
     }
 }
 

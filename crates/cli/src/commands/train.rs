@@ -86,7 +86,7 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
         run: &run,
         console,
         bar: bar(console, total_steps),
-        log: LogWriter::open(&run.output_dir, done)?,
+        log: LogWriter::new(&run.output_dir, done),
         logging_steps: run.config.logging_steps.of(total_steps).max(1) as usize,
         since_log: (0.0, 0),
         interrupted: interrupted()?,
@@ -96,10 +96,11 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
     let summary = summary?;
     if let Ending::Stopped(checkpoint) = &summary.ending {
         console.warn(format!(
-            "interrupted after step {} of {total_steps}; saved to {}. Go on with: ferrotune train {} resume_from_checkpoint=true",
+            "interrupted after step {} of {total_steps}; saved to {}. Go on with: ferrotune train {}{} resume_from_checkpoint=true",
             summary.steps,
             checkpoint.display(),
-            args.config.display()
+            args.config.display(),
+            args.overrides.iter().map(|word| format!(" '{word}'")).collect::<String>()
         ));
         return Ok(Outcome::Interrupted);
     }

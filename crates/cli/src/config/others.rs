@@ -185,7 +185,7 @@ const IGNORED: &[(&str, &str)] = &[
     ("log_level_replica", "one process trains"),
     ("log_on_each_node", "one process trains"),
     ("logging_strategy", "`logging_steps` counts"),
-    ("logging_first_step", "the first step is always logged"),
+    ("logging_first_step", "a line is logged every `logging_steps` steps, and at the end"),
     ("logging_nan_inf_filter", "losses are logged as they are"),
     ("save_safetensors", "adapters are always safetensors"),
     ("save_on_each_node", "one process trains"),
