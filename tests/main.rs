@@ -5,6 +5,7 @@ mod config;
 mod data;
 mod debug;
 mod doctor;
+mod quickstart;
 mod run;
 mod smollm2;
 mod train;
