@@ -22,8 +22,8 @@ const ARROWS: &[(&str, &[&str])] = &[
 
 /// Packages of others that only some crates may use.
 const CONFINED: &[(&str, &[&str])] = &[
-    ("cudarc", &["tensor", "nn"]),
-    ("gemm", &["tensor", "nn"]),
+    ("cudarc", &["tensor"]),
+    ("gemm", &["tensor"]),
     ("minijinja", &["data"]),
     ("tokenizers", &["data"]),
     ("clap", &["cli"]),

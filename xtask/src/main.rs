@@ -3,7 +3,11 @@
 mod arrows;
 mod bench;
 mod check;
+mod gpu_test;
+mod kernels;
+mod python;
 mod quickstart;
+mod sha256;
 mod test_model;
 
 use std::env;
@@ -14,7 +18,12 @@ const USAGE: &str = "cargo xtask <verb>
 
   check [--no-model]   everything a change has to pass, cheapest first (test is the same)
   arrows               which crate may know which
+  kernels              compiles kernels/*.cu to the PTX that is checked in; with
+    --check              only compares the PTX with its sources, without a compiler
+    --fetch-nvcc         brings nvcc where there is none (100 MB, with pip, into target/cuda)
+    --verbose            shows the registers, spills and shared memory of every kernel
   quickstart           builds, fetches SmolLM2, fine-tunes it, shows its answers before and after
+  gpu-test             builds what tests/gpu/run.py needs on a machine with a GPU, into target/gpu-test
   bench cpu            speed and memory of training on this machine's cores
   fetch-model          only brings SmolLM2 into the model cache, and prints where it is";
 
@@ -32,7 +41,9 @@ fn main() -> ExitCode {
         ["check" | "test"] => check::run(check::Model::Fetch),
         ["check" | "test", "--no-model"] => check::run(check::Model::None),
         ["arrows"] => arrows::run(),
+        ["kernels", options @ ..] => kernels::run(options),
         ["quickstart"] => quickstart::run_all(),
+        ["gpu-test"] => gpu_test::prepare(),
         ["bench", "cpu"] => bench::cpu(),
         ["fetch-model"] => test_model::fetch().map(|path| println!("{}", path.display())),
         _ => {

