@@ -1,5 +1,8 @@
 //! `ferrotune debug` and `ferrotune model`
 
+use std::collections::HashMap;
+use std::path::Path;
+
 use crate::util::{Dir, TINY, repository};
 
 fn tiny() -> String {
@@ -47,6 +50,59 @@ fn render_prints_text_spans_and_marks() {
     assert_eq!(wrong.code, Some(1));
     wrong.says("error: the conversation is not JSON: ");
     dir.ferrotune(&["debug", "render"]).fails(2).says("--model");
+}
+
+#[test]
+fn gradients_equal_pefts() {
+    let dir = Dir::new();
+    let (model, lora) = (tiny(), repository("tests/fixtures/lora_tiny"));
+    let adapter = lora.display().to_string();
+    let words = [
+        "debug",
+        "gradients",
+        "--model",
+        &model,
+        "--adapter",
+        &adapter,
+        "--output",
+        "gradients.safetensors",
+        "device=cpu",
+    ];
+    let sequences = repository(TINY).join("golden.json").display().to_string();
+    let ran = dir.ferrotune(&[&words[..], &["--sequences", &sequences]].concat()).succeeds();
+    let number = |text: &str, key: &str| -> f64 {
+        serde_json::from_str::<serde_json::Value>(text).expect("JSON")[key].as_f64().expect("a number")
+    };
+    let golden = std::fs::read_to_string(lora.join("golden.json")).expect("golden numbers");
+    let (loss, expected) = (number(&ran.stdout, "loss"), number(&golden, "loss"));
+    assert!((loss - expected).abs() < 1e-4, "{loss}, not {expected}");
+
+    let tensors = |path: &Path| -> HashMap<String, Vec<f32>> {
+        let all = candle_core::safetensors::load(path, &candle_core::Device::Cpu).expect("tensors");
+        let values = |it: candle_core::Tensor| it.flatten_all().unwrap().to_vec1().unwrap();
+        all.into_iter().map(|(name, it)| (name, values(it))).collect()
+    };
+    let got = tensors(&dir.path().join("gradients.safetensors"));
+    let expected = tensors(&lora.join("grads.safetensors"));
+    assert_eq!((got.len(), expected.len()), (42, 42));
+    for (name, expected) in expected {
+        let off: f32 = got[&name].iter().zip(&expected).map(|(a, b)| (a - b) * (a - b)).sum();
+        let norm: f32 = expected.iter().map(|it| it * it).sum();
+        assert!((off / norm).sqrt() < 1e-3, "{name}: off by {off:e}");
+    }
+
+    for (input, message) in [
+        ("Hi", "error: the sequences: expected value at line 1 column 1"),
+        ("{\"sequences\": []}", "error: no label is trained on; the first of each sequence follows nothing"),
+        ("{\"sequences\": [{\"ids\": [1], \"labels\": []}]}", "error: sequence 1 has 1 ids and 0 labels"),
+        (
+            "{\"sequences\": [{\"ids\": [1, 2], \"labels\": [-100, 7]}]}",
+            "error: sequence 1 has the label 7 for token 2, expected that or -100",
+        ),
+    ] {
+        let ran = dir.ferrotune(&words).input(input);
+        assert_eq!((ran.code, ran.stderr.trim_end()), (Some(1), message));
+    }
 }
 
 #[test]

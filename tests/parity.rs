@@ -9,8 +9,8 @@ use ferrotune_lora::LoraAdapter;
 use ferrotune_model::source::{ModelFiles, Stored};
 use ferrotune_model::{BuildOptions, Decoder, PartSpec, Recompute, build, dense_part};
 use ferrotune_nn::{Context, LanguageModel, Weight};
-use ferrotune_quant::{Absmax, Nf4Weight, Scales, dynamic_map};
-use ferrotune_tensor::{DType, Precision, Result, Tensor};
+use ferrotune_quant::{Absmax, Nf4GpuWeight, Nf4Weight, Scales, dynamic_map};
+use ferrotune_tensor::{DType, Device, Precision, Result, Tensor};
 use ferrotune_trainer::{
     AdamW, NextToken, Optimizer, Schedule, ScheduleKind, StepSettings, mean_loss, optimizer_step,
 };
@@ -57,25 +57,29 @@ enum Base {
     Bitsandbytes,
 }
 
-fn decoder(folder: &str, base: Base, adapters: Adapters) -> Decoder {
+fn decoder(device: &Device, folder: &str, base: Base, adapters: Adapters) -> Decoder {
+    let options = BuildOptions { precision: Precision::Full, dtype: DType::F32, device: device.clone() };
     let files = ModelFiles::open(fixture(folder)).unwrap();
     let lora = tensors("lora_tiny/adapter_model.safetensors");
     let stored = tensors("lora_tiny/base_nf4.safetensors");
     let mut make = |spec: &PartSpec, weight: Stored| -> Result<_> {
-        let mut part = dense_part(spec, weight, Precision::Full)?;
+        let mut part = dense_part(spec, weight, &options)?;
         if let Base::Bitsandbytes = base {
-            part.weight = Box::new(bitsandbytes(&stored, spec));
+            let weight = bitsandbytes(&stored, spec);
+            part.weight = match device.gpu() {
+                Some(gpu) => Box::new(Nf4GpuWeight::from_cpu(&weight, gpu)?),
+                None => Box::new(weight),
+            };
         }
         if let Adapters::Lora { scaling } = adapters {
             let read = |kind: &str| matrix(&lora[&format!("base_model.model.{}.{kind}.weight", spec.name)]);
             let (a, b) = (read("lora_A"), read("lora_B"));
             let adapter = LoraAdapter::from_parts(&spec.name, a, b, scaling, 0.0, Precision::Full)?;
-            part.adapter = Some(Box::new(adapter));
+            part.adapter = Some(Box::new(adapter.to_device(device, DType::F32)?));
         }
         Ok(part)
     };
-    let options = BuildOptions { precision: Precision::Full, dtype: DType::F32 };
-    build(&files.spec, files.source.as_ref(), options, &mut make).unwrap()
+    build(&files.spec, files.source.as_ref(), options.clone(), &mut make).unwrap()
 }
 
 /// The weight as bitsandbytes stored it.
@@ -121,7 +125,7 @@ fn context(batch: &Batch) -> Context {
 fn check_logits(model: &Decoder, batch: &Batch, positions: &Value, expected: &Value, tolerance: f64) {
     let hidden = model.hidden(&context(batch), &batch.tokens).unwrap();
     let logits = model.head.logits(&hidden).unwrap();
-    let values = logits.values::<f32>().unwrap();
+    let values = logits.to_f32().unwrap();
     let mut compared = 0;
     for (s, positions) in positions.as_array().unwrap().iter().enumerate() {
         for (p, position) in positions.as_array().unwrap().iter().enumerate() {
@@ -143,13 +147,15 @@ fn check_logits(model: &Decoder, batch: &Batch, positions: &Value, expected: &Va
 
 #[test]
 fn logits_and_loss_equal_those_of_transformers() {
-    for folder in ["llama_tiny", "llama_tiny_tied"] {
-        let golden = json(&format!("{folder}/golden.json"));
-        let model = decoder(folder, Base::Dense, Adapters::None);
-        let batch = batch_of(&golden["sequences"]);
-        check_logits(&model, &batch, &golden["positions"], &golden["logits"], 1e-4);
-        let loss = mean_loss(&model, std::slice::from_ref(&batch)).unwrap();
-        assert!((loss - golden["loss"].as_f64().unwrap()).abs() < 1e-4, "{folder}: {loss}");
+    for device in Device::each() {
+        for folder in ["llama_tiny", "llama_tiny_tied"] {
+            let golden = json(&format!("{folder}/golden.json"));
+            let model = decoder(&device, folder, Base::Dense, Adapters::None);
+            let batch = batch_of(&golden["sequences"]);
+            check_logits(&model, &batch, &golden["positions"], &golden["logits"], 1e-4);
+            let loss = mean_loss(&model, std::slice::from_ref(&batch)).unwrap();
+            assert!((loss - golden["loss"].as_f64().unwrap()).abs() < 1e-4, "{folder}: {loss}");
+        }
     }
 }
 
@@ -183,85 +189,107 @@ fn check_gradients(model: &mut Decoder, file: &str, expected_count: usize) {
 
 #[test]
 fn every_adapter_gradient_equals_pefts() {
-    let golden = json("lora_tiny/golden.json");
-    for recompute in [Recompute::Keep, Recompute::Recompute] {
-        let mut model = decoder("llama_tiny", Base::Dense, Adapters::Lora { scaling: 2.0 });
-        model.recompute.fill(recompute);
-        let batch = batch_of(&json("llama_tiny/golden.json")["sequences"]);
-        check_logits(&model, &batch, &golden["positions"], &golden["logits"], 1e-4);
-        let loss = pass(&mut model);
-        assert!((loss - golden["loss"].as_f64().unwrap()).abs() < 1e-4, "{loss}");
-        check_gradients(&mut model, "lora_tiny/grads.safetensors", 42);
+    for device in Device::each() {
+        let golden = json("lora_tiny/golden.json");
+        for recompute in [Recompute::Keep, Recompute::Recompute, Recompute::Offload] {
+            let mut model = decoder(&device, "llama_tiny", Base::Dense, Adapters::Lora { scaling: 2.0 });
+            model.recompute.fill(recompute);
+            let batch = batch_of(&json("llama_tiny/golden.json")["sequences"]);
+            check_logits(&model, &batch, &golden["positions"], &golden["logits"], 1e-4);
+            let loss = pass(&mut model);
+            assert!((loss - golden["loss"].as_f64().unwrap()).abs() < 1e-4, "{loss}");
+            check_gradients(&mut model, "lora_tiny/grads.safetensors", 42);
+        }
     }
 }
 
 #[test]
 fn rslora_scales_by_the_root_of_the_rank() {
-    let golden = json("lora_tiny/golden.json");
-    let model = decoder("llama_tiny", Base::Dense, Adapters::Lora { scaling: 4.0 });
-    let batch = batch_of(&json("llama_tiny/golden.json")["sequences"]);
-    check_logits(&model, &batch, &golden["few_positions"], &golden["rslora_logits"], 1e-4);
+    for device in Device::each() {
+        let golden = json("lora_tiny/golden.json");
+        let model = decoder(&device, "llama_tiny", Base::Dense, Adapters::Lora { scaling: 4.0 });
+        let batch = batch_of(&json("llama_tiny/golden.json")["sequences"]);
+        check_logits(&model, &batch, &golden["few_positions"], &golden["rslora_logits"], 1e-4);
+    }
 }
 
 #[test]
 fn a_four_bit_base_gives_what_bitsandbytes_gives() {
-    let golden = json("lora_tiny/golden.json");
-    let mut model = decoder("llama_tiny", Base::Bitsandbytes, Adapters::Lora { scaling: 2.0 });
-    let batch = batch_of(&json("llama_tiny/golden.json")["sequences"]);
-    check_logits(&model, &batch, &golden["few_positions"], &golden["nf4_logits"], 1e-4);
-    let loss = pass(&mut model);
-    assert!((loss - golden["nf4_loss"].as_f64().unwrap()).abs() < 1e-4, "{loss}");
-    check_gradients(&mut model, "lora_tiny/nf4_grads.safetensors", 14);
+    for device in Device::each() {
+        let golden = json("lora_tiny/golden.json");
+        let mut model = decoder(&device, "llama_tiny", Base::Bitsandbytes, Adapters::Lora { scaling: 2.0 });
+        let batch = batch_of(&json("llama_tiny/golden.json")["sequences"]);
+        check_logits(&model, &batch, &golden["few_positions"], &golden["nf4_logits"], 1e-4);
+        let loss = pass(&mut model);
+        assert!((loss - golden["nf4_loss"].as_f64().unwrap()).abs() < 1e-4, "{loss}");
+        check_gradients(&mut model, "lora_tiny/nf4_grads.safetensors", 14);
+    }
 }
 
 #[test]
 fn codes_and_scales_equal_those_of_bitsandbytes() {
-    let golden = tensors("nf4/nf4.safetensors");
-    let names: Vec<&str> = golden.keys().filter_map(|key| key.strip_suffix(".input")).collect();
-    assert!(names.len() >= 8, "only {} matrices", names.len());
-    let stored = tensors("lora_tiny/base_nf4.safetensors");
-    let map = floats(&stored["model.layers.0.mlp.down_proj.weight.nested_quant_map"]);
-    assert_eq!(dynamic_map().to_vec(), map, "dynamic map");
-    let (mut codes_off, mut codes_seen) = (0, 0);
-    for name in names {
-        let get = |suffix: &str| &golden[&format!("{name}.{suffix}")];
-        let dtype = get("input").dtype();
-        let input = matrix(get("input")).cast(dtype).unwrap();
-        let plain = Nf4Weight::quantize(&input, Scales::Plain, Precision::Full).unwrap();
-        assert_eq!(plain.codes, bytes(get("packed")), "{name}: codes");
-        assert_eq!(plain.absmax, Absmax::Plain(floats(get("absmax"))), "{name}: scales");
-        check_equal(&plain, get("dequantized"));
+    for device in Device::each() {
+        let golden = tensors("nf4/nf4.safetensors");
+        let names: Vec<&str> = golden.keys().filter_map(|key| key.strip_suffix(".input")).collect();
+        assert!(names.len() >= 8, "only {} matrices", names.len());
+        let stored = tensors("lora_tiny/base_nf4.safetensors");
+        let map = floats(&stored["model.layers.0.mlp.down_proj.weight.nested_quant_map"]);
+        assert_eq!(dynamic_map().to_vec(), map, "dynamic map");
+        let (mut codes_off, mut codes_seen) = (0, 0);
+        for name in names {
+            let get = |suffix: &str| &golden[&format!("{name}.{suffix}")];
+            let dtype = get("input").dtype();
+            let input = matrix(get("input")).cast(dtype).unwrap();
+            let plain = quantize(&device, &input, Scales::Plain);
+            assert_eq!(plain.codes, bytes(get("packed")), "{name}: codes");
+            assert_eq!(plain.absmax, Absmax::Plain(floats(get("absmax"))), "{name}: scales");
+            check_equal(&plain, get("dequantized"));
 
-        let nested = Nf4Weight::quantize(&input, Scales::Nested, Precision::Full).unwrap();
-        let Absmax::Nested { codes, nested_absmax, offset } = &nested.absmax else {
-            panic!("{name}: not nested")
-        };
-        let expected_offset = floats(get("double.nested_offset"))[0];
-        assert!(
-            offset.to_bits().abs_diff(expected_offset.to_bits()) <= 1,
-            "{name}: {offset} {expected_offset}"
-        );
-        if *offset == expected_offset {
-            assert_eq!(nested_absmax, &floats(get("double.nested_absmax")), "{name}: scales of scales");
+            let nested = quantize(&device, &input, Scales::Nested);
+            let Absmax::Nested { codes, nested_absmax, offset } = &nested.absmax else {
+                panic!("{name}: not nested")
+            };
+            let expected_offset = floats(get("double.nested_offset"))[0];
+            // On the CPU the mean is taken in PyTorch's own order, on a GPU in f64.
+            let most = if device.gpu().is_some() { 2 } else { 1 };
+            let off = offset.to_bits().abs_diff(expected_offset.to_bits());
+            assert!(off <= most, "{name}: {offset} {expected_offset}");
+            if *offset == expected_offset {
+                assert_eq!(nested_absmax, &floats(get("double.nested_absmax")), "{name}: scales of scales");
+            }
+            for (got, expected) in codes.iter().zip(bytes(get("double.absmax"))) {
+                assert!(got.abs_diff(expected) <= 1, "{name}: scale's code {got}, not {expected}");
+                codes_off += usize::from(*got != expected);
+                codes_seen += 1;
+            }
+            let theirs = Absmax::Nested {
+                codes: bytes(get("double.absmax")),
+                nested_absmax: floats(get("double.nested_absmax")),
+                offset: expected_offset,
+            };
+            let shape = input.shape();
+            let read = Nf4Weight::from_parts(shape, nested.codes, theirs, dtype, Precision::Full).unwrap();
+            check_equal(&read, get("double.dequantized"));
         }
-        for (got, expected) in codes.iter().zip(bytes(get("double.absmax"))) {
-            assert!(got.abs_diff(expected) <= 1, "{name}: scale's code {got}, not {expected}");
-            codes_off += usize::from(*got != expected);
-            codes_seen += 1;
-        }
-        let theirs = Absmax::Nested {
-            codes: bytes(get("double.absmax")),
-            nested_absmax: floats(get("double.nested_absmax")),
-            offset: expected_offset,
-        };
-        let shape = input.shape();
-        let read = Nf4Weight::from_parts(shape, nested.codes, theirs, dtype, Precision::Full).unwrap();
-        check_equal(&read, get("double.dequantized"));
+        assert!(codes_off * 1000 <= 3 * codes_seen, "{codes_off} of {codes_seen} nested codes differ");
     }
-    assert!(codes_off * 1000 <= 3 * codes_seen, "{codes_off} of {codes_seen} nested codes differ");
 }
 
 /// Checks dequantised numbers bit for bit.
+/// Quantised on a device; the bits.
+fn quantize(device: &Device, input: &Tensor, scales: Scales) -> Nf4Weight {
+    match device {
+        Device::Cpu => Nf4Weight::quantize(input, scales, Precision::Full).unwrap(),
+        gpu => {
+            let input = input.try_clone().unwrap().to_device(gpu).unwrap();
+            let weight = Nf4GpuWeight::quantize(&input, scales).unwrap();
+            let (here, bits) = (weight.dequantize(DType::F32).unwrap(), weight.to_cpu().unwrap());
+            assert_eq!(here.to_f32().unwrap(), bits.to_dense().unwrap().to_f32().unwrap(), "dequantised");
+            bits
+        }
+    }
+}
+
 fn check_equal(weight: &Nf4Weight, expected: &candle_core::Tensor) {
     let (got, expected) = (weight.to_dense().unwrap().to_f32().unwrap(), floats(expected));
     let off = got.iter().zip(&expected).filter(|(a, b)| a != b).count();
@@ -300,6 +328,7 @@ fn take_steps(
                 seed: 0,
                 step,
                 learning_rate: schedule.at(step as usize),
+                loss_scale: 1.0,
             };
             let outcome = optimizer_step(&settings, model, batches, &NextToken, optimizer).unwrap().unwrap();
             (outcome.loss, outcome.grad_norm)
@@ -317,69 +346,87 @@ fn adamw() -> AdamW {
 
 #[test]
 fn ten_steps_equal_those_of_the_trainer_of_transformers() {
-    let golden = json("lora_tiny/golden.json");
-    let mut model = decoder("llama_tiny", Base::Dense, Adapters::Lora { scaling: 2.0 });
-    let got = take_steps(&mut model, &mut adamw(), &mut ten_steps(), 0..10);
-    for (step, ((loss, norm), expected)) in got.iter().zip(golden["steps"].as_array().unwrap()).enumerate() {
-        let (loss_there, norm_there) =
-            (expected["loss"].as_f64().unwrap(), expected["grad_norm"].as_f64().unwrap());
-        assert!((loss - loss_there).abs() < 1e-4 * loss_there, "step {step}: loss {loss}, not {loss_there}");
-        assert!((norm - norm_there).abs() < 1e-3 * norm_there, "step {step}: norm {norm}, not {norm_there}");
-    }
-    let after = tensors("lora_tiny/after_ten_steps.safetensors");
-    for (name, got) in values(&mut model) {
-        let expected = floats(&after[&format!("base_model.model.{name}")]);
-        let worst = got.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-        assert!(worst < 2e-4, "{name}: off by {worst}");
+    for device in Device::each() {
+        let golden = json("lora_tiny/golden.json");
+        let mut model = decoder(&device, "llama_tiny", Base::Dense, Adapters::Lora { scaling: 2.0 });
+        let got = take_steps(&mut model, &mut adamw(), &mut ten_steps(), 0..10);
+        for (step, ((loss, norm), expected)) in
+            got.iter().zip(golden["steps"].as_array().unwrap()).enumerate()
+        {
+            let (loss_there, norm_there) =
+                (expected["loss"].as_f64().unwrap(), expected["grad_norm"].as_f64().unwrap());
+            assert!(
+                (loss - loss_there).abs() < 1e-4 * loss_there,
+                "step {step}: loss {loss}, not {loss_there}"
+            );
+            assert!(
+                (norm - norm_there).abs() < 1e-3 * norm_there,
+                "step {step}: norm {norm}, not {norm_there}"
+            );
+        }
+        let after = tensors("lora_tiny/after_ten_steps.safetensors");
+        for (name, got) in values(&mut model) {
+            let expected = floats(&after[&format!("base_model.model.{name}")]);
+            let worst = got.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(worst < 2e-4, "{name}: off by {worst}");
+        }
     }
 }
 
 #[test]
 fn a_run_that_goes_on_from_its_state_is_bit_identical() {
-    let new = || decoder("llama_tiny", Base::Dense, Adapters::Lora { scaling: 2.0 });
-    let (mut whole, mut optimizer, mut batches) = (new(), adamw(), ten_steps());
-    let losses = take_steps(&mut whole, &mut optimizer, &mut batches, 0..4);
-    let (saved, state, cursor) = (values(&mut whole), optimizer.state(), batches.cursor());
-    let rest = take_steps(&mut whole, &mut optimizer, &mut batches, 4..10);
+    for device in Device::each() {
+        let new = || decoder(&device, "llama_tiny", Base::Dense, Adapters::Lora { scaling: 2.0 });
+        let (mut whole, mut optimizer, mut batches) = (new(), adamw(), ten_steps());
+        let losses = take_steps(&mut whole, &mut optimizer, &mut batches, 0..4);
+        let (saved, state, cursor) = (values(&mut whole), optimizer.state().unwrap(), batches.cursor());
+        let rest = take_steps(&mut whole, &mut optimizer, &mut batches, 4..10);
 
-    let (mut resumed, mut optimizer, mut batches) = (new(), adamw(), ten_steps());
-    for (parameter, (_, value)) in resumed.parameters().into_iter().zip(saved) {
-        parameter.value.values_mut::<f32>().unwrap().copy_from_slice(&value);
+        let (mut resumed, mut optimizer, mut batches) = (new(), adamw(), ten_steps());
+        for (parameter, (_, value)) in resumed.parameters().into_iter().zip(saved) {
+            let (rows, cols) = parameter.value.shape();
+            let value =
+                Tensor::from_vec(rows, cols, value).unwrap().to_device(&parameter.value.device()).unwrap();
+            parameter.value.copy_from(&value).unwrap();
+        }
+        optimizer.restore(state, &resumed.parameters()).unwrap();
+        batches.seek(cursor);
+        assert_eq!(take_steps(&mut resumed, &mut optimizer, &mut batches, 4..10), rest);
+        assert_eq!(values(&mut resumed), values(&mut whole));
+        assert!(losses[0].0 > rest[5].0 - 1.0);
     }
-    optimizer.restore(state, &resumed.parameters()).unwrap();
-    batches.seek(cursor);
-    assert_eq!(take_steps(&mut resumed, &mut optimizer, &mut batches, 4..10), rest);
-    assert_eq!(values(&mut resumed), values(&mut whole));
-    assert!(losses[0].0 > rest[5].0 - 1.0);
 }
 
 #[test]
 fn the_loss_does_not_depend_on_how_a_step_is_cut_into_batches() {
-    let losses: Vec<f64> = [(8, 1), (2, 4), (1, 8)]
-        .map(|(size, accumulation)| {
-            let samples = ten_steps().samples()[..8].to_vec();
-            let options = BatchOptions {
-                per_device_train_batch_size: size,
-                packing: false,
-                cutoff_len: 512,
-                seed: 0,
-                shuffle: false,
-            };
-            let mut batches = Batches::new(samples, options).unwrap();
-            let mut model = decoder("llama_tiny", Base::Dense, Adapters::Lora { scaling: 2.0 });
-            let settings = StepSettings {
-                gradient_accumulation_steps: accumulation,
-                max_grad_norm: 1.0,
-                seed: 0,
-                step: 0,
-                learning_rate: 1e-3,
-            };
-            let mut optimizer = adamw();
-            optimizer_step(&settings, &mut model, &mut batches, &NextToken, &mut optimizer)
-                .unwrap()
-                .unwrap()
-                .loss
-        })
-        .to_vec();
-    assert!((losses[0] - losses[1]).abs() < 1e-5 && (losses[0] - losses[2]).abs() < 1e-5, "{losses:?}");
+    for device in Device::each() {
+        let losses: Vec<f64> = [(8, 1), (2, 4), (1, 8)]
+            .map(|(size, accumulation)| {
+                let samples = ten_steps().samples()[..8].to_vec();
+                let options = BatchOptions {
+                    per_device_train_batch_size: size,
+                    packing: false,
+                    cutoff_len: 512,
+                    seed: 0,
+                    shuffle: false,
+                };
+                let mut batches = Batches::new(samples, options).unwrap();
+                let mut model = decoder(&device, "llama_tiny", Base::Dense, Adapters::Lora { scaling: 2.0 });
+                let settings = StepSettings {
+                    gradient_accumulation_steps: accumulation,
+                    max_grad_norm: 1.0,
+                    seed: 0,
+                    step: 0,
+                    learning_rate: 1e-3,
+                    loss_scale: 1.0,
+                };
+                let mut optimizer = adamw();
+                optimizer_step(&settings, &mut model, &mut batches, &NextToken, &mut optimizer)
+                    .unwrap()
+                    .unwrap()
+                    .loss
+            })
+            .to_vec();
+        assert!((losses[0] - losses[1]).abs() < 1e-5 && (losses[0] - losses[2]).abs() < 1e-5, "{losses:?}");
+    }
 }

@@ -171,6 +171,14 @@ pub enum DebugCommand {
         after_help = "Example:\n  ferrotune debug logits --model HuggingFaceTB/SmolLM2-135M-Instruct --ids 1,4093,198"
     )]
     Logits(LogitsArgs),
+    /// The loss of given token ids, and the gradient of every adapter matrix.
+    #[command(
+        after_help = "Example:\n  echo '{\"sequences\": [{\"ids\": [1, 4093, 198], \"labels\": [-100, 4093, 198]}]}' |\n    \
+        ferrotune debug gradients --model HuggingFaceTB/SmolLM2-135M-Instruct --adapter out/identity \\\n    \
+        --output gradients.safetensors\n\n\
+        A label of -100 is not trained on; others are the ids"
+    )]
+    Gradients(GradientsArgs),
     /// Token ids of a text.
     #[command(
         after_help = "Example:\n  ferrotune debug tokenize --model HuggingFaceTB/SmolLM2-135M-Instruct 'Hello there'\n\n\
@@ -201,6 +209,26 @@ pub struct LogitsArgs {
     #[arg(long, value_name = "COUNT")]
     pub top: Option<usize>,
     /// Keys such as `quantization_bit=4` or `bf16=true`.
+    #[arg(value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+}
+
+/// `debug gradients`
+#[derive(Debug, Args)]
+pub struct GradientsArgs {
+    /// The model: a folder, a GGUF file or a name.
+    #[arg(long)]
+    pub model: String,
+    /// A trained adapter's folder.
+    #[arg(long, value_name = "DIR")]
+    pub adapter: PathBuf,
+    /// Where the gradients go: safetensors, under PEFT's names.
+    #[arg(long, value_name = "FILE")]
+    pub output: PathBuf,
+    /// JSON: `{"sequences": [{"ids": […], "labels": […]}, …]}`; standard input when left out.
+    #[arg(long, value_name = "FILE")]
+    pub sequences: Option<PathBuf>,
+    /// Keys such as `quantization_bit=4` or `device=cpu`.
     #[arg(value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
 }

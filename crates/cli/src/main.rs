@@ -50,6 +50,7 @@ fn run(command: &Command, console: &Console) -> anyhow::Result<Outcome> {
         Command::Model(args) => commands::model::run(args, console),
         Command::Debug(args) => match &args.command {
             DebugCommand::Logits(args) => commands::debug::logits(args, console),
+            DebugCommand::Gradients(args) => commands::debug::gradients(args, console),
             DebugCommand::Tokenize(args) => commands::debug::tokenize(args, console),
             DebugCommand::Render(args) => commands::debug::render(args, console),
         },

@@ -12,9 +12,10 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};
 use ferrotune_data::{BatchOptions, Batches};
+use ferrotune_model::BuildOptions;
 use ferrotune_model::spec::{BaseWeights, MemoryEstimate, MemoryPlan};
 use ferrotune_tensor::product::bf16_products;
-use ferrotune_tensor::{Device, Precision};
+use ferrotune_tensor::{DType, Device, Precision};
 use ferrotune_trainer::latest_checkpoint;
 
 use crate::config::{QuantizationBit, Recompute, Resume, RunConfig};
@@ -22,7 +23,7 @@ use crate::console::{Console, Usage, bytes};
 use crate::machine;
 
 pub use data::{OpenData, mark_options};
-pub use decoder::{Adapters, build_decoder, lora_config, open_decoder, peft_adapter};
+pub use decoder::{Adapters, build_decoder, lora_config, lora_tensors, open_decoder, peft_adapter};
 pub use model::{OpenModel, Vocabulary};
 
 /// A training run, opened and checked.
@@ -33,10 +34,8 @@ pub struct Run {
     pub output_dir: PathBuf,
     /// The checkpoint to go on from.
     pub resume_from: Option<PathBuf>,
-    /// What computes.
-    pub device: Device,
-    /// How exactly products are computed.
-    pub precision: Precision,
+    /// What computes, and in which type.
+    pub computing: BuildOptions,
     /// The base model's files, tokenizer and chat template.
     pub model: OpenModel,
     /// The samples.
@@ -66,14 +65,15 @@ impl Run {
         }
         let (output_dir, resume_from) = output(&config)?;
         set_threads(&config);
-        let (device, precision) = open_device(&config, console)?;
+        let computing = open_device(&config, console)?;
         let model = OpenModel::open(&config, console)?;
         let data = OpenData::open(&config, &model.vocabulary)?;
         data.warn(console);
         check_fit(&config, &model, &data, console)?;
-        check_memory(&memory(&config, &model, data.longest_batch(&config)), console)?;
+        let plan = memory_plan(&config, &computing, data.longest_batch(&config));
+        check_memory(&model.files.spec.memory(&plan), &computing, console)?;
         fs::create_dir_all(&output_dir).with_context(|| format!("can't create {}", output_dir.display()))?;
-        Ok(Run { config, output_dir, resume_from, device, precision, model, data })
+        Ok(Run { config, output_dir, resume_from, computing, model, data })
     }
 
     /// The batches of the run; takes the samples out of `data`.
@@ -109,22 +109,37 @@ pub fn set_threads(config: &RunConfig) {
 ///
 /// # Errors
 /// When the device can't be used, or can't compute in the type asked for.
-pub fn open_device(config: &RunConfig, console: &Console) -> anyhow::Result<(Device, Precision)> {
+pub fn open_device(config: &RunConfig, console: &Console) -> anyhow::Result<BuildOptions> {
     let device = match Device::open(&config.device) {
         Ok(device) => device,
         Err(error) => bail!("{}{error}", config.place("device")),
     };
-    let on_cpu = matches!(device, Device::Cpu);
-    if config.fp16 && on_cpu {
-        let message =
-            "training in f16 needs a GPU, and this runs on the cpu; use `bf16: true`, or leave both out";
-        return Err(mistake(config, "fp16", message));
+    let Some(gpu) = device.gpu() else {
+        if config.fp16 {
+            let message =
+                "training in f16 needs a GPU, and this runs on the cpu; use `bf16: true`, or leave both out";
+            return Err(mistake(config, "fp16", message));
+        }
+        if config.bf16 && bf16_products().is_none() {
+            console.note("`bf16`: this cpu multiplies bf16 no faster; products are computed in f32");
+        }
+        let precision = if config.bf16 { Precision::Bf16 } else { Precision::Full };
+        return Ok(BuildOptions { precision, dtype: DType::F32, device });
+    };
+    if config.bf16 && !gpu.has_bf16() {
+        let message = format!("{} has no bf16; use `fp16: true`, or leave both out", gpu.name);
+        return Err(mistake(config, "bf16", &message));
     }
-    if config.bf16 && on_cpu && bf16_products().is_none() {
-        console.note("`bf16`: this cpu multiplies bf16 no faster; products are computed in f32");
-    }
-    let precision = if config.bf16 || config.fp16 { Precision::Bf16 } else { Precision::Full };
-    Ok((device, precision))
+    let refused = |key: &str| config.places.contains_key(key);
+    let dtype = match (config.bf16, config.fp16) {
+        (true, _) => DType::BF16,
+        (_, true) => DType::F16,
+        _ if gpu.has_bf16() && !refused("bf16") => DType::BF16,
+        _ if !gpu.has_bf16() && !refused("fp16") => DType::F16,
+        _ => DType::F32,
+    };
+    tracing::info!("{gpu:?} computes in {dtype:?}; products by {}", gpu.products());
+    Ok(BuildOptions { precision: Precision::Full, dtype, device })
 }
 
 /// The folder to write into, and the checkpoint to go on from.
@@ -199,23 +214,35 @@ fn check_fit(
     Ok(())
 }
 
-/// What training takes, by the config, with micro-batches of this many tokens.
-pub fn memory(config: &RunConfig, model: &OpenModel, tokens: usize) -> MemoryEstimate {
+/// How training uses memory, by the config, with micro-batches of this many tokens.
+pub fn memory_plan(config: &RunConfig, computing: &BuildOptions, tokens: usize) -> MemoryPlan {
     let base = match config.quantization_bit {
         Some(QuantizationBit::Four) => BaseWeights::FourBit,
         None => BaseWeights::SixteenBit,
     };
-    model.files.spec.memory(&MemoryPlan {
+    MemoryPlan {
         base,
         lora_rank: config.lora_rank,
         tokens,
-        activation_bytes: 4,
-        recompute: config.recompute_policy() == Recompute::All,
-    })
+        activation_bytes: computing.dtype.size_in_bytes(),
+        recompute: matches!(config.recompute_policy(), Recompute::All | Recompute::Offload),
+    }
 }
 
-fn check_memory(estimate: &MemoryEstimate, console: &Console) -> anyhow::Result<()> {
-    let Some(available) = machine::available_memory() else { return Ok(()) };
+/// Bytes that the device can still give.
+pub fn available_memory(computing: &BuildOptions) -> Option<u64> {
+    match computing.device.gpu() {
+        Some(gpu) => Some(gpu.available_memory()),
+        None => machine::available_memory(),
+    }
+}
+
+fn check_memory(
+    estimate: &MemoryEstimate,
+    computing: &BuildOptions,
+    console: &Console,
+) -> anyhow::Result<()> {
+    let Some(available) = available_memory(computing) else { return Ok(()) };
     let weights = estimate.linears + estimate.others + estimate.adapters;
     if weights > available {
         bail!(

@@ -8,4 +8,4 @@ mod peft;
 
 pub use card::ModelCard;
 pub use files::write_whole;
-pub use peft::{LoraTensors, Modules, PeftAdapter};
+pub use peft::{LoraTensors, Modules, PeftAdapter, write_tensors};

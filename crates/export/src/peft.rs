@@ -23,7 +23,7 @@ const TENSORS: &str = "adapter_model.safetensors";
 const CONFIG: &str = "adapter_config.json";
 
 /// A LoRA adapter as its folder holds it.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct PeftAdapter {
     /// The base model, as it was named in training.
     pub base_model_name_or_path: String,
@@ -46,7 +46,7 @@ pub struct PeftAdapter {
 }
 
 /// The two matrices of one module.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct LoraTensors {
     /// Canonical name, such as `model.layers.0.self_attn.q_proj`.
     pub module: String,
@@ -89,15 +89,7 @@ impl PeftAdapter {
     pub fn write(&self, folder: &Path, card: &ModelCard) -> Result<()> {
         self.check(folder)?;
         fs::create_dir_all(folder).map_err(|source| Error::io(folder, source))?;
-        let named = self.tensors.iter().flat_map(|it| {
-            let name = |part| format!("{PREFIX}{}.lora_{part}.weight", it.module);
-            [(name("A"), Stacked::new(&it.a)), (name("B"), Stacked::new(&it.b))]
-        });
-        let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-        let path = folder.join(TENSORS);
-        let bytes = safetensors::serialize(named, Some(metadata))
-            .map_err(|error| Error::file(&path, format!("can't be put together: {error}")))?;
-        write_whole(&path, &bytes)?;
+        write_tensors(&folder.join(TENSORS), &self.tensors)?;
         write_whole(&folder.join("README.md"), card.markdown(self).as_bytes())?;
         write_whole(&folder.join(CONFIG), config::write(self).as_bytes())
     }
@@ -196,6 +188,21 @@ impl PeftAdapter {
     }
 }
 
+/// Writes matrices under PEFT's names; the file is whole or absent.
+///
+/// # Errors
+/// When the file can't be written.
+pub fn write_tensors(path: &Path, modules: &[LoraTensors]) -> Result<()> {
+    let named = modules.iter().flat_map(|it| {
+        let name = |part| format!("{PREFIX}{}.lora_{part}.weight", it.module);
+        [(name("A"), Stacked::new(&it.a)), (name("B"), Stacked::new(&it.b))]
+    });
+    let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+    let bytes = safetensors::serialize(named, Some(metadata))
+        .map_err(|error| Error::file(path, format!("can't be put together: {error}")))?;
+    write_whole(path, &bytes)
+}
+
 /// The module that a tensor's name means, and whether it is A (0) or B (1).
 fn split(name: &str) -> Result<(&str, usize), String> {
     let module = name.strip_prefix(PREFIX).unwrap_or(name);
@@ -246,7 +253,7 @@ impl View for Stacked<'_> {
             DType::BF16 => self.tensor.values().map(bytes_of(|it: &ferrotune_tensor::bf16| it.to_le_bytes())),
             _ => self.tensor.values().map(bytes_of(|it: &f32| it.to_le_bytes())),
         };
-        // `check` has let these three types through and no other.
+        // Bytes of another type are none, which safetensors refuses; `check` lets these three through.
         Cow::Owned(bytes.unwrap_or_default())
     }
 

@@ -5,7 +5,7 @@ mod sampler;
 use std::ops::ControlFlow;
 
 use ferrotune_model::{Decoder, KvCache};
-use ferrotune_tensor::{Error, Result, Tensor};
+use ferrotune_tensor::{Error, Result};
 
 pub use sampler::{Sampler, Sampling};
 
@@ -64,7 +64,7 @@ pub fn generate(
 /// Logits (V) after these further tokens.
 fn next_logits(model: &Decoder, cache: &mut KvCache, tokens: &[u32], adapters: bool) -> Result<Vec<f32>> {
     let hidden = model.step(tokens, adapters, cache)?;
-    let width = hidden.cols();
-    let last = hidden.values::<f32>()?[(tokens.len() - 1) * width..].to_vec();
-    model.head.logits(&Tensor::from_vec(1, width, last)?)?.to_f32()
+    let mut last = hidden.empty_like(1, hidden.cols())?;
+    last.write_block((0, 0), &hidden, (tokens.len() - 1..tokens.len(), 0..hidden.cols()))?;
+    model.head.logits(&last)?.to_f32()
 }

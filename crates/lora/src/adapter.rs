@@ -2,8 +2,10 @@
 //!   backward, low = drop(x)·Aᵀ:  dlow = s·dy·B;  dA += dlowᵀ·drop(x);  dB += s·dyᵀ·low;
 //!   dx = dy·W + drop′(dlow·A)
 
-use ferrotune_nn::{Adapter, Context, Parameter, Weight};
-use ferrotune_tensor::{Counter, Precision, Real, Result, Tensor, for_real, product, uniform};
+use ferrotune_nn::{Adapter, Context, LowRank, Parameter, Weight};
+use ferrotune_tensor::{
+    Counter, DType, Device, Operand, Precision, Real, Result, Tensor, for_real, multiply, uniform,
+};
 use rayon::prelude::*;
 
 use crate::LoraConfig;
@@ -66,12 +68,23 @@ impl LoraAdapter {
         })
     }
 
+    /// On a device, with copies for products in the type of its activations.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn to_device(self, device: &Device, dtype: DType) -> Result<Self> {
+        let place = |parameter: Parameter| -> Result<Parameter> {
+            Parameter::new(parameter.name, parameter.value.to_device(device)?)?.with_copy(dtype)
+        };
+        Ok(LoraAdapter { a: place(self.a)?, b: place(self.b)?, ..self })
+    }
+
     /// drop(x) in training; none when nothing is dropped.
     fn dropped(&self, ctx: &Context, x: &Tensor) -> Result<Option<Tensor>> {
         if !ctx.training || self.dropout == 0.0 {
             return Ok(None);
         }
-        let mut out = x.clone();
+        let mut out = x.try_clone()?;
         self.drop_in_place(ctx, &mut out)?;
         Ok(Some(out))
     }
@@ -80,6 +93,14 @@ impl LoraAdapter {
     fn drop_in_place(&self, ctx: &Context, x: &mut Tensor) -> Result<()> {
         let counter = Counter::new(&[ctx.seed, ctx.step, ctx.micro_step, self.stream]);
         let (width, dropout) = (x.cols(), self.dropout as f32);
+        if let Some(gpu) = x.gpu() {
+            let blocks = x.len().div_ceil(1024).min(8192);
+            let launch =
+                gpu.kernel("elementwise", "dropout", x.dtype())?.grid(blocks, 256).tensor(x).tensor(x);
+            let launch = launch.int(x.rows()).int(width).int(width).int(width).word(counter.key());
+            // SAFETY: dropout(out, x, rows, width, out_stride, x_stride, key, p); out may be x.
+            return unsafe { launch.float(self.dropout).run() };
+        }
         for_real!("dropout", x.dtype(), T => {
             let keep = T::of(1.0 / (1.0 - self.dropout));
             x.values_mut::<T>()?.par_chunks_mut(width).enumerate().for_each(|(row, values)| {
@@ -93,54 +114,12 @@ impl LoraAdapter {
     }
 
     /// x·Aᵀ, (N, R)
-    fn low<T: Real>(&self, x: &Tensor) -> Result<Tensor> {
-        let a = &self.a.value;
-        let mut low = x.empty_like(x.rows(), a.rows())?;
-        let (one, zero) = (T::of(1.0), T::of(0.0));
-        product::matmul(
-            self.precision,
-            one,
-            x.matrix::<T>()?,
-            a.matrix()?.transposed(),
-            zero,
-            low.matrix_mut()?,
-        );
+    fn low(&self, x: &Tensor) -> Result<Tensor> {
+        let a = Operand::new(self.a.operand());
+        let mut low = x.empty_like(x.rows(), self.a.value.rows())?;
+        let all = 0..low.cols();
+        multiply(self.precision, 1.0, Operand::new(x), a.transposed(), 0.0, &mut low, all)?;
         Ok(low)
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "the operands of one product and where they stand")]
-    fn backward_typed<T: Real>(
-        &mut self,
-        ctx: &Context,
-        x: &Tensor,
-        weight: &dyn Weight,
-        dy: &Tensor,
-        at: usize,
-        beta: f64,
-        dx: &mut Tensor,
-    ) -> Result<()> {
-        weight.backward(dy, at, beta, dx)?;
-        let dropped = self.dropped(ctx, x)?;
-        let input = dropped.as_ref().unwrap_or(x);
-        let low = self.low::<T>(input)?;
-        let (precision, scale) = (self.precision, T::of(self.scaling));
-        let (one, zero) = (T::of(1.0), T::of(0.0));
-        let dy = dy.matrix::<T>()?.columns(at..at + weight.rows());
-        let mut dlow = low.empty_like(low.rows(), low.cols())?;
-        product::matmul(precision, scale, dy, self.b.value.matrix()?, zero, dlow.matrix_mut()?);
-        let dlow_t = dlow.matrix::<T>()?.transposed();
-        product::matmul(precision, one, dlow_t, input.matrix()?, one, self.a.grad.matrix_mut()?);
-        let low = low.matrix::<T>()?;
-        product::matmul(precision, scale, dy.transposed(), low, one, self.b.grad.matrix_mut()?);
-        let a = self.a.value.matrix::<T>()?;
-        if dropped.is_none() {
-            product::matmul(precision, one, dlow.matrix()?, a, one, dx.matrix_mut()?);
-            return Ok(());
-        }
-        let mut through = x.empty_like(x.rows(), x.cols())?;
-        product::matmul(precision, one, dlow.matrix()?, a, zero, through.matrix_mut()?);
-        self.drop_in_place(ctx, &mut through)?;
-        dx.add_scaled(1.0, &through)
     }
 }
 
@@ -155,13 +134,9 @@ impl Adapter for LoraAdapter {
     ) -> Result<()> {
         weight.forward(x, y, at)?;
         let dropped = self.dropped(ctx, x)?;
-        for_real!("lora", x.dtype(), T => {
-            let low = self.low::<T>(dropped.as_ref().unwrap_or(x))?;
-            let b = self.b.value.matrix::<T>()?.transposed();
-            let y = y.matrix_mut()?.columns(at..at + weight.rows());
-            product::matmul(self.precision, T::of(self.scaling), low.matrix()?, b, 1.0, y);
-            Ok(())
-        })
+        let low = self.low(dropped.as_ref().unwrap_or(x))?;
+        let (b, part) = (Operand::new(self.b.operand()), at..at + weight.rows());
+        multiply(self.precision, self.scaling, Operand::new(&low), b.transposed(), 1.0, y, part)
     }
 
     fn backward(
@@ -174,17 +149,47 @@ impl Adapter for LoraAdapter {
         beta: f64,
         dx: &mut Tensor,
     ) -> Result<()> {
-        for_real!("lora", x.dtype(), T => self.backward_typed::<T>(ctx, x, weight, dy, at, beta, dx))
+        weight.backward(dy, at, beta, dx)?;
+        let dropped = self.dropped(ctx, x)?;
+        let input = dropped.as_ref().unwrap_or(x);
+        let (low, precision) = (self.low(input)?, self.precision);
+        let (rank, width) = (low.cols(), x.cols());
+        let dy = Operand::columns(dy, at..at + weight.rows());
+        let mut dlow = low.empty_like(low.rows(), rank)?;
+        let b = Operand::new(self.b.operand());
+        multiply(precision, self.scaling, dy.clone(), b, 0.0, &mut dlow, 0..rank)?;
+        let dlow_t = Operand::new(&dlow).transposed();
+        multiply(precision, 1.0, dlow_t, Operand::new(input), 1.0, &mut self.a.grad, 0..width)?;
+        let low = Operand::new(&low);
+        multiply(precision, self.scaling, dy.transposed(), low, 1.0, &mut self.b.grad, 0..rank)?;
+        let (dlow, a) = (Operand::new(&dlow), Operand::new(self.a.operand()));
+        if dropped.is_none() {
+            return multiply(precision, 1.0, dlow, a, 1.0, dx, 0..width);
+        }
+        let mut through = x.empty_like(x.rows(), width)?;
+        multiply(precision, 1.0, dlow, a, 0.0, &mut through, 0..width)?;
+        self.drop_in_place(ctx, &mut through)?;
+        dx.add_scaled(1.0, &through)
     }
 
     fn parameters(&mut self) -> Vec<&mut Parameter> {
         vec![&mut self.a, &mut self.b]
     }
 
+    /// Not while inputs are dropped: those of the weight are whole.
+    fn low_rank(&self, ctx: &Context) -> Option<LowRank<'_>> {
+        let whole = !ctx.training || self.dropout == 0.0;
+        whole.then(|| LowRank { a: self.a.operand(), b: self.b.operand(), scaling: self.scaling })
+    }
+
+    fn low_rank_gradients(&mut self) -> Option<(&mut Tensor, &mut Tensor)> {
+        Some((&mut self.a.grad, &mut self.b.grad))
+    }
+
     fn merged(&self, weight: &dyn Weight) -> Result<Tensor> {
         let mut merged = weight.to_dense()?;
-        let (a, b) = (self.a.value.matrix::<f32>()?, self.b.value.matrix()?);
-        product::matmul(Precision::Full, self.scaling as f32, b, a, 1.0, merged.matrix_mut()?);
+        let (a, b, all) = (self.a.value.to_cpu()?, self.b.value.to_cpu()?, 0..merged.cols());
+        multiply(Precision::Full, self.scaling, Operand::new(&b), Operand::new(&a), 1.0, &mut merged, all)?;
         Ok(merged)
     }
 }
@@ -197,12 +202,10 @@ fn stream_of(name: &str) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use ferrotune_nn::check::{gradients, seeded};
-    use ferrotune_nn::{DenseWeight, Layer, Linear, Part};
-    use ferrotune_tensor::DType;
-
     use super::*;
     use crate::Target;
+    use ferrotune_nn::check::{gradients, seeded};
+    use ferrotune_nn::{DenseWeight, Layer, Linear, Part};
 
     /// A linear layer of two adapted parts, as a layer.
     struct Adapted(Linear);

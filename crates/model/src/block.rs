@@ -4,7 +4,7 @@
 //!   parallel:    y = x + s·(attention(x) + mlp(x))
 //! Kept for backward: mid, and what the bodies keep; normed inputs are computed again.
 
-use ferrotune_nn::{Attention, Context, KeyValues, Layer, Mlp, Norm, Parameter};
+use ferrotune_nn::{Attention, Context, KeyValues, Layer, Mlp, Norm, Parameter, SavedTensors};
 use ferrotune_tensor::{Result, Tensor};
 
 use crate::spec::Residual;
@@ -26,10 +26,17 @@ pub struct SublayerSaved<Saved> {
     body_out: Option<Tensor>,
 }
 
+impl<Saved: SavedTensors> SavedTensors for SublayerSaved<Saved> {
+    fn tensors(&mut self) -> Vec<&mut Tensor> {
+        self.body.tensors().into_iter().chain(&mut self.body_out).collect()
+    }
+}
+
 impl<Body: Layer> Sublayer<Body> {
     /// norm_in(x); none when that is x itself.
-    fn normed(&self, x: &Tensor) -> Result<Option<Tensor>> {
-        self.norm_in.as_ref().map(|norm| norm.forward(x)).transpose()
+    fn normed(&self, ctx: &Context, x: &Tensor) -> Result<Option<Tensor>> {
+        let room = self.body.room(ctx, x);
+        self.norm_in.as_ref().map(|norm| norm.forward_with_room(x, room)).transpose()
     }
 }
 
@@ -37,7 +44,7 @@ impl<Body: Layer> Layer for Sublayer<Body> {
     type Saved = SublayerSaved<Body::Saved>;
 
     fn forward(&self, ctx: &Context, x: &Tensor) -> Result<(Tensor, Self::Saved)> {
-        let (out, body) = self.body.forward(ctx, self.normed(x)?.as_ref().unwrap_or(x))?;
+        let (out, body) = self.body.forward(ctx, self.normed(ctx, x)?.as_ref().unwrap_or(x))?;
         match &self.norm_out {
             Some(norm) => Ok((norm.forward(&out)?, SublayerSaved { body, body_out: Some(out) })),
             None => Ok((out, SublayerSaved { body, body_out: None })),
@@ -48,7 +55,7 @@ impl<Body: Layer> Layer for Sublayer<Body> {
         if self.norm_out.is_some() {
             return Ok(self.forward(ctx, x)?.1);
         }
-        let body = self.body.recompute(ctx, self.normed(x)?.as_ref().unwrap_or(x))?;
+        let body = self.body.recompute(ctx, self.normed(ctx, x)?.as_ref().unwrap_or(x))?;
         Ok(SublayerSaved { body, body_out: None })
     }
 
@@ -56,7 +63,7 @@ impl<Body: Layer> Layer for Sublayer<Body> {
         if let (Some(norm), Some(body_out)) = (&self.norm_out, &saved.body_out) {
             dy = norm.backward(body_out, dy)?;
         }
-        let normed = self.normed(x)?;
+        let normed = self.normed(ctx, x)?;
         let dx = self.body.backward(ctx, normed.as_ref().unwrap_or(x), saved.body, dy)?;
         match &self.norm_in {
             Some(norm) => norm.backward(x, dx),
@@ -89,6 +96,13 @@ pub struct BlockSaved {
     mlp: <Sublayer<Mlp> as Layer>::Saved,
 }
 
+impl SavedTensors for BlockSaved {
+    fn tensors(&mut self) -> Vec<&mut Tensor> {
+        let sublayers = self.attention.tensors().into_iter().chain(self.mlp.tensors());
+        sublayers.chain(&mut self.mid).collect()
+    }
+}
+
 impl Block {
     /// branch·s + x, in the branch's memory.
     fn join(&self, mut branch: Tensor, x: &Tensor) -> Result<Tensor> {
@@ -101,7 +115,7 @@ impl Block {
 
     /// The gradient that reaches a branch.
     fn branch_gradient(&self, dy: &Tensor) -> Result<Tensor> {
-        let mut dy = dy.clone();
+        let mut dy = dy.try_clone()?;
         if self.residual_scale != 1.0 {
             dy.scale(self.residual_scale)?;
         }
@@ -113,7 +127,7 @@ impl Block {
     /// # Errors
     /// When shapes don't fit.
     pub fn step(&self, ctx: &Context, x: &Tensor, cache: &mut KeyValues) -> Result<Tensor> {
-        let normed = self.attention.normed(x)?;
+        let normed = self.attention.normed(ctx, x)?;
         let mut branch = self.attention.body.step(ctx, normed.as_ref().unwrap_or(x), cache)?;
         if let Some(norm) = &self.attention.norm_out {
             branch = norm.forward(&branch)?;

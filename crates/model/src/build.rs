@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use ferrotune_nn::{Attention, DenseWeight, Embedding, Head, Linear, Mlp, Norm, NormKind, Part, Weight};
-use ferrotune_tensor::{DType, Error, Precision, Result, Tensor};
+use ferrotune_tensor::{DType, Device, Error, Precision, Result, Tensor};
 
 use crate::block::{Block, Sublayer};
 use crate::decoder::{Decoder, Recompute};
@@ -25,12 +25,14 @@ pub struct PartSpec {
 pub type MakePart<'a> = dyn FnMut(&PartSpec, Stored) -> Result<Part> + 'a;
 
 /// How the rest of the model is held.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct BuildOptions {
     /// Of the head's products.
     pub precision: Precision,
     /// What activations are computed in.
     pub dtype: DType,
+    /// Where everything is held.
+    pub device: Device,
 }
 
 /// Builds the decoder, one projection after the other, so that at most one is whole at a time.
@@ -57,7 +59,7 @@ pub fn build(
         blocks,
         norm: builder.norm(names::FINAL_NORM.trim_end_matches(".weight"), spec.hidden_size)?,
         head: Head { weight: head, scale: spec.logit_scale, softcap: spec.logit_softcap },
-        dtype: options.dtype,
+        dtype: builder.options.dtype,
     })
 }
 
@@ -77,17 +79,20 @@ impl Builder<'_, '_> {
 
     fn vector(&self, name: &str, len: usize) -> Result<Tensor> {
         self.check(name, (1, len))?;
-        self.weights.get_f32(name)
+        self.weights.get_f32(name)?.to_device(&self.options.device)
     }
 
     /// A table of token vectors; with bf16 products it is kept in bf16.
     fn table(&self, name: &str) -> Result<DenseWeight> {
         self.check(name, (self.spec.vocab_size, self.spec.hidden_size))?;
-        let Stored::Dense(mut value) = self.weights.get(name)?;
-        if self.options.precision == Precision::Bf16 {
-            value = value.cast(DType::BF16)?;
-        }
-        Ok(DenseWeight { value, precision: self.options.precision })
+        let Stored::Dense(value) = self.weights.get(name)?;
+        let BuildOptions { precision, dtype, device } = &self.options;
+        let value = match (device, precision) {
+            (Device::Cuda(_), _) => value.to_device_as(device, *dtype)?,
+            (Device::Cpu, Precision::Bf16) => value.cast(DType::BF16)?,
+            (Device::Cpu, Precision::Full) => value,
+        };
+        Ok(DenseWeight { value, precision: *precision })
     }
 
     fn norm(&self, module: &str, group: usize) -> Result<Norm> {
@@ -183,12 +188,16 @@ impl Builder<'_, '_> {
     }
 }
 
-/// A projection with a frozen weight as it is stored and no adapter.
+/// A projection with a frozen weight as it is stored and no adapter; on a GPU in the type of its
+/// activations.
 ///
 /// # Errors
-/// Never, so far.
-pub fn dense_part(spec: &PartSpec, stored: Stored, precision: Precision) -> Result<Part> {
-    let Stored::Dense(value) = stored;
-    let weight: Box<dyn Weight> = Box::new(DenseWeight { value, precision });
+/// When the device has no room.
+pub fn dense_part(spec: &PartSpec, stored: Stored, options: &BuildOptions) -> Result<Part> {
+    let Stored::Dense(mut value) = stored;
+    if let Device::Cuda(_) = options.device {
+        value = value.to_device_as(&options.device, options.dtype)?;
+    }
+    let weight: Box<dyn Weight> = Box::new(DenseWeight { value, precision: options.precision });
     Ok(Part { name: spec.name.clone(), weight, bias: None, adapter: None })
 }

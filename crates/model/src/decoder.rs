@@ -1,7 +1,8 @@
 //! tokens → embedding → blocks → norm → hidden states → head.
 
 use ferrotune_nn::{
-    Context, Embedding, Head, HeadPass, KeyValues, LanguageModel, Layer, Norm, Parameter, Weight,
+    Context, Embedding, Head, HeadPass, KeyValues, LanguageModel, Layer, Norm, Parameter, SavedTensors,
+    Weight,
 };
 use ferrotune_tensor::{DType, Error, Result, Tensor};
 
@@ -14,6 +15,8 @@ pub enum Recompute {
     Keep,
     /// Only the block's input; the rest is computed again.
     Recompute,
+    /// All that backward reads, in the host's memory until then (on a GPU; else as `Keep`).
+    Offload,
 }
 
 /// A whole decoder, whatever its family.
@@ -41,7 +44,7 @@ pub struct DecoderSaved {
 }
 
 /// Keys and values of every layer, for one sequence that grows.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct KvCache(Vec<KeyValues>);
 
 impl KvCache {
@@ -64,7 +67,7 @@ impl KvCache {
 impl Decoder {
     /// A cache that holds nothing.
     pub fn cache(&self) -> KvCache {
-        KvCache(vec![KeyValues::default(); self.blocks.len()])
+        KvCache(self.blocks.iter().map(|_| KeyValues::default()).collect())
     }
 
     /// Hidden states (N, C) of the tokens that follow what the cache holds; they join it.
@@ -73,7 +76,7 @@ impl Decoder {
     /// When a token is outside the vocabulary.
     pub fn step(&self, tokens: &[u32], adapters: bool, cache: &mut KvCache) -> Result<Tensor> {
         let ctx = Context { first_position: cache.len(), adapters, ..Context::new(vec![0, tokens.len()]) };
-        let mut x = self.embedding.forward(tokens, DType::F32)?;
+        let mut x = self.embedding.forward(tokens, self.dtype)?;
         for (block, cache) in self.blocks.iter().zip(&mut cache.0) {
             x = block.step(&ctx, &x, cache)?;
         }
@@ -118,8 +121,11 @@ impl LanguageModel for Decoder {
         let mut x = self.embedding.forward(tokens, self.dtype)?;
         let mut blocks = Vec::with_capacity(self.blocks.len());
         for (block, recompute) in self.blocks.iter().zip(&self.recompute) {
-            let (y, saved) = block.forward(ctx, &x)?;
-            blocks.push((x, (*recompute == Recompute::Keep).then_some(saved)));
+            let (y, mut saved) = block.forward(ctx, &x)?;
+            if *recompute == Recompute::Offload {
+                saved.tensors().into_iter().try_for_each(Tensor::offload)?;
+            }
+            blocks.push((x, (*recompute != Recompute::Recompute).then_some(saved)));
             x = y;
         }
         Ok((self.norm.forward(&x)?, DecoderSaved { blocks, last: x }))
@@ -147,7 +153,10 @@ impl LanguageModel for Decoder {
         let mut dy = self.norm.backward(&saved.last, dhidden)?;
         for (block, (x, saved)) in self.blocks.iter_mut().zip(saved.blocks).rev() {
             let saved = match saved {
-                Some(saved) => saved,
+                Some(mut saved) => {
+                    saved.tensors().into_iter().try_for_each(Tensor::restore)?;
+                    saved
+                }
                 None => block.recompute(ctx, &x)?,
             };
             dy = block.backward(ctx, &x, saved, dy)?;

@@ -3,14 +3,20 @@
 //!   backward: dv = pᵀ·do,  dt = p·(do·vᵀ − do·o),  ds = dt·(1 − (t/cap)²)
 //! Scores exist for a block of queries at a time, never for a whole sequence.
 
+mod decoding;
+mod gpu;
+
 use std::ops::Range;
 
-use ferrotune_tensor::{DType, Matrix, MatrixMut, Precision, Real, Result, Tensor, for_real, product};
+use ferrotune_tensor::{Matrix, MatrixMut, Precision, Real, Result, Tensor, for_real, product};
 use rayon::prelude::*;
 
 use crate::lanes::{exp, max_of, sum_of, tanh, vectorised};
 use crate::rope::Direction;
-use crate::{Context, Layer, Linear, Norm, Parameter, Rope};
+use crate::{Context, Layer, Linear, Norm, Parameter, Rope, SavedTensors};
+
+pub use decoding::KeyValues;
+use gpu::Source;
 
 /// Queries that one task takes at a time.
 const QUERY_BLOCK: usize = 64;
@@ -49,39 +55,13 @@ pub struct AttentionSaved {
     pub qkv: Tensor,
     /// (N, H·D): what the heads gave.
     pub out: Tensor,
-    /// (N, H): log Σ exp of each query's scores.
+    /// (N, H): log Σ exp of each query's scores; f32 on a GPU.
     pub lse: Tensor,
 }
 
-/// Keys and values of one sequence so far, for decoding.
-#[derive(Clone, Debug, Default)]
-pub struct KeyValues {
-    /// (T, K·D)
-    k: Vec<f32>,
-    /// (T, K·D)
-    v: Vec<f32>,
-    len: usize,
-}
-
-impl KeyValues {
-    /// Tokens held.
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Nothing is held.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Forgets all but the first tokens.
-    pub fn truncate(&mut self, len: usize) {
-        if len < self.len {
-            let width = self.k.len() / self.len;
-            self.k.truncate(len * width);
-            self.v.truncate(len * width);
-            self.len = len;
-        }
+impl SavedTensors for AttentionSaved {
+    fn tensors(&mut self) -> Vec<&mut Tensor> {
+        self.projected.iter_mut().chain([&mut self.qkv, &mut self.out, &mut self.lse]).collect()
     }
 }
 
@@ -107,7 +87,8 @@ impl Attention {
     /// Projects, norms and turns.
     fn project(&self, ctx: &Context, x: &Tensor) -> Result<(Option<Tensor>, Tensor)> {
         let mut qkv = self.qkv.forward(ctx, x)?;
-        let projected = (self.q_norm.is_some() || self.k_norm.is_some()).then(|| qkv.clone());
+        let normed = self.q_norm.is_some() || self.k_norm.is_some();
+        let projected = normed.then(|| qkv.try_clone()).transpose()?;
         if let Some(projected) = &projected {
             if let Some(norm) = &self.q_norm {
                 norm.forward_into(projected, self.q_columns(), &mut qkv)?;
@@ -123,6 +104,10 @@ impl Attention {
     }
 
     fn attend(&self, ctx: &Context, qkv: &Tensor) -> Result<(Tensor, Tensor)> {
+        if qkv.gpu().is_some() {
+            let blocks = ctx.query_blocks(&qkv.device(), self.block_rows(qkv)?)?;
+            return self.attend_on_gpu(blocks, Source::stacked(self, qkv), self.o.room(ctx, qkv));
+        }
         let (heads, d) = (self.num_attention_heads, self.head_dim);
         let group = heads / self.num_key_value_heads;
         let mut out = qkv.empty_like(qkv.rows(), heads * d)?;
@@ -162,6 +147,9 @@ impl Attention {
 
     /// (N, (H + 2K)·D): the gradient of q and k turned, and of v.
     fn attend_backward(&self, ctx: &Context, saved: &AttentionSaved, dout: &Tensor) -> Result<Tensor> {
+        if saved.qkv.gpu().is_some() {
+            return self.attend_backward_on_gpu(ctx, saved, dout);
+        }
         let (heads, d) = (self.num_attention_heads, self.head_dim);
         let group = heads / self.num_key_value_heads;
         let mut dqkv = saved.qkv.empty_like(saved.qkv.rows(), saved.qkv.cols())?;
@@ -246,45 +234,6 @@ impl Attention {
         }
         Ok(grads)
     }
-
-    /// Forward of further tokens of one sequence, whose keys and values join the cache; f32.
-    ///
-    /// # Errors
-    /// When shapes don't fit.
-    pub fn step(&self, ctx: &Context, x: &Tensor, cache: &mut KeyValues) -> Result<Tensor> {
-        let (_, qkv) = self.project(ctx, x)?;
-        let (heads, d) = (self.num_attention_heads, self.head_dim);
-        let (group, width) = (heads / self.num_key_value_heads, self.num_key_value_heads * d);
-        for row in qkv.values::<f32>()?.chunks(qkv.cols()) {
-            cache.k.extend_from_slice(&row[self.k_columns()]);
-            cache.v.extend_from_slice(&row[self.v_columns()]);
-        }
-        cache.len += x.rows();
-        let all = qkv.matrix::<f32>()?;
-        let (k, v) = (Matrix::new(&cache.k, cache.len, width), Matrix::new(&cache.v, cache.len, width));
-        let of_head = |head: usize| {
-            let shared = head / group * d..(head / group + 1) * d;
-            let (mut out, mut scratch) = (vec![0.0; x.rows() * d], Vec::new());
-            let mut lse = vec![0.0; x.rows()];
-            for block in blocks(&(0..x.rows())) {
-                let keys = 0..cache.len - x.rows() + block.end;
-                let (k, v) =
-                    (k.columns(shared.clone()).rows(keys.clone()), v.columns(shared.clone()).rows(keys));
-                let q = all.columns(head * d..(head + 1) * d).rows(block.clone());
-                let out = MatrixMut::new(&mut out[block.start * d..], block.len(), d);
-                attend_block(self.scores(), q, k, v, out, lse[block.clone()].iter_mut(), &mut scratch);
-            }
-            out
-        };
-        let heads_out: Vec<Vec<f32>> = (0..heads).into_par_iter().map(of_head).collect();
-        let mut out = Tensor::zeros(x.rows(), heads * d, DType::F32, &x.device())?;
-        for (row, out) in out.values_mut::<f32>()?.chunks_mut(heads * d).enumerate() {
-            for (out, head) in out.chunks_mut(d).zip(&heads_out) {
-                out.copy_from_slice(&head[row * d..(row + 1) * d]);
-            }
-        }
-        self.o.forward(ctx, &out)
-    }
 }
 
 impl Layer for Attention {
@@ -316,6 +265,10 @@ impl Layer for Attention {
             }
         }
         self.qkv.backward(ctx, x, &dqkv)
+    }
+
+    fn room(&self, ctx: &Context, like: &Tensor) -> usize {
+        self.qkv.room(ctx, like)
     }
 
     fn parameters(&mut self) -> Vec<&mut Parameter> {

@@ -23,7 +23,7 @@ pub fn gradients<L: Layer>(layer: &mut L, ctx: &Context, x: &Tensor) -> Result<f
     let (y, saved) = layer.forward(ctx, x)?;
     let g = seeded(y.rows(), y.cols(), 99);
     layer.parameters().into_iter().try_for_each(|it| it.grad.set_zero())?;
-    let dx = layer.backward(ctx, x, saved, g.clone())?;
+    let dx = layer.backward(ctx, x, saved, g.try_clone()?)?;
     let objective = |layer: &L, x: &Tensor| -> Result<f64> {
         let y = layer.forward(ctx, x)?.0;
         Ok(y.values::<f64>()?.iter().zip(g.values::<f64>()?).map(|(y, g)| y * g).sum())
@@ -37,7 +37,7 @@ pub fn gradients<L: Layer>(layer: &mut L, ctx: &Context, x: &Tensor) -> Result<f
     let count = x.rows() * x.cols();
     for element in (0..count).step_by(1 + count / 40) {
         let at = |delta: f64| -> Result<f64> {
-            let mut x = x.clone();
+            let mut x = x.try_clone()?;
             x.values_mut::<f64>()?[element] += delta;
             objective(layer, &x)
         };
@@ -195,7 +195,7 @@ mod tests {
             assert_eq!(got.logp[1], 0.0);
             for element in 0..60 {
                 let at = |delta: f64| {
-                    let mut hidden = hidden.clone();
+                    let mut hidden = hidden.try_clone().unwrap();
                     hidden.values_mut::<f64>().unwrap()[element] += delta;
                     loss(&hidden)
                 };

@@ -26,7 +26,17 @@ impl Embedding {
             );
             return Err(Error::msg(message));
         }
-        let mut x = Tensor::zeros(tokens.len(), width, dtype, &self.table.value.device())?;
+        let device = self.table.value.device();
+        let mut x = Tensor::empty(tokens.len(), width, dtype, &device)?;
+        if let Some(gpu) = device.gpu() {
+            let rows = Tensor::from_vec(1, tokens.len(), tokens.to_vec())?.to_device(&device)?;
+            let launch = gpu.kernel("embedding", "embedding", dtype)?.grid(tokens.len(), 256);
+            let launch =
+                launch.tensor(&x).tensor(&self.table.value).tensor(&rows).int(tokens.len()).int(width);
+            // SAFETY: embedding(out, table, tokens, rows, width, scale); the tokens are rows of the table.
+            unsafe { launch.float(self.scale).run() }?;
+            return Ok(x);
+        }
         for_real!("embedding", dtype, T => {
             let rows = x.values_mut::<T>()?.par_chunks_mut(width).zip(tokens);
             rows.for_each_init(|| vec![0.0; width], |vector, (x, token)| {

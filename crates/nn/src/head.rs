@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use ferrotune_tensor::{Error, Real, Result, Tensor, for_real};
+use ferrotune_tensor::{DType, Error, Gpu, Real, Result, Tensor, for_real};
 use rayon::prelude::*;
 
 use crate::Weight;
@@ -13,6 +13,10 @@ use crate::lanes::{exp, max_of, sum_of, tanh, vectorised};
 
 /// Bytes of logits that exist at once.
 const CHUNK_BYTES: usize = 48 << 20;
+/// The same on a GPU, where a chunk has to fill more cores.
+const GPU_CHUNK_BYTES: usize = 256 << 20;
+/// Threads of a block of `kernels/cross_entropy.cu`.
+const LOSS_BLOCK: u32 = 1024;
 
 /// The output projection, frozen.
 pub struct Head {
@@ -50,6 +54,15 @@ impl Head {
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         let mut logits = hidden.empty_like(hidden.rows(), self.weight.rows())?;
         self.weight.forward(hidden, &mut logits, 0)?;
+        if let Some(gpu) = logits.gpu() {
+            if self.scale != 1.0 || self.softcap.is_some() {
+                let launch = gpu.kernel("cross_entropy", "bend", logits.dtype())?.grid(4096, 256);
+                let launch = launch.tensor(&logits).long(logits.len()).float(self.scale);
+                // SAFETY: bend(logits, n, scale, softcap)
+                unsafe { launch.float(self.softcap.unwrap_or(0.0)).run() }?;
+            }
+            return Ok(logits);
+        }
         for_real!("head", logits.dtype(), T => {
             let rows = logits.values_mut::<T>()?.par_chunks_mut(self.weight.rows());
             rows.for_each(|row| bend::<T>(self.scale, self.softcap, row));
@@ -86,6 +99,9 @@ impl Head {
         if let Some(row) = rows.iter().find(|row| targets[**row] as usize >= vocab_size) {
             let message = format!("target {} is outside the vocabulary of {vocab_size}", targets[*row]);
             return Err(Error::msg(message));
+        }
+        if let Some(gpu) = hidden.gpu() {
+            return self.pass_on_gpu(gpu, hidden, targets, dlogp, &rows, wanted);
         }
         let (mut logp, mut correct) = (vec![0.0; n], vec![false; n]);
         let mut dhidden = match wanted {
@@ -125,6 +141,64 @@ impl Head {
             }
             Ok(())
         })?;
+        Ok(HeadPass { logp, correct, dhidden })
+    }
+}
+
+impl Head {
+    /// The CUDA arm: `kernels/cross_entropy.cu`. One read-back at the end.
+    fn pass_on_gpu(
+        &self,
+        gpu: &Gpu,
+        hidden: &Tensor,
+        targets: &[u32],
+        dlogp: &[f64],
+        rows: &[usize],
+        wanted: Wanted,
+    ) -> Result<HeadPass> {
+        let (n, width, vocab_size, device) =
+            (hidden.rows(), hidden.cols(), self.weight.rows(), hidden.device());
+        let (count, dtype) = (rows.len(), hidden.dtype());
+        let upload = |words: Vec<u32>| Tensor::from_vec(1, count, words)?.to_device(&device);
+        let row_ids = upload(rows.iter().map(|it| *it as u32).collect())?;
+        let target_ids = upload(rows.iter().map(|it| targets[*it]).collect())?;
+        let weights = rows.iter().map(|it| dlogp[*it] as f32).collect();
+        let weights = Tensor::from_vec(1, count, weights)?.to_device(&device)?;
+        let logp_out = Tensor::empty(1, count, DType::F32, &device)?;
+        let correct_out = Tensor::empty(1, count, DType::U32, &device)?;
+        let gradient = wanted == Wanted::Gradient;
+        let dhidden = if gradient { Some(hidden.zeros_like(n, width)?) } else { None };
+        let chunk = (GPU_CHUNK_BYTES / (vocab_size * dtype.size_in_bytes())).max(64);
+        for start in (0..count).step_by(chunk) {
+            let len = chunk.min(count - start);
+            let mut gathered = hidden.empty_like(len, width)?;
+            let launch = gpu.kernel("embedding", "gather_rows", dtype)?.grid(len, 256);
+            let launch = launch.tensor(&gathered).tensor(hidden).tensor_at(&row_ids, start);
+            // SAFETY: gather_rows(out, x, rows, n, width); the rows are those of `hidden`.
+            unsafe { launch.int(len).int(width).run() }?;
+            let mut logits = hidden.empty_like(len, vocab_size)?;
+            self.weight.forward(&gathered, &mut logits, 0)?;
+            let launch = gpu.kernel("cross_entropy", "cross_entropy", dtype)?.grid(len, LOSS_BLOCK);
+            let launch = launch.tensor(&logits).tensor_at(&target_ids, start).tensor_at(&weights, start);
+            let launch = launch.tensor_at(&logp_out, start).tensor_at(&correct_out, start).int(len);
+            let launch = launch.int(vocab_size).float(self.scale).float(self.softcap.unwrap_or(0.0));
+            // SAFETY: cross_entropy(logits, targets, dlogp, logp, correct, n, vocab, scale, softcap, gradient);
+            // targets are within the vocabulary.
+            unsafe { launch.flag(gradient).run() }?;
+            if let Some(dhidden) = &dhidden {
+                self.weight.backward(&logits, 0, 0.0, &mut gathered)?;
+                let launch = gpu.kernel("embedding", "scatter_rows", dtype)?.grid(len, 256);
+                let launch = launch.tensor(dhidden).tensor(&gathered).tensor_at(&row_ids, start);
+                // SAFETY: scatter_rows(out, x, rows, n, width); the rows are those of `dhidden`.
+                unsafe { launch.int(len).int(width).run() }?;
+            }
+        }
+        let (mut logp, mut correct) = (vec![0.0; n], vec![false; n]);
+        let (logp_out, correct_out) = (logp_out.to_cpu()?, correct_out.to_cpu()?);
+        let facts = logp_out.values::<f32>()?.iter().zip(correct_out.values::<u32>()?);
+        for (row, (lp, hit)) in rows.iter().zip(facts) {
+            (logp[*row], correct[*row]) = (f64::from(*lp), *hit != 0);
+        }
         Ok(HeadPass { logp, correct, dhidden })
     }
 }

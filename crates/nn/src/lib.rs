@@ -17,20 +17,24 @@ mod linear;
 mod mlp;
 mod model;
 mod norm;
+mod pass;
 mod rope;
 mod weight;
 
-use ferrotune_tensor::{Result, Tensor};
+use ferrotune_tensor::{DType, Result, Tensor};
 
 pub use attention::{Attention, AttentionSaved, KeyValues};
 pub use embedding::Embedding;
 pub use head::{Head, HeadPass};
-pub use linear::{Adapter, Linear, Part};
+pub use linear::{Adapter, Linear, LowRank, Part};
 pub use mlp::{Activation, Mlp, MlpSaved};
 pub use model::LanguageModel;
 pub use norm::{Norm, NormKind};
-pub use rope::{Rope, RopeTables};
-pub use weight::{DenseWeight, Weight, backward_tiles, forward_tiles, widen};
+pub use pass::PassCache;
+pub use rope::Rope;
+pub use weight::{
+    DenseWeight, Weight, backward_on_gpu, backward_tiles, forward_on_gpu, forward_tiles, widen,
+};
 
 /// What every layer of one pass shares.
 #[derive(Debug, Default)]
@@ -49,8 +53,8 @@ pub struct Context {
     pub training: bool,
     /// Adapters take part; off, the model is the base model.
     pub adapters: bool,
-    /// Cosines and sines of this pass, made by the first layer that asks.
-    pub tables: RopeTables,
+    /// What layers of this pass share, made by the first that asks.
+    pub shared: PassCache,
 }
 
 impl Context {
@@ -73,7 +77,7 @@ impl Context {
 /// A differentiable piece: `forward` hands back what its own `backward` will need.
 pub trait Layer {
     /// A readable struct of tensors, freed as `backward` takes it.
-    type Saved;
+    type Saved: SavedTensors;
 
     /// (N, C) → (N, C′)
     ///
@@ -95,8 +99,25 @@ pub trait Layer {
     /// As `forward`.
     fn backward(&mut self, ctx: &Context, x: &Tensor, saved: Self::Saved, dy: Tensor) -> Result<Tensor>;
 
+    /// Columns that its input should have to spare on the device of `like`; one without is copied.
+    fn room(&self, _ctx: &Context, _like: &Tensor) -> usize {
+        0
+    }
+
     /// All trained tensors, in a fixed order.
     fn parameters(&mut self) -> Vec<&mut Parameter>;
+}
+
+/// What a forward saves, as a list: whoever moves it elsewhere needs to know no more.
+pub trait SavedTensors {
+    /// All tensors.
+    fn tensors(&mut self) -> Vec<&mut Tensor>;
+}
+
+impl SavedTensors for () {
+    fn tensors(&mut self) -> Vec<&mut Tensor> {
+        Vec::new()
+    }
 }
 
 /// A trained tensor and its gradient.
@@ -108,6 +129,8 @@ pub struct Parameter {
     pub value: Tensor,
     /// Added to by every backward, set to zero by the trainer.
     pub grad: Tensor,
+    /// The numbers in the type that products take, where that is another one; kept by the optimizer.
+    pub copy: Option<Tensor>,
 }
 
 impl Parameter {
@@ -117,6 +140,25 @@ impl Parameter {
     /// When the device has no room.
     pub fn new(name: impl Into<String>, value: Tensor) -> Result<Parameter> {
         let grad = value.zeros_like(value.rows(), value.cols())?;
-        Ok(Parameter { name: name.into(), value, grad })
+        Ok(Parameter { name: name.into(), value, grad, copy: None })
+    }
+
+    /// With a copy for products in this type, where it isn't that of the numbers.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn with_copy(mut self, dtype: DType) -> Result<Parameter> {
+        if dtype != self.value.dtype() {
+            let (rows, cols) = self.value.shape();
+            let mut copy = Tensor::empty(rows, cols, dtype, &self.value.device())?;
+            self.value.cast_into(&mut copy)?;
+            self.copy = Some(copy);
+        }
+        Ok(self)
+    }
+
+    /// What products read.
+    pub fn operand(&self) -> &Tensor {
+        self.copy.as_ref().unwrap_or(&self.value)
     }
 }

@@ -3,6 +3,8 @@
 //! Projections that read the same input are parts of one `Linear` (q, k, v; gate, up): their outputs
 //! stand side by side in one tensor, and each part keeps its own name, weight, adapter and bias.
 
+mod fused;
+
 use ferrotune_tensor::{Real, Result, Tensor, for_real};
 use rayon::prelude::*;
 
@@ -42,11 +44,32 @@ pub trait Adapter: Send + Sync {
     /// The trained tensors, in a fixed order.
     fn parameters(&mut self) -> Vec<&mut Parameter>;
 
+    /// The adapted weight as W + scaling·B·A, where it is no more than that in this pass: then a GPU
+    /// computes it together with the weight's own product.
+    fn low_rank(&self, _ctx: &Context) -> Option<LowRank<'_>> {
+        None
+    }
+
+    /// The gradients of A and B of [`Adapter::low_rank`].
+    fn low_rank_gradients(&mut self) -> Option<(&mut Tensor, &mut Tensor)> {
+        None
+    }
+
     /// The adapted weight as f32 numbers (output, input).
     ///
     /// # Errors
     /// When there is no room.
     fn merged(&self, weight: &dyn Weight) -> Result<Tensor>;
+}
+
+/// W + scaling·B·A, the numbers in the type of activations.
+pub struct LowRank<'a> {
+    /// A (R, input)
+    pub a: &'a Tensor,
+    /// B (output, R)
+    pub b: &'a Tensor,
+    /// What B·A is multiplied by.
+    pub scaling: f64,
 }
 
 /// One projection of a [`Linear`].
@@ -80,24 +103,46 @@ impl Linear {
         self.parts.iter().map(|part| part.weight.rows()).sum()
     }
 
+    /// Input features.
+    pub fn cols(&self) -> usize {
+        self.parts.first().map_or(0, |part| part.weight.cols())
+    }
+
+    /// (N, input) → (N, output). The input may have [`Linear::room`] beside its own columns, the output
+    /// may be asked to have `room` for its gradient.
+    ///
+    /// # Errors
+    /// When shapes or types don't fit.
+    pub fn forward_with_room(&self, ctx: &Context, x: &Tensor, room: usize) -> Result<Tensor> {
+        if let Some(fused) = self.fused(ctx, x) {
+            return fused.forward(x, room);
+        }
+        let mut y = x.empty_like(x.rows(), self.rows() + room)?;
+        self.forward_into(ctx, x, &mut y)?;
+        Ok(y)
+    }
+
     /// (N, input) → (N, output)
     ///
     /// # Errors
     /// When shapes or types don't fit.
     pub fn forward(&self, ctx: &Context, x: &Tensor) -> Result<Tensor> {
-        let mut y = x.empty_like(x.rows(), self.rows())?;
+        self.forward_with_room(ctx, x, 0)
+    }
+
+    fn forward_into(&self, ctx: &Context, x: &Tensor, y: &mut Tensor) -> Result<()> {
         let mut at = 0;
         for part in &self.parts {
             match &part.adapter {
-                Some(adapter) if ctx.adapters => adapter.forward(ctx, x, part.weight.as_ref(), &mut y, at)?,
-                _ => part.weight.forward(x, &mut y, at)?,
+                Some(adapter) if ctx.adapters => adapter.forward(ctx, x, part.weight.as_ref(), y, at)?,
+                _ => part.weight.forward(x, y, at)?,
             }
             if let Some(bias) = &part.bias {
-                add_bias(bias, &mut y, at)?;
+                add_bias(bias, y, at)?;
             }
             at += part.weight.rows();
         }
-        Ok(y)
+        Ok(())
     }
 
     /// dx (N, input). Nothing is saved: the caller keeps x once, for every `Linear` that reads it.
@@ -105,6 +150,11 @@ impl Linear {
     /// # Errors
     /// When shapes or types don't fit.
     pub fn backward(&mut self, ctx: &Context, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
+        if let Some(fused) = self.fused(ctx, x) {
+            let (dx, low) = fused.backward(x, dy)?;
+            low.add_gradients(&mut self.parts, x, dy)?;
+            return Ok(dx);
+        }
         let mut dx = x.empty_like(x.rows(), x.cols())?;
         let mut at = 0;
         for part in &mut self.parts {
@@ -127,6 +177,13 @@ impl Linear {
 }
 
 fn add_bias(bias: &Tensor, y: &mut Tensor, at: usize) -> Result<()> {
+    if let Some(gpu) = y.gpu() {
+        let n = y.rows() * bias.cols();
+        let launch = gpu.kernel("elementwise", "add_bias", y.dtype())?.grid(n.div_ceil(1024).min(4096), 256);
+        let launch = launch.tensor_at(y, at).tensor(bias).int(y.rows()).int(bias.cols()).int(y.cols());
+        // SAFETY: add_bias(y, bias, rows, cols, stride)
+        return unsafe { launch.run() };
+    }
     let (width, bias) = (y.cols(), bias.values::<f32>()?);
     for_real!("bias", y.dtype(), T => {
         y.values_mut::<T>()?.par_chunks_mut(width).for_each(|row| {

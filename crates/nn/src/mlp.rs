@@ -5,7 +5,15 @@ use ferrotune_tensor::{Real, Result, Tensor, for_real};
 use rayon::prelude::*;
 
 use crate::lanes::{sigmoid, tanh, vectorised};
-use crate::{Context, Layer, Linear, Parameter};
+use crate::{Context, Layer, Linear, Parameter, SavedTensors};
+
+/// Threads of a block of `kernels/activation.cu`.
+const BLOCK: u32 = 256;
+
+/// Blocks for this many outputs, which then stride.
+fn blocks(n: usize) -> usize {
+    n.div_ceil(8 * BLOCK as usize).min(8192)
+}
 
 /// What a gate is passed through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,16 +60,34 @@ pub struct MlpSaved {
     pub gate_up: Tensor,
 }
 
+impl SavedTensors for MlpSaved {
+    fn tensors(&mut self) -> Vec<&mut Tensor> {
+        vec![&mut self.gate_up]
+    }
+}
+
 impl Mlp {
     fn gated(&self) -> bool {
         self.gate_up.parts.len() == 2
     }
 
-    /// act(gate)·up, (N, F)
-    fn hidden(&self, gate_up: &Tensor) -> Result<Tensor> {
-        let width = gate_up.cols();
-        let inner = if self.gated() { width / 2 } else { width };
-        let mut hidden = gate_up.empty_like(gate_up.rows(), inner)?;
+    fn gelu(&self) -> bool {
+        self.activation == Activation::GeluTanh
+    }
+
+    /// act(gate)·up, (N, F) with room for what reads it.
+    fn hidden(&self, ctx: &Context, gate_up: &Tensor) -> Result<Tensor> {
+        let (width, inner) = (gate_up.cols(), self.down.cols());
+        let mut hidden = gate_up.empty_like(gate_up.rows(), inner + self.down.room(ctx, gate_up))?;
+        if let Some(gpu) = gate_up.gpu() {
+            let launch = gpu.kernel("activation", "gate_forward", gate_up.dtype())?;
+            let launch = launch.grid(blocks(hidden.rows() * inner), BLOCK).tensor(&hidden).tensor(gate_up);
+            let launch = launch.int(hidden.rows()).int(inner).int(hidden.cols()).int(width);
+            let launch = launch.flag(self.gated()).flag(self.gelu());
+            // SAFETY: gate_forward(hidden, gate_up, rows, inner, hidden_stride, gate_up_stride, gated, kind)
+            unsafe { launch.run() }?;
+            return Ok(hidden);
+        }
         for_real!("mlp", gate_up.dtype(), T => {
             let rows = hidden.values_mut::<T>()?.par_chunks_mut(inner).zip(gate_up.values::<T>()?.par_chunks(width));
             rows.for_each(|(hidden, row)| {
@@ -76,6 +102,14 @@ impl Mlp {
     /// The gradient of gate and up, written over them.
     fn hidden_backward(&self, gate_up: &mut Tensor, dhidden: &Tensor) -> Result<()> {
         let (width, inner) = (gate_up.cols(), dhidden.cols());
+        if let Some(gpu) = gate_up.gpu() {
+            let launch = gpu.kernel("activation", "gate_backward", gate_up.dtype())?;
+            let launch = launch.grid(blocks(dhidden.len()), BLOCK).tensor(gate_up).tensor(dhidden);
+            let launch = launch.int(dhidden.rows()).int(inner).int(inner).int(width);
+            let launch = launch.flag(self.gated()).flag(self.gelu());
+            // SAFETY: gate_backward(gate_up, dhidden, rows, inner, dhidden_stride, gate_up_stride, gated, kind)
+            return unsafe { launch.run() };
+        }
         for_real!("mlp", gate_up.dtype(), T => {
             let rows = gate_up.values_mut::<T>()?.par_chunks_mut(width).zip(dhidden.values::<T>()?.par_chunks(inner));
             rows.for_each(|(row, dhidden)| {
@@ -92,18 +126,23 @@ impl Layer for Mlp {
 
     fn forward(&self, ctx: &Context, x: &Tensor) -> Result<(Tensor, MlpSaved)> {
         let saved = self.recompute(ctx, x)?;
-        Ok((self.down.forward(ctx, &self.hidden(&saved.gate_up)?)?, saved))
+        Ok((self.down.forward(ctx, &self.hidden(ctx, &saved.gate_up)?)?, saved))
     }
 
     fn recompute(&self, ctx: &Context, x: &Tensor) -> Result<MlpSaved> {
-        Ok(MlpSaved { gate_up: self.gate_up.forward(ctx, x)? })
+        let room = self.gate_up.room(ctx, x); // for its gradient, which takes its place
+        Ok(MlpSaved { gate_up: self.gate_up.forward_with_room(ctx, x, room)? })
     }
 
     fn backward(&mut self, ctx: &Context, x: &Tensor, saved: MlpSaved, dy: Tensor) -> Result<Tensor> {
         let MlpSaved { mut gate_up } = saved;
-        let dhidden = self.down.backward(ctx, &self.hidden(&gate_up)?, &dy)?;
+        let dhidden = self.down.backward(ctx, &self.hidden(ctx, &gate_up)?, &dy)?;
         self.hidden_backward(&mut gate_up, &dhidden)?;
         self.gate_up.backward(ctx, x, &gate_up)
+    }
+
+    fn room(&self, ctx: &Context, like: &Tensor) -> usize {
+        self.gate_up.room(ctx, like)
     }
 
     fn parameters(&mut self) -> Vec<&mut Parameter> {

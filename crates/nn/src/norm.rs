@@ -4,10 +4,14 @@
 //! The weight is frozen. A weight narrower than a row norms each group of it by itself (Qwen3's q and k).
 //! Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
 
-use ferrotune_tensor::{Real, Result, Tensor, for_real};
+use ferrotune_tensor::{Gpu, Launch, Real, Result, Tensor, for_real};
 use rayon::prelude::*;
 
 use crate::lanes::{sum_of, vectorised};
+
+/// Threads of a block of `kernels/norm.cu`, and the widest group that a warp takes.
+const BLOCK: u32 = 256;
+const WARP_GROUP: usize = 1024;
 
 /// Which statistics a norm takes out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +41,15 @@ impl Norm {
     /// # Errors
     /// When the type is not a real one.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let mut y = x.empty_like(x.rows(), x.cols())?;
+        self.forward_with_room(x, 0)
+    }
+
+    /// The same, with some columns to spare.
+    ///
+    /// # Errors
+    /// When the type is not a real one.
+    pub fn forward_with_room(&self, x: &Tensor, room: usize) -> Result<Tensor> {
+        let mut y = x.empty_like(x.rows(), x.cols() + room)?;
         self.forward_into(x, 0..x.cols(), &mut y)?;
         Ok(y)
     }
@@ -47,10 +59,20 @@ impl Norm {
     /// # Errors
     /// When the type is not a real one.
     pub fn forward_into(&self, x: &Tensor, columns: std::ops::Range<usize>, y: &mut Tensor) -> Result<()> {
+        if let Some(gpu) = x.gpu() {
+            let launch = self.launch(gpu, "norm_forward", x, &columns)?;
+            let launch = launch.tensor_at(y, columns.start).tensor_at(x, columns.start).tensor(&self.weight);
+            let launch =
+                launch.optional(self.bias.as_ref()).int(x.rows()).int(columns.len() / self.weight.cols());
+            let launch = launch.int(self.weight.cols()).int(y.cols()).int(x.cols());
+            // SAFETY: norm_forward(y, x, weight, bias, rows, groups, group, y_stride, x_stride, eps, centered)
+            return unsafe { launch.float(self.eps).flag(self.kind == NormKind::Layer).run() };
+        }
         let (weight, width) = (self.weight.values::<f32>()?, x.cols());
         let bias = self.bias.as_ref().map(|it| it.values::<f32>()).transpose()?;
         for_real!("norm", x.dtype(), T => {
-            let rows = y.values_mut::<T>()?.par_chunks_mut(width).zip(x.values::<T>()?.par_chunks(width));
+            let stride = y.cols();
+            let rows = y.values_mut::<T>()?.par_chunks_mut(stride).zip(x.values::<T>()?.par_chunks(width));
             rows.for_each(|(y, x)| {
                 let groups = y[columns.clone()].chunks_mut(weight.len());
                 for (y, x) in groups.zip(x[columns.clone()].chunks(weight.len())) {
@@ -59,6 +81,19 @@ impl Norm {
             });
             Ok(())
         })
+    }
+
+    fn launch<'a>(
+        &self,
+        gpu: &'a Gpu,
+        kernel: &str,
+        x: &Tensor,
+        columns: &std::ops::Range<usize>,
+    ) -> Result<Launch<'a>> {
+        let group = self.weight.cols();
+        let groups = x.rows() * columns.len() / group;
+        let per_block = if group <= WARP_GROUP { 8 } else { 1 };
+        Ok(gpu.kernel("norm", kernel, x.dtype())?.grid(groups.div_ceil(per_block), BLOCK))
     }
 
     /// dx, written over dy. Needs only x: a row's statistics are recomputed.
@@ -80,6 +115,15 @@ impl Norm {
         columns: std::ops::Range<usize>,
         dy: &mut Tensor,
     ) -> Result<()> {
+        if let Some(gpu) = x.gpu() {
+            let launch = self.launch(gpu, "norm_backward", x, &columns)?;
+            let launch = launch.tensor_at(dy, columns.start).tensor_at(dy, columns.start);
+            let launch = launch.tensor_at(x, columns.start).tensor(&self.weight).int(x.rows());
+            let launch = launch.int(columns.len() / self.weight.cols()).int(self.weight.cols());
+            let launch = launch.int(dy.cols()).int(dy.cols()).int(x.cols()).float(self.eps);
+            // SAFETY: norm_backward(dx, dy, x, weight, rows, groups, group, strides of dx, dy, x, eps, centered)
+            return unsafe { launch.flag(self.kind == NormKind::Layer).run() };
+        }
         let (weight, width) = (self.weight.values::<f32>()?, x.cols());
         for_real!("norm", x.dtype(), T => {
             let rows = dy.values_mut::<T>()?.par_chunks_mut(width).zip(x.values::<T>()?.par_chunks(width));

@@ -2,13 +2,16 @@
 //! Every scaling (linear, llama3, yarn, longrope) is only another list of inverse frequencies.
 //! Su et al. 2021, "RoFormer".
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
-use ferrotune_tensor::{DType, Real, Result, Tensor, for_real};
+use ferrotune_tensor::{DType, Device, Gpu, Real, Result, Tensor, for_real};
 use rayon::prelude::*;
 
 use crate::Context;
 use crate::lanes::vectorised;
+
+/// Threads of a block of `kernels/rope.cu`.
+const BLOCK: u32 = 256;
 
 /// How a head's channels are turned.
 #[derive(Clone, Debug, PartialEq)]
@@ -28,10 +31,6 @@ pub(crate) enum Direction {
     Backward,
 }
 
-/// Cosines, then sines of every row of a pass: made once, read by every layer.
-#[derive(Debug, Default)]
-pub struct RopeTables(Mutex<Vec<(Rope, DType, Arc<Tensor>)>>);
-
 impl Rope {
     /// Unscaled frequencies: theta^(−2i/width).
     pub fn new(theta: f64, rotary_width: usize) -> Rope {
@@ -50,6 +49,18 @@ impl Rope {
         direction: Direction,
     ) -> Result<()> {
         let width = x.cols();
+        if let Some(gpu) = x.gpu() {
+            let table = self.table_on_gpu(ctx, gpu)?;
+            let (half, heads) = (self.inverse_frequencies.len(), columns.len() / head_dim);
+            let pairs = x.rows() * heads * half;
+            let launch = gpu.kernel("rope", "rope", x.dtype())?.grid(pairs.div_ceil(BLOCK as usize), BLOCK);
+            let launch =
+                launch.tensor_at(x, columns.start).tensor(&table).int(x.rows()).int(width).int(heads);
+            let launch = launch.int(head_dim).int(half).flag(self.interleaved);
+            let sign = if direction == Direction::Forward { 1.0 } else { -1.0 };
+            // SAFETY: rope(x, table, rows, stride, heads, head_dim, half, interleaved, sign)
+            return unsafe { launch.float(sign).run() };
+        }
         for_real!("rope", x.dtype(), T => {
             let table = self.table::<T>(ctx)?;
             let half = self.inverse_frequencies.len();
@@ -62,9 +73,33 @@ impl Rope {
         })
     }
 
+    /// (N, rotary width) in f32: cosines and sines.
+    fn table_on_gpu(&self, ctx: &Context, gpu: &Arc<Gpu>) -> Result<Arc<Tensor>> {
+        let mut tables = ctx.shared.rope.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some((.., table)) = tables.iter().find(|(rope, ..)| rope == self) {
+            return Ok(table.clone());
+        }
+        let device = Device::Cuda(gpu.clone());
+        let (rows, half) = (ctx.rows(), self.inverse_frequencies.len());
+        let frequencies = self.inverse_frequencies.iter().map(|it| *it as f32).collect();
+        let frequencies = Tensor::from_vec(1, half, frequencies)?.to_device(&device)?;
+        let positions =
+            ctx.sequences().flat_map(|rows| 0..rows.len()).map(|it| (it + ctx.first_position) as u32);
+        let positions = Tensor::from_vec(1, rows, positions.collect())?.to_device(&device)?;
+        let table = Tensor::empty(rows, 2 * half, DType::F32, &device)?;
+        let launch =
+            gpu.plain_kernel("rope", "rope_table")?.grid((rows * half).div_ceil(BLOCK as usize), BLOCK);
+        let launch = launch.tensor(&table).tensor(&frequencies).tensor(&positions).int(rows).int(half);
+        // SAFETY: rope_table(table, inverse_frequencies, positions, rows, half, factor)
+        unsafe { launch.float(self.attention_factor).run() }?;
+        let table = Arc::new(table);
+        tables.push((self.clone(), DType::F32, table.clone()));
+        Ok(table)
+    }
+
     /// (N, rotary width): cosines and sines. Angles are rounded as transformers rounds them.
     fn table<T: Real>(&self, ctx: &Context) -> Result<Arc<Tensor>> {
-        let mut tables = ctx.tables.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut tables = ctx.shared.rope.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if let Some((.., table)) = tables.iter().find(|(rope, dtype, _)| *dtype == T::DTYPE && rope == self) {
             return Ok(table.clone());
         }

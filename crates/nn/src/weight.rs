@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
-use ferrotune_tensor::{DType, Error, Precision, Result, Tensor, Tiles, bf16, f16, for_real, product};
+use ferrotune_tensor::{
+    DType, Error, Operand, Precision, Result, Tensor, Tiles, bf16, f16, for_real, multiply, product,
+};
 use half::slice::HalfFloatSliceExt;
 
 use crate::Parameter;
@@ -41,11 +43,19 @@ pub trait Weight: Send + Sync {
         Vec::new()
     }
 
-    /// W as f32 numbers (output, input).
+    /// W as f32 numbers (output, input), on the CPU.
     ///
     /// # Errors
     /// When there is no room.
     fn to_dense(&self) -> Result<Tensor>;
+
+    /// `out[row..row + rows, 0..cols] = W` in out's type, on a GPU.
+    ///
+    /// # Errors
+    /// When out has no such room, or W is not on its device.
+    fn write_dense(&self, _out: &mut Tensor, _row: usize) -> Result<()> {
+        Err(Error::msg("this kind of weight is not built for GPUs"))
+    }
 }
 
 /// A weight stored as plain numbers: f32, bf16 or f16.
@@ -96,15 +106,25 @@ impl Weight for DenseWeight {
     }
 
     fn forward(&self, x: &Tensor, y: &mut Tensor, at: usize) -> Result<()> {
+        if self.value.gpu().is_some() {
+            return forward_on_gpu(&self.value, x, y, at);
+        }
         forward_tiles(self, self.precision, x, y, at)
     }
 
     fn backward(&self, dy: &Tensor, at: usize, beta: f64, dx: &mut Tensor) -> Result<()> {
+        if self.value.gpu().is_some() {
+            return backward_on_gpu(&self.value, dy, at, beta, dx);
+        }
         backward_tiles(self, self.precision, dy, at, beta, dx)
     }
 
     fn to_dense(&self) -> Result<Tensor> {
-        self.value.clone().cast(DType::F32)
+        self.value.to_cpu()?.cast(DType::F32)
+    }
+
+    fn write_dense(&self, out: &mut Tensor, row: usize) -> Result<()> {
+        out.write_block((row, 0), &self.value, (0..self.value.rows(), 0..self.value.cols()))
     }
 }
 
@@ -164,6 +184,24 @@ pub fn backward_tiles(
         product::matmul(precision, 1.0, dy, dense.matrix::<T>()?, beta as T, dx.matrix_mut()?);
         Ok(())
     })
+}
+
+/// `y[:, at..at + rows] = x·Wᵀ` for a weight that is whole on a GPU.
+///
+/// # Errors
+/// When shapes or types don't fit.
+pub fn forward_on_gpu(w: &Tensor, x: &Tensor, y: &mut Tensor, at: usize) -> Result<()> {
+    let w_t = Operand::new(w).transposed();
+    multiply(Precision::Full, 1.0, Operand::new(x), w_t, 0.0, y, at..at + w.rows())
+}
+
+/// `dx = dy[:, at..at + rows]·W + beta·dx` for a weight that is whole on a GPU.
+///
+/// # Errors
+/// When shapes or types don't fit.
+pub fn backward_on_gpu(w: &Tensor, dy: &Tensor, at: usize, beta: f64, dx: &mut Tensor) -> Result<()> {
+    let (dy, columns) = (Operand::columns(dy, at..at + w.rows()), 0..dx.cols());
+    multiply(Precision::Full, 1.0, dy, Operand::new(w), beta, dx, columns)
 }
 
 /// All of a weight as f32, for f64 gradient checks and merging.

@@ -18,7 +18,7 @@ use crate::tables::{NF4_LEVELS, NF4_THRESHOLDS, dynamic_map};
 /// Elements that share a scale.
 pub(crate) const BLOCK: usize = 64;
 /// Blocks that share a scale of scales.
-const GROUP: usize = 256;
+pub(crate) const GROUP: usize = 256;
 
 /// Keeps the reciprocal of a scale finite.
 const SMALLEST: f32 = 1e-38;
@@ -221,8 +221,8 @@ fn quantize_block(values: &[f32], codes: &mut [u8]) -> f32 {
 fn quantize_block_plain(values: &[f32], codes: &mut [u8]) -> f32 {
     let largest = |max: f32, it: &f32| if it.abs() > max || it.is_nan() { it.abs() } else { max };
     let mut absmax = values.iter().fold(0.0, largest);
-    if values.len() < BLOCK {
-        absmax = absmax.max(SMALLEST); // bitsandbytes stores a last, partial block of zeros so
+    if values.len() < BLOCK && absmax < SMALLEST {
+        absmax = SMALLEST; // bitsandbytes stores a last, partial block of zeros so
     }
     // A block of zeros gets the code of zero.
     let inverse = 1.0 / absmax.max(SMALLEST);
@@ -419,6 +419,8 @@ mod tests {
         value.values_mut::<f32>().unwrap()[130] = f32::NAN;
         let error = Nf4Weight::quantize(&value, Scales::Nested, Precision::Full).unwrap_err().to_string();
         assert!(error.contains("row 2 holds NaN"), "{error}");
+        let partial = Tensor::from_vec(1, 3, vec![1.0, f32::NAN, 2.0]).unwrap();
+        assert!(Nf4Weight::quantize(&partial, Scales::Nested, Precision::Full).is_err());
         let parts = Absmax::Plain(vec![1.0; 3]);
         let error = Nf4Weight::from_parts((4, 64), vec![0; 128], parts, DType::F32, Precision::Full);
         assert!(error.unwrap_err().to_string().contains("expected 4, got 3"));

@@ -1,6 +1,7 @@
-//! Code tables, as bitsandbytes computes them (bitsandbytes/functional.py, csrc/kernels.cu).
+//! Code tables, as bitsandbytes has them (bitsandbytes/functional.py, csrc/kernels.cu).
 
-use std::sync::LazyLock;
+/// The map that scales of blocks are stored by.
+pub use ferrotune_tensor::dynamic_map;
 
 /// The sixteen values of NF4.
 pub const NF4_LEVELS: [f32; 16] = [
@@ -42,45 +43,9 @@ pub(crate) const NF4_THRESHOLDS: [f32; 15] = [
     0.8614784178118011,
 ];
 
-/// The signed dynamic 8-bit map that scales of blocks are stored by, ascending.
-///
-/// For each i in 0..7, the 2ⁱ means of neighbours in linspace(0.1, 1, 2ⁱ + 1), times 10^(i − 6), with
-/// both signs; and 0 and 1.
-pub fn dynamic_map() -> &'static [f32; 256] {
-    static MAP: LazyLock<[f32; 256]> = LazyLock::new(|| {
-        let mut values = vec![0.0f32, 1.0];
-        for i in 0..7 {
-            let count = 1usize << i;
-            // As torch.linspace steps in f32: from both ends towards the middle, with fused products.
-            let step = (1.0 - 0.1f32) / count as f32;
-            let boundary = |j: usize| match j < count.div_ceil(2) {
-                true => step.mul_add(j as f32, 0.1),
-                false => (-step).mul_add((count - j) as f32, 1.0),
-            };
-            let scale = 10f64.powi(i - 6) as f32;
-            for j in 0..count {
-                let mean = (boundary(j) + boundary(j + 1)) / 2.0;
-                values.extend([scale * mean, -scale * mean]);
-            }
-        }
-        values.sort_by(f32::total_cmp);
-        values.try_into().expect("2 + 2·(1 + 2 + … + 64) values")
-    });
-    &MAP
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_dynamic_map_has_its_known_landmarks() {
-        let map = dynamic_map();
-        assert!((map[0] + 0.992_968_74).abs() < 1e-7);
-        assert_eq!((map[127], map[255]), (0.0, 1.0));
-        assert!((map[128] - 5.5e-7).abs() < 1e-12);
-        assert!(map.windows(2).all(|pair| pair[0] < pair[1]));
-    }
 
     #[test]
     fn thresholds_lie_midway_between_levels() {

@@ -33,6 +33,21 @@ pub enum Error {
     /// The device can't do it.
     #[error("{0}")]
     Device(String),
+    /// The device has no room for a tensor.
+    #[error(
+        "{device} is out of memory: {} MiB more were wanted while {} of its {} MiB were in use",
+        wanted >> 20, allocated >> 20, total >> 20
+    )]
+    OutOfMemory {
+        /// The device.
+        device: String,
+        /// Bytes that were asked for.
+        wanted: u64,
+        /// Bytes that tensors held.
+        allocated: u64,
+        /// Bytes of the card.
+        total: u64,
+    },
     /// A tensor that a file does not hold.
     #[error("{file}: tensor `{name}` is missing")]
     MissingTensor {

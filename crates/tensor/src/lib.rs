@@ -5,7 +5,9 @@
 //! (`candle_core::CpuStorage`), so that candle's readers fill them and its autograd can check them;
 //! on CUDA they are an allocation of cudarc's. This crate knows no network.
 
+mod cuda;
 mod device;
+mod dynamic_map;
 mod error;
 mod memory;
 mod pool;
@@ -14,10 +16,15 @@ mod random;
 mod tensor;
 
 pub use candle_core::DType;
-pub use device::{CudaLibrary, CudaStatus, Device, Gpu, cuda_status};
+pub use cuda::{
+    CudaCard, CudaLibrary, CudaStatus, DeviceMemory, Gpu, Launch, LaunchFacts, MINIMUM_DRIVER, cuda_status,
+    kernel_modules,
+};
+pub use device::Device;
+pub use dynamic_map::{dynamic_map, unsigned_dynamic_map};
 pub use error::{Error, Result};
 pub use half::{bf16, f16};
 pub use memory::{peak_resident_bytes, resident_bytes};
-pub use product::{Matrix, MatrixMut, Precision, Tiles};
+pub use product::{Matrix, MatrixMut, Operand, Precision, Tiles, multiply, multiply_on_gpu};
 pub use random::{Counter, uniform};
 pub use tensor::{Element, Real, Tensor};

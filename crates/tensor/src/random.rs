@@ -15,6 +15,11 @@ impl Counter {
         Counter { key: key.iter().fold(0x243F_6A88_85A3_08D3, |state, part| mix(state ^ mix(*part))) }
     }
 
+    /// What all its parts come to, for kernels that read the same stream.
+    pub fn key(self) -> u64 {
+        self.key
+    }
+
     /// The 64 bits at `index`.
     pub fn bits(self, index: u64) -> u64 {
         mix(self.key ^ mix(index))

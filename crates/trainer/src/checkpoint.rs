@@ -10,6 +10,7 @@ use candle_core::safetensors;
 use ferrotune_tensor::{DType, Error, Result, Tensor};
 use serde::{Deserialize, Serialize};
 
+use crate::LossScale;
 use crate::optimizer::State;
 
 const STATE_FILE: &str = "ferrotune_state.json";
@@ -28,6 +29,9 @@ pub struct RunState {
     pub total_tokens: u64,
     /// Seconds trained so far.
     pub elapsed_seconds: f64,
+    /// Of f16 training.
+    #[serde(default)]
+    pub loss_scale: Option<LossScale>,
     /// What must be the same for the run to go on, as (what, value).
     pub identity: Vec<(String, String)>,
 }
@@ -112,10 +116,11 @@ pub fn read_state(checkpoint: &Path) -> Result<(RunState, State)> {
     Ok((state, read_tensors(&checkpoint.join(OPTIMIZER_FILE))?))
 }
 
-fn write_tensors(path: &Path, tensors: &State) -> Result<()> {
+pub(crate) fn write_tensors(path: &Path, tensors: &State) -> Result<()> {
     let as_candle = |tensor: &Tensor| -> Result<candle_core::Tensor> {
         let (shape, cpu) = (tensor.shape(), &candle_core::Device::Cpu);
         Ok(match tensor.dtype() {
+            DType::U8 => candle_core::Tensor::from_slice(tensor.values::<u8>()?, shape, cpu)?,
             DType::U32 => candle_core::Tensor::from_slice(tensor.values::<u32>()?, shape, cpu)?,
             _ => candle_core::Tensor::from_slice(tensor.values::<f32>()?, shape, cpu)?,
         })
@@ -125,7 +130,7 @@ fn write_tensors(path: &Path, tensors: &State) -> Result<()> {
     safetensors::save(&tensors, path).map_err(|error| Error::file(path, error.to_string()))
 }
 
-fn read_tensors(path: &Path) -> Result<State> {
+pub(crate) fn read_tensors(path: &Path) -> Result<State> {
     let loaded = safetensors::load(path, &candle_core::Device::Cpu);
     let damaged = |error: candle_core::Error| {
         Error::file(path, format!("{error}; the checkpoint is damaged, go on from an older one"))
@@ -135,6 +140,7 @@ fn read_tensors(path: &Path) -> Result<State> {
         let (rows, cols) = tensor.dims2().map_err(damaged)?;
         let flat = tensor.flatten_all().map_err(damaged)?;
         let tensor = match tensor.dtype() {
+            DType::U8 => Tensor::from_vec(rows, cols, flat.to_vec1::<u8>().map_err(damaged)?)?,
             DType::U32 => Tensor::from_vec(rows, cols, flat.to_vec1::<u32>().map_err(damaged)?)?,
             _ => Tensor::from_vec(rows, cols, flat.to_vec1::<f32>().map_err(damaged)?)?,
         };

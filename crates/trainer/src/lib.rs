@@ -5,6 +5,7 @@
 
 mod checkpoint;
 mod log;
+mod loss_scale;
 mod objective;
 mod optimizer;
 mod run;
@@ -13,8 +14,9 @@ mod step;
 
 pub use checkpoint::{RunState, latest_checkpoint, read_state};
 pub use log::LogWriter;
+pub use loss_scale::LossScale;
 pub use objective::{Loss, NextToken, Objective};
-pub use optimizer::{AdamW, Optimizer, State};
+pub use optimizer::{AdamW, AdamW8bit, Optimizer, State};
 pub use run::{Control, Ending, RunHooks, Settings, StepReport, Summary, train};
 pub use schedule::{Schedule, ScheduleKind};
 pub use step::{StepOutcome, StepSettings, mean_loss, optimizer_step};

@@ -9,7 +9,7 @@ use ferrotune_tensor::{Error, Result};
 
 use crate::optimizer::State;
 use crate::step::{StepOutcome, StepSettings, optimizer_step};
-use crate::{Objective, Optimizer, RunState, Schedule, checkpoint};
+use crate::{LossScale, Objective, Optimizer, RunState, Schedule, checkpoint};
 
 /// What the trainer can't do itself, because it knows neither files of models nor generation.
 pub trait RunHooks<M> {
@@ -48,6 +48,8 @@ pub struct Settings {
     pub max_grad_norm: f64,
     /// Seed of dropout.
     pub seed: u64,
+    /// Of the first step: dynamic for f16.
+    pub loss_scale: LossScale,
     /// A checkpoint after every so many steps; 0: none but when stopped.
     pub save_steps: usize,
     /// Checkpoints that are kept; none: all.
@@ -124,9 +126,11 @@ pub fn train<M: LanguageModel>(
 ) -> Result<Summary> {
     let total_steps = settings.schedule.total_steps;
     let mut done = Progress::default();
+    let mut loss_scale = settings.loss_scale;
     if let Some((state, optimizer_state)) = resumed {
         state.check_identity(&settings.identity)?;
         optimizer.restore(optimizer_state, &model.parameters())?;
+        loss_scale = state.loss_scale.unwrap_or(loss_scale);
         batches.seek(Cursor { epoch: state.epoch, position: state.position });
         done =
             Progress { step: state.step, tokens: state.total_tokens, seconds_before: state.elapsed_seconds };
@@ -140,9 +144,11 @@ pub fn train<M: LanguageModel>(
             seed: settings.seed,
             step: done.step as u64,
             learning_rate: settings.schedule.at(done.step),
+            loss_scale: loss_scale.value,
         };
         let outcome = optimizer_step(&step, model, batches, objective, optimizer)?
             .ok_or_else(|| Error::msg("the data gives no batches"))?;
+        loss_scale.update(outcome.skipped)?;
         done.step += 1;
         done.tokens += outcome.tokens as u64;
         losses += outcome.loss;
@@ -171,10 +177,11 @@ pub fn train<M: LanguageModel>(
                 position: cursor.position,
                 total_tokens: done.tokens,
                 elapsed_seconds: report.elapsed_seconds,
+                loss_scale: Some(loss_scale),
                 identity: settings.identity.clone(),
             };
             let fill = |folder: &Path| hooks.save_model(model, folder);
-            let written = checkpoint::write(&settings.output_dir, &state, &optimizer.state(), fill)?;
+            let written = checkpoint::write(&settings.output_dir, &state, &optimizer.state()?, fill)?;
             if let Some(keep) = settings.save_total_limit {
                 checkpoint::rotate(&settings.output_dir, keep.max(1))?;
             }

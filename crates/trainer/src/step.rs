@@ -4,6 +4,7 @@ use ferrotune_data::{Batch, BatchSource};
 use ferrotune_nn::{Context, LanguageModel};
 use ferrotune_tensor::{Error, Result};
 
+use crate::optimizer::square_sum;
 use crate::{Objective, Optimizer};
 
 /// What one step is taken with.
@@ -19,6 +20,9 @@ pub struct StepSettings {
     pub step: u64,
     /// Of this step.
     pub learning_rate: f64,
+    /// What the loss is multiplied by for the backward pass, so that f16 doesn't lose small gradients;
+    /// 1 where it isn't needed.
+    pub loss_scale: f64,
 }
 
 /// What one step gave.
@@ -34,6 +38,8 @@ pub struct StepOutcome {
     pub trained_tokens: usize,
     /// Tokens that went through the model.
     pub tokens: usize,
+    /// The scaled gradients overflowed, and no step was taken.
+    pub skipped: bool,
 }
 
 /// Takes one step, in the next epoch where this one has ended; none when there is no data.
@@ -66,7 +72,8 @@ pub fn optimizer_step<M: LanguageModel>(
         let (hidden, saved) = model.forward(&ctx, &batch.tokens)?;
         let (loss, correct, dhidden) = match objective.known_weights(&batch, trained_total) {
             Some(dlogp) => {
-                let pass = model.head_backward(&hidden, &batch.targets, &dlogp)?;
+                let pass =
+                    model.head_backward(&hidden, &batch.targets, &scaled(&dlogp, settings.loss_scale))?;
                 let loss = dlogp.iter().zip(&pass.logp).map(|(d, l)| d * l).sum();
                 (loss, pass.correct, pass.dhidden)
             }
@@ -75,7 +82,8 @@ pub fn optimizer_step<M: LanguageModel>(
                 let pass = model.log_probs(&hidden, &batch.targets, &trained)?;
                 let reference = reference(model, objective, &batch, &trained)?;
                 let loss = objective.loss(&batch, &pass.logp, &reference, trained_total);
-                let dhidden = model.head_backward(&hidden, &batch.targets, &loss.dlogp)?.dhidden;
+                let dlogp = scaled(&loss.dlogp, settings.loss_scale);
+                let dhidden = model.head_backward(&hidden, &batch.targets, &dlogp)?.dhidden;
                 (loss.value, pass.correct, dhidden)
             }
         };
@@ -91,20 +99,24 @@ pub fn optimizer_step<M: LanguageModel>(
         return Ok(None);
     }
     let mut parameters = model.parameters();
-    let squares = parameters.iter().map(|it| it.grad.square_sum()).sum::<Result<f64>>()?;
-    outcome.grad_norm = squares.sqrt();
-    if !outcome.loss.is_finite() || !outcome.grad_norm.is_finite() {
+    outcome.grad_norm = square_sum(&parameters)?.sqrt() / settings.loss_scale;
+    let finite = outcome.grad_norm.is_finite();
+    if !outcome.loss.is_finite() || (!finite && settings.loss_scale == 1.0) {
         let (step, loss, norm) = (settings.step + 1, outcome.loss, outcome.grad_norm);
         let message = format!(
             "step {step}: the loss is {loss} and the gradients' norm {norm}; lower learning_rate, or look for damaged samples with `ferrotune data`"
         );
         return Err(Error::msg(message));
     }
-    if settings.max_grad_norm > 0.0 && outcome.grad_norm > settings.max_grad_norm {
-        let scale = settings.max_grad_norm / (outcome.grad_norm + 1e-6);
-        parameters.iter_mut().try_for_each(|it| it.grad.scale(scale))?;
+    // Scaled gradients that overflow f16 are no news of the model: the step is left out, and the scale falls.
+    outcome.skipped = !finite;
+    if finite {
+        let clip = match settings.max_grad_norm > 0.0 && outcome.grad_norm > settings.max_grad_norm {
+            true => settings.max_grad_norm / (outcome.grad_norm + 1e-6),
+            false => 1.0,
+        };
+        optimizer.step(&mut parameters, settings.learning_rate, clip / settings.loss_scale)?;
     }
-    optimizer.step(&mut parameters, settings.learning_rate)?;
     parameters.iter_mut().try_for_each(|it| it.grad.set_zero())?;
     Ok(Some(outcome))
 }
@@ -125,6 +137,10 @@ pub fn mean_loss<M: LanguageModel>(model: &M, batches: &[Batch]) -> Result<f64> 
         return Err(Error::msg("no token to take the loss of"));
     }
     Ok(sum / count as f64)
+}
+
+fn scaled(dlogp: &[f64], scale: f64) -> Vec<f64> {
+    dlogp.iter().map(|it| it * scale).collect()
 }
 
 fn next_batch(batches: &mut dyn BatchSource) -> Result<Option<Batch>> {

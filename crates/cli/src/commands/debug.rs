@@ -6,19 +6,23 @@ use std::io::{Read as _, Write as _};
 use std::ops::Range;
 use std::path::Path;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail, ensure};
 use ferrotune_data::{
-    Conversation, Error, Place, Row, Template, assistant_spans, encode_conversation, formats,
+    Batch, Conversation, Error, Place, Row, Sample, Template, assistant_spans, encode_conversation, formats,
     mark_conversation,
 };
+use ferrotune_export::write_tensors;
 use ferrotune_nn::{Context, LanguageModel as _};
+use ferrotune_tensor::DType;
+use ferrotune_trainer::LossScale;
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::Outcome;
-use crate::args::{LogitsArgs, RenderArgs, TokenizeArgs};
+use crate::args::{GradientsArgs, LogitsArgs, RenderArgs, TokenizeArgs};
 use crate::config::RunConfig;
 use crate::console::{Console, Usage};
-use crate::run::{Vocabulary, mark_options, open_decoder};
+use crate::run::{Vocabulary, lora_tensors, mark_options, open_decoder};
 
 /// `{"input_ids": […], "logits": [[…], …]}`: logits after each token; with `--top`, the likeliest tokens alone, as
 /// `[[id, logit], …]`.
@@ -29,7 +33,8 @@ pub fn logits(args: &LogitsArgs, console: &Console) -> anyhow::Result<Outcome> {
     let (_, decoder) = open_decoder(&config, console)?;
     let hidden = decoder.hidden(&Context::new(vec![0, args.ids.len()]), &args.ids)?;
     let logits = decoder.head.logits(&hidden)?;
-    let rows = logits.values::<f32>()?.chunks(logits.cols());
+    let values = logits.to_f32()?;
+    let rows = values.chunks(logits.cols());
     let rows: Vec<Value> = match args.top {
         None => rows.map(|row| json!(row)).collect(),
         Some(top) => rows.map(|row| json!(likeliest(row, top))).collect(),
@@ -42,6 +47,61 @@ fn likeliest(row: &[f32], top: usize) -> Vec<(usize, f32)> {
     all.sort_by(|a, b| b.1.total_cmp(&a.1));
     all.truncate(top);
     all
+}
+
+/// `{"loss": …, "trained_tokens": …}`, and in a file the gradients of this loss, the mean over the trained tokens.
+pub fn gradients(args: &GradientsArgs, console: &Console) -> anyhow::Result<Outcome> {
+    let batch = labelled(&input(args.sequences.as_deref())?)?;
+    let mut config = RunConfig::load(None, &args.overrides)?;
+    config.model_name_or_path = Some(args.model.clone());
+    config.adapter_name_or_path = Some(args.adapter.clone());
+    let (_, mut decoder) = open_decoder(&config, console)?;
+
+    let ctx = Context::new(batch.sequence_starts.iter().map(|it| *it as usize).collect());
+    let (hidden, saved) = decoder.forward(&ctx, &batch.tokens)?;
+    let total = batch.trained_tokens() as f64;
+    let scale = match decoder.dtype {
+        DType::F16 => LossScale::dynamic().value,
+        _ => 1.0,
+    };
+    let dlogp: Vec<f64> = batch.trained.iter().map(|it| if *it { -scale / total } else { 0.0 }).collect();
+    let pass = decoder.head_backward(&hidden, &batch.targets, &dlogp)?;
+    decoder.backward(&ctx, saved, pass.dhidden.context("the head gave no gradient")?)?;
+    for parameter in decoder.parameters() {
+        parameter.grad.scale(1.0 / scale)?;
+    }
+    write_tensors(&args.output, &lora_tensors(&mut decoder, |it| &it.grad)?)?;
+    let loss: f64 = pass.logp.iter().zip(&dlogp).map(|(logp, dlogp)| logp * dlogp / scale).sum();
+    print(console, &json!({ "loss": loss, "trained_tokens": batch.trained_tokens() }))
+}
+
+/// Sequences with labels, as transformers has them: −100 where nothing is trained, else the token itself.
+fn labelled(text: &str) -> anyhow::Result<Batch> {
+    #[derive(Deserialize)]
+    struct Sequences {
+        sequences: Vec<Sequence>,
+    }
+    #[derive(Deserialize)]
+    struct Sequence {
+        ids: Vec<u32>,
+        labels: Vec<i64>,
+    }
+    let read: Sequences = serde_json::from_str(text).context("the sequences")?;
+    let mut samples = Vec::new();
+    for (n, Sequence { ids, labels }) in read.sequences.into_iter().enumerate() {
+        let n = n + 1;
+        ensure!(!ids.is_empty(), "sequence {n} has no ids");
+        ensure!(ids.len() == labels.len(), "sequence {n} has {} ids and {} labels", ids.len(), labels.len());
+        let wrong = ids.iter().zip(&labels).find(|(id, label)| **label != -100 && **label != i64::from(**id));
+        if let Some((id, label)) = wrong {
+            bail!("sequence {n} has the label {label} for token {id}, expected that or -100");
+        }
+        let trained = labels.iter().map(|it| *it != -100).collect();
+        samples.push(Sample { tokens: ids, trained, ..Sample::default() });
+    }
+    let batch = Batch::new(&samples);
+    ensure!(batch.trained_tokens() > 0, "no label is trained on; the first of each sequence follows nothing");
+    Ok(batch)
 }
 
 /// `{"ids": […], "tokens": […]}`: ids of a text, and how the vocabulary writes each.

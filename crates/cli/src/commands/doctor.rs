@@ -3,8 +3,8 @@
 use std::io::Write as _;
 use std::path::Path;
 
-use ferrotune_tensor::cuda_status;
 use ferrotune_tensor::product::cpu_products;
+use ferrotune_tensor::{Device, MINIMUM_DRIVER, cuda_status};
 
 use crate::Outcome;
 use crate::console::{Color, Console, bytes};
@@ -36,12 +36,18 @@ pub fn run(console: &Console) -> anyhow::Result<Outcome> {
     if cuda.cards.is_empty() {
         line("gpu", "none found".to_string())?;
     }
-    for (ordinal, (name, memory)) in cuda.cards.iter().enumerate() {
-        line("gpu", format!("cuda:{ordinal} {name}, {}", bytes(*memory as u64)))?;
+    for (ordinal, card) in cuda.cards.iter().enumerate() {
+        let (major, minor) = card.capability;
+        let memory = bytes(card.memory);
+        line("gpu", format!("cuda:{ordinal} {}, {memory}, compute capability {major}.{minor}", card.name))?;
     }
-    let driver = cuda
-        .driver_version
-        .map_or("not found".to_string(), |(major, minor)| format!("takes CUDA up to {major}.{minor}"));
+    let driver = match (cuda.driver_version, &cuda.error) {
+        (_, Some(error)) => error.clone(),
+        (Some((major, minor)), None) => {
+            format!("takes CUDA up to {major}.{minor}; {MINIMUM_DRIVER} or newer is needed")
+        }
+        (None, None) => format!("not found; {MINIMUM_DRIVER} or newer is needed for a GPU"),
+    };
     line("driver", driver)?;
     for library in &cuda.libraries {
         let found = match &library.found {
@@ -59,7 +65,15 @@ pub fn run(console: &Console) -> anyhow::Result<Outcome> {
         Err(error) => error.to_string(),
     };
     line("model cache", cache)?;
-    line("training", format!("will use the cpu; products in {}", cpu_products()))?;
+    let training = match Device::open("auto") {
+        Ok(Device::Cpu) => format!("will use the cpu; products in {}", cpu_products()),
+        Ok(Device::Cuda(gpu)) => {
+            let dtype = if gpu.has_bf16() { "bf16" } else { "f16" };
+            format!("will use {gpu:?} in {dtype}; products by {}", gpu.products())
+        }
+        Err(error) => error.to_string(),
+    };
+    line("training", training)?;
     out.flush()?;
     Ok(Outcome::Done)
 }

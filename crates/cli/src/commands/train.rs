@@ -10,12 +10,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::Context as _;
 use ferrotune_data::{BatchSource as _, Batches};
 use ferrotune_export::{ModelCard, PeftAdapter};
-use ferrotune_model::{Decoder, Recompute};
+use ferrotune_model::spec::MemoryPlan;
+use ferrotune_model::{BuildOptions, Decoder, Recompute};
 use ferrotune_nn::LanguageModel as _;
-use ferrotune_tensor::{Error, Result, peak_resident_bytes};
+use ferrotune_tensor::{DType, Error, Result, peak_resident_bytes};
 use ferrotune_trainer::{
-    AdamW, Control, Ending, LogWriter, NextToken, RunHooks, Schedule, ScheduleKind, Settings, StepReport,
-    Summary, read_state, train,
+    AdamW, AdamW8bit, Control, Ending, LogWriter, LossScale, NextToken, Optimizer, RunHooks, Schedule,
+    ScheduleKind, Settings, StepReport, Summary, read_state, train,
 };
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -23,8 +24,7 @@ use crate::Outcome;
 use crate::args::TrainArgs;
 use crate::config::{self, RunConfig, SaveStrategy};
 use crate::console::{Console, bytes, thousands};
-use crate::machine;
-use crate::run::{Adapters, Run, build_decoder, lora_config, memory, peft_adapter};
+use crate::run::{Adapters, Run, available_memory, build_decoder, lora_config, memory_plan, peft_adapter};
 
 /// Keys that a resumed run may change.
 const FREE_KEYS: [&str; 22] = [
@@ -72,15 +72,14 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
             (Adapters::New(lora_config(&run.config)), None)
         }
     };
-    let mut model = build_decoder(&run.config, &run.model.files, run.precision, adapters)?;
-    model.recompute.fill(recompute(&run, longest_batch));
+    let model = build_decoder(&run.config, &run.model.files, &run.computing, adapters);
+    let mut model = model.map_err(|error| match error.downcast::<Error>() {
+        Ok(error) => out_of_memory(error, &run, longest_batch),
+        Err(error) => error,
+    })?;
+    model.recompute = recompute(&run, longest_batch);
     describe(&run, &mut model, &batches, total_steps, console)?;
-    let mut optimizer = AdamW::new(
-        run.config.adam_beta1,
-        run.config.adam_beta2,
-        run.config.adam_epsilon,
-        run.config.weight_decay,
-    );
+    let mut optimizer = optimizer(&run.config);
     let done = resumed.as_ref().map_or(0, |(state, _)| state.step);
     let mut hooks = Hooks {
         run: &run,
@@ -91,9 +90,10 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
         since_log: (0.0, 0),
         interrupted: interrupted()?,
     };
-    let summary = train(&settings, resumed, &mut model, &mut batches, &NextToken, &mut optimizer, &mut hooks);
+    let summary =
+        train(&settings, resumed, &mut model, &mut batches, &NextToken, optimizer.as_mut(), &mut hooks);
     hooks.bar.finish_and_clear();
-    let summary = summary?;
+    let summary = summary.map_err(|error| out_of_memory(error, &run, longest_batch))?;
     if let Ending::Stopped(checkpoint) = &summary.ending {
         console.warn(format!(
             "interrupted after step {} of {total_steps}; saved to {}. Go on with: ferrotune train {}{} resume_from_checkpoint=true",
@@ -106,6 +106,23 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
     }
     hooks.save_model(&mut model, &run.output_dir.clone())?;
     finish(&run, &summary, console)
+}
+
+/// Where memory ran out, says with what the whole was reckoned and which keys change it.
+fn out_of_memory(error: Error, run: &Run, longest_batch: usize) -> anyhow::Error {
+    if !matches!(error, Error::OutOfMemory { .. }) {
+        return error.into();
+    }
+    let plan = memory_plan(&run.config, &run.computing, longest_batch);
+    let lean = MemoryPlan { recompute: true, ..plan };
+    let spec = &run.model.files.spec;
+    anyhow::anyhow!(
+        "{error}. Micro-batches of {} tokens were reckoned to take about {}, and {} with `recompute: all`; lower `per_device_train_batch_size` or `cutoff_len`{}",
+        thousands(longest_batch as u64),
+        bytes(spec.memory(&plan).total()),
+        bytes(spec.memory(&lean).total()),
+        if run.config.quantization_bit.is_none() { ", or set `quantization_bit: 4`" } else { "" },
+    )
 }
 
 fn settings(run: &Run, batches: &Batches, total_steps: u64, steps_per_epoch: u64) -> Settings {
@@ -126,9 +143,21 @@ fn settings(run: &Run, batches: &Batches, total_steps: u64, steps_per_epoch: u64
         gradient_accumulation_steps: config.gradient_accumulation_steps,
         max_grad_norm: config.max_grad_norm,
         seed: config.seed,
+        loss_scale: match run.computing.dtype {
+            DType::F16 => LossScale::dynamic(),
+            _ => LossScale::none(),
+        },
         save_steps: save_steps as usize,
         save_total_limit: config.save_total_limit,
         identity: identity(run, batches),
+    }
+}
+
+fn optimizer(config: &RunConfig) -> Box<dyn Optimizer> {
+    let (beta1, beta2, epsilon) = (config.adam_beta1, config.adam_beta2, config.adam_epsilon);
+    match config.optim {
+        config::Optimizer::AdamW => Box::new(AdamW::new(beta1, beta2, epsilon, config.weight_decay)),
+        config::Optimizer::AdamW8bit => Box::new(AdamW8bit::new(beta1, beta2, epsilon, config.weight_decay)),
     }
 }
 
@@ -163,17 +192,20 @@ fn remove_old_checkpoints(output_dir: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Keeps activations where memory allows it.
-fn recompute(run: &Run, longest_batch: usize) -> Recompute {
-    match run.config.recompute_policy() {
-        config::Recompute::Keep => Recompute::Keep,
-        config::Recompute::All => Recompute::Recompute,
+/// What each block keeps. `auto` keeps as many blocks whole as memory allows.
+fn recompute(run: &Run, longest_batch: usize) -> Vec<Recompute> {
+    let blocks = run.model.files.spec.layers.len();
+    let kept = match run.config.recompute_policy() {
+        config::Recompute::Keep => blocks,
+        config::Recompute::All => 0,
+        config::Recompute::Offload => return vec![Recompute::Offload; blocks],
         config::Recompute::Auto => {
-            let needed = memory(&run.config, &run.model, longest_batch).total();
-            let fits = machine::available_memory().is_none_or(|available| needed < available / 10 * 9);
-            if fits { Recompute::Keep } else { Recompute::Recompute }
+            let plan = memory_plan(&run.config, &run.computing, longest_batch);
+            available_memory(&run.computing)
+                .map_or(blocks, |available| run.model.files.spec.blocks_kept(&plan, available / 10 * 9))
         }
-    }
+    };
+    (0..blocks).map(|block| if block < kept { Recompute::Keep } else { Recompute::Recompute }).collect()
 }
 
 /// What is about to be trained, in PEFT's words where it has them.
@@ -199,10 +231,18 @@ fn describe(
         thousands(batches.samples().len() as u64),
         100.0 * run.data.report.trained_share(),
         thousands(batches.batches_per_epoch() as u64),
-        run.device.name(),
+        device_name(&run.computing),
         bytes(model.weight_bytes() as u64),
     ));
     Ok(())
+}
+
+/// `cpu`, or the card and the type it computes in.
+fn device_name(computing: &BuildOptions) -> String {
+    match computing.device.gpu() {
+        Some(gpu) => format!("{gpu:?} in {}", computing.dtype.as_str()),
+        None => computing.device.name(),
+    }
 }
 
 fn bar(console: &Console, total_steps: u64) -> ProgressBar {
@@ -312,6 +352,17 @@ fn finish(run: &Run, summary: &Summary, console: &Console) -> anyhow::Result<Out
     )?;
     if let Some(peak) = peak_resident_bytes() {
         writeln!(out, "peak memory {}", bytes(peak))?;
+    }
+    if let Some(gpu) = run.computing.device.gpu() {
+        let memory = gpu.memory();
+        writeln!(
+            out,
+            "peak GPU memory {} allocated, {} reserved; {} of {} in use on the card",
+            bytes(memory.peak_allocated),
+            bytes(memory.peak_reserved),
+            bytes(memory.in_use),
+            bytes(memory.total)
+        )?;
     }
     writeln!(out, "{}:", run.output_dir.display())?;
     let entries =

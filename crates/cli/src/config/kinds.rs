@@ -397,9 +397,11 @@ choice! {
     Optimizer {
         /// AdamW with 32-bit states.
         AdamW = "adamw_torch" | "adamw_torch_fused" | "adamw_hf",
+        /// AdamW with 8-bit states in blocks of 256, as bitsandbytes keeps them.
+        AdamW8bit = "adamw_8bit" | "adamw_bnb_8bit",
     }
     later {
-        "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw", "paged_adamw_32bit", "sgd", "lion",
+        "paged_adamw_8bit", "paged_adamw", "paged_adamw_32bit", "sgd", "lion",
         "lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit", "adafactor", "muon", "adagrad",
         "rmsprop",
     } wrong {}
@@ -414,8 +416,10 @@ choice! {
         Keep = "keep",
         /// Computes every block's activations again in the backward pass: leanest.
         All = "all",
+        /// Keeps every block's activations in the host's memory (on a GPU).
+        Offload = "offload",
     }
-    later { "offload" } wrong {}
+    later {} wrong {}
 }
 
 choice! {

@@ -176,7 +176,7 @@ settings! {
         adam_epsilon: f64 = 1e-8,
         /// Longest gradient, all weights together; 0 for no limit.
         max_grad_norm: f64 = 1.0,
-        /// Optimizer: adamw_torch.
+        /// Optimizer: adamw_torch or adamw_8bit.
         optim: Optimizer = Optimizer::AdamW,
         /// Seed of everything random.
         seed: u64 = 42,
@@ -184,11 +184,11 @@ settings! {
     "Device" {
         /// auto, cpu, cuda or cuda:N.
         device: String = "auto".to_string(),
-        /// Compute in bf16 where the device has it; weights that are trained stay in f32.
+        /// Compute in bf16; weights that are trained stay in f32. A GPU that has bf16 does so by itself, unless this is false.
         bf16: bool = false,
-        /// Compute in f16, on a GPU.
+        /// Compute in f16 with loss scaling, on a GPU. One without bf16 does so by itself, unless this is false.
         fp16: bool = false,
-        /// Activations in the backward pass: keep, all (computed again) or auto.
+        /// Activations in the backward pass: keep, all (computed again), offload (to the host) or auto.
         recompute: Recompute = Recompute::Auto,
         /// The same as `recompute: keep`.
         disable_gradient_checkpointing: bool = false,

@@ -44,7 +44,7 @@ fn values_of_each_kind() {
         "lora_target: q_proj, v_proj\ndataset:\n  - a.jsonl\n  - b\noutput_dir: out/x\nhf_hub_token: '0123'\n\
          quantization_bit: 4\ndouble_quantization: no\nsave_steps: 0.1\nmax_steps: -1\nlogging_steps: 5.0\n\
          dataset_values: {name: Ada, author: \"Lovelace & Co\"}\nresume_from_checkpoint: out/x/checkpoint-5\n\
-         lora_alpha: null\nmax_samples: 1_000\nlr_scheduler_type: cosine\noptim: adamw_torch\n",
+         lora_alpha: null\nmax_samples: 1_000\nlr_scheduler_type: cosine\noptim: adamw_bnb_8bit\n",
         &["dataset_values.name=Grace", "warmup_ratio=.1", "default_system=You: a #1 poet"],
     );
     assert_eq!(config.lora_target, ["q_proj", "v_proj"]);
@@ -58,7 +58,7 @@ fn values_of_each_kind() {
     assert_eq!(config.dataset_values["name"], "Grace");
     assert_eq!(config.dataset_values["author"], "Lovelace & Co");
     assert_eq!(config.resume_from_checkpoint, Resume::From(PathBuf::from("out/x/checkpoint-5")));
-    assert_eq!(config.max_samples, Some(1000));
+    assert_eq!((config.max_samples, config.optim), (Some(1000), Optimizer::AdamW8bit));
     assert_eq!(config.warmup(50), 5);
     assert_eq!(config.default_system.as_deref(), Some("You: a #1 poet"));
     assert!(!config.values().iter().any(|(_, value)| value.contains("0123")), "no secrets");
@@ -121,7 +121,7 @@ fn later_keys_are_refused_by_name() {
             "c.yaml:2: `use_dora` is not there yet; leave it out",
             "c.yaml:3: `deepspeed` is not there yet; leave it out",
             "c.yaml:4: `template`: templates by name, here `llama3`, are not there yet; leave the key out to use the chat template that comes with the model",
-            "c.yaml:5: `optim`: `paged_adamw_8bit` is not there yet; there is adamw_torch",
+            "c.yaml:5: `optim`: `paged_adamw_8bit` is not there yet; there is adamw_torch, adamw_8bit",
             "c.yaml:6: `quantization_bit`: `8` is not there yet; there is 4",
             "c.yaml:8: `device_map` is not there yet; leave it out",
             "c.yaml:9: `val_size` is not there yet; leave it out",

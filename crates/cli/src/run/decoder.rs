@@ -6,9 +6,9 @@ use ferrotune_export::{LoraTensors, Modules, PeftAdapter};
 use ferrotune_lora::{LoraAdapter, LoraConfig, Target};
 use ferrotune_model::source::{ModelFiles, Stored};
 use ferrotune_model::{BuildOptions, Decoder, PartSpec, build, dense_part};
-use ferrotune_nn::{LanguageModel, Part};
-use ferrotune_quant::{Nf4Weight, Scales};
-use ferrotune_tensor::{DType, Precision, Result};
+use ferrotune_nn::{LanguageModel, Parameter, Part, Weight};
+use ferrotune_quant::{Nf4GpuWeight, Nf4Weight, Scales};
+use ferrotune_tensor::{DType, Device, Precision, Result, Tensor};
 
 use super::{OpenModel, open_device, set_threads};
 use crate::config::RunConfig;
@@ -31,24 +31,28 @@ pub enum Adapters {
 pub fn build_decoder(
     config: &RunConfig,
     files: &ModelFiles,
-    precision: Precision,
+    computing: &BuildOptions,
     adapters: Adapters,
 ) -> anyhow::Result<Decoder> {
-    let mut adapters = Maker::new(adapters, files, precision)?;
+    let mut adapters = Maker::new(adapters, files, computing.precision)?;
     let scales = if config.double_quantization { Scales::Nested } else { Scales::Plain };
     let mut make = |spec: &PartSpec, stored: Stored| -> Result<Part> {
         let mut part = match (config.quantization_bit, stored) {
             (Some(_), Stored::Dense(value)) => {
-                let weight = Box::new(Nf4Weight::quantize(&value, scales, precision)?);
+                let weight: Box<dyn Weight> = match &computing.device {
+                    Device::Cpu => Box::new(Nf4Weight::quantize(&value, scales, computing.precision)?),
+                    gpu => Box::new(Nf4GpuWeight::quantize(&value.to_device(gpu)?, scales)?),
+                };
                 Part { name: spec.name.clone(), weight, bias: None, adapter: None }
             }
-            (_, stored) => dense_part(spec, stored, precision)?,
+            (_, stored) => dense_part(spec, stored, computing)?,
         };
-        part.adapter = adapters.make(spec)?.map(|adapter| Box::new(adapter) as _);
+        if let Some(adapter) = adapters.make(spec)? {
+            part.adapter = Some(Box::new(adapter.to_device(&computing.device, computing.dtype)?));
+        }
         Ok(part)
     };
-    let options = BuildOptions { precision, dtype: DType::F32 };
-    Ok(build(&files.spec, files.source.as_ref(), options, &mut make)?)
+    Ok(build(&files.spec, files.source.as_ref(), computing.clone(), &mut make)?)
 }
 
 /// Opens the model that the config names and builds it, with the trained adapter it names.
@@ -57,13 +61,13 @@ pub fn build_decoder(
 /// When the model or the adapter is missing, damaged or of another model.
 pub fn open_decoder(config: &RunConfig, console: &Console) -> anyhow::Result<(OpenModel, Decoder)> {
     set_threads(config);
-    let (_, precision) = open_device(config, console)?;
+    let computing = open_device(config, console)?;
     let model = OpenModel::open(config, console)?;
     let adapters = match &config.adapter_name_or_path {
         Some(folder) => Adapters::Trained(Box::new(PeftAdapter::read(folder)?)),
         None => Adapters::None,
     };
-    let decoder = build_decoder(config, &model.files, precision, adapters)?;
+    let decoder = build_decoder(config, &model.files, &computing, adapters)?;
     Ok((model, decoder))
 }
 
@@ -134,17 +138,26 @@ pub fn lora_config(config: &RunConfig) -> LoraConfig {
     }
 }
 
+/// One tensor of each adapter matrix, by module.
+///
+/// # Errors
+/// When a tensor can't be read.
+pub fn lora_tensors(model: &mut Decoder, tensor: fn(&Parameter) -> &Tensor) -> Result<Vec<LoraTensors>> {
+    let mut pairs: Vec<LoraTensors> = Vec::new();
+    let mut parameters = model.parameters().into_iter();
+    while let (Some(a), Some(b)) = (parameters.next(), parameters.next()) {
+        let module = a.name.trim_end_matches(".lora_A.weight").to_string();
+        pairs.push(LoraTensors { module, a: tensor(a).to_cpu()?, b: tensor(b).to_cpu()? });
+    }
+    Ok(pairs)
+}
+
 /// The trained adapter as PEFT stores it.
 ///
 /// # Errors
 /// When a tensor can't be read.
 pub fn peft_adapter(config: &RunConfig, base: &str, model: &mut Decoder) -> anyhow::Result<PeftAdapter> {
-    let mut pairs: Vec<LoraTensors> = Vec::new();
-    let mut parameters = model.parameters().into_iter();
-    while let (Some(a), Some(b)) = (parameters.next(), parameters.next()) {
-        let module = a.name.trim_end_matches(".lora_A.weight").to_string();
-        pairs.push(LoraTensors { module, a: a.value.clone(), b: b.value.clone() });
-    }
+    let pairs = lora_tensors(model, |it| &it.value)?;
     // PEFT takes kinds of modules; all of them, where all are meant.
     let mut kinds: Vec<String> =
         pairs.iter().filter_map(|it| Some(it.module.rsplit('.').next()?.to_string())).collect();

@@ -76,6 +76,23 @@ impl ModelSpec {
         }
     }
 
+    /// Blocks that can keep all that their backward reads when so many bytes are free once the weights
+    /// are in memory; the others keep their input.
+    pub fn blocks_kept(&self, plan: &MemoryPlan, available: u64) -> usize {
+        let blocks = self.layers.len();
+        let leanest = self.memory(&MemoryPlan { recompute: true, ..*plan });
+        // Moments come with the first step, and gradients of a block's insides with its backward.
+        let fixed = leanest.adapters / 2 + 2 * leanest.logits + 2 * leanest.activations;
+        let mut free = available.saturating_sub(fixed);
+        let fits = |layer: &usize| {
+            let whole = self.kept_per_token(*layer, plan) * plan.tokens as u64;
+            let left = free.checked_sub(whole);
+            free = left.unwrap_or(0);
+            left.is_some()
+        };
+        (0..blocks).take_while(fits).count()
+    }
+
     /// Bytes that a block keeps of one token: x, q, k, v, out, mid, gate, up, what the adapters'
     /// first halves gave, and in f32 the two norms' reciprocals and one sum for each head.
     fn kept_per_token(&self, layer: usize, plan: &MemoryPlan) -> u64 {

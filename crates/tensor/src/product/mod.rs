@@ -17,6 +17,7 @@ mod pack;
 mod portable;
 #[cfg(target_arch = "x86_64")]
 mod scratch;
+mod tensors;
 #[cfg(target_arch = "x86_64")]
 mod thin;
 
@@ -25,12 +26,16 @@ use std::ops::Range;
 
 use crate::tensor::Real;
 
+pub(crate) use tensors::{Layout, Placed, Product};
+pub use tensors::{Operand, multiply, multiply_on_gpu};
+
 /// How exactly products are computed on the CPU. Sums are always kept in f32 (or f64).
 ///
 /// [`bf16_products`] says what the second choice comes to here.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Precision {
     /// Operands as they are.
+    #[default]
     Full,
     /// f32 operands are rounded to bf16 (nearest even) first where that is faster. Thin products, and
     /// all products of CPUs whose bf16 is no faster, are as with `Full`.
@@ -216,7 +221,7 @@ pub fn matmul_tiles(
     let threads = threads(a.rows, k, n);
     #[cfg(target_arch = "x86_64")]
     if let Some(engine) = engine::Engine::of(precision, a.rows, k, n) {
-        return multiply(engine, alpha, a, blocked::Right::Tiles { w, transposed }, beta, c, threads);
+        return by_engine(engine, alpha, a, blocked::Right::Tiles { w, transposed }, beta, c, threads);
     }
     let _ = precision;
     portable::product_tiles(alpha, a, w, transposed, beta, c, threads);
@@ -242,14 +247,14 @@ fn dense<T: Real>(
     {
         let (alpha, beta) = (alpha.wide() as f32, beta.wide() as f32);
         let c = c.into_f32().expect("the type of a");
-        return multiply(engine, alpha, a, blocked::Right::Dense(b), beta, c, threads);
+        return by_engine(engine, alpha, a, blocked::Right::Dense(b), beta, c, threads);
     }
     let _ = precision;
     portable::product(alpha, a, b, beta, c, threads);
 }
 
 #[cfg(target_arch = "x86_64")]
-fn multiply(
+fn by_engine(
     engine: engine::Engine,
     alpha: f32,
     a: Matrix<'_, f32>,

@@ -1,0 +1,186 @@
+//! On a GPU, weights and low-rank adapters of all parts as one product each way.
+//!   E = [ W  B ]   (output + R, input + R); parts of W and A one below the other, blocks of B on their
+//!       [ A  · ]   parts' rows and ranks, 0 beside them
+//!   forward:  low = s·x·Aᵀ,   y = [x low]·[W B]ᵀ
+//!   backward: dlow = s·dy·B,  dx = [dy dlow]·[W; A],  dA += dlowᵀ·x,  dB += dyᵀ·low
+//! What adapters add then costs R more columns of a large product, not another pass over y and dx. The
+//! tensors x and dy have room for low and dlow beside their own columns; one without is copied.
+
+use ferrotune_tensor::{Operand, Result, Tensor, multiply, multiply_on_gpu};
+
+use super::{Linear, LowRank, Part, add_bias};
+use crate::Context;
+
+/// Widths are kept multiples of this, so that rows begin at addresses that are read fastest.
+const ALIGNMENT: usize = 8;
+
+/// A [`Linear`] whose adapters, if any, are all of low rank with one scaling.
+pub(super) struct Fused<'a> {
+    parts: Vec<(&'a Part, Option<LowRank<'a>>)>,
+    scaling: f64,
+    inputs: usize,
+    outputs: usize,
+    /// R of all parts together, rounded up.
+    room: usize,
+}
+
+/// What the backward pass leaves for the adapters' gradients.
+pub(super) struct Low {
+    /// (N, input + R): x where it had no room, and low.
+    x: Option<Tensor>,
+    /// (N, output + R): dy where it had no room, and dlow.
+    dy: Option<Tensor>,
+    inputs: usize,
+    outputs: usize,
+}
+
+impl Linear {
+    /// Columns that this layer's input and its output's gradient should have beside their own.
+    pub fn room(&self, ctx: &Context, like: &Tensor) -> usize {
+        self.fused(ctx, like).map_or(0, |fused| fused.room)
+    }
+
+    pub(super) fn fused(&self, ctx: &Context, like: &Tensor) -> Option<Fused<'_>> {
+        like.gpu()?;
+        let mut scaling = None;
+        let mut parts = Vec::with_capacity(self.parts.len());
+        for part in &self.parts {
+            let low_rank = match &part.adapter {
+                Some(adapter) if ctx.adapters => Some(adapter.low_rank(ctx)?),
+                _ => None,
+            };
+            if let Some(low_rank) = &low_rank
+                && *scaling.get_or_insert(low_rank.scaling) != low_rank.scaling
+            {
+                return None;
+            }
+            parts.push((part, low_rank));
+        }
+        let ranks: usize = parts.iter().filter_map(|(_, low_rank)| Some(low_rank.as_ref()?.a.rows())).sum();
+        Some(Fused {
+            scaling: scaling.unwrap_or(0.0),
+            inputs: self.cols(),
+            outputs: self.rows(),
+            room: ranks.next_multiple_of(ALIGNMENT),
+            parts,
+        })
+    }
+}
+
+impl Fused<'_> {
+    /// E
+    fn weights(&self, like: &Tensor) -> Result<Tensor> {
+        let (inputs, outputs) = (self.inputs, self.outputs);
+        let mut all = like.empty_like(outputs + self.room, inputs + self.room)?;
+        all.set_block_zero(0..outputs, inputs..inputs + self.room)?;
+        let (mut row, mut rank) = (0, 0);
+        for (part, low_rank) in &self.parts {
+            part.weight.write_dense(&mut all, row)?;
+            if let Some(LowRank { a, b, .. }) = low_rank {
+                all.write_block((outputs + rank, 0), a, (0..a.rows(), 0..a.cols()))?;
+                all.write_block((row, inputs + rank), b, (0..b.rows(), 0..b.cols()))?;
+                rank += a.rows();
+            }
+            row += part.weight.rows();
+        }
+        all.set_block_zero(outputs + rank..outputs + self.room, 0..inputs)?;
+        Ok(all)
+    }
+
+    /// y, with `room` columns to spare.
+    pub(super) fn forward(&self, x: &Tensor, room: usize) -> Result<Tensor> {
+        let y = x.empty_like(x.rows(), self.outputs + room)?;
+        let weights = self.weights(x)?;
+        let copied = self.with_low(x, &weights)?;
+        let wide = self.inputs + self.room;
+        let x = Operand::columns(copied.as_ref().unwrap_or(x), 0..wide);
+        let weights = Operand::block(&weights, 0..self.outputs, 0..wide);
+        multiply_on_gpu(1.0, x, weights.transposed(), 0.0, &y, 0..self.outputs)?;
+        self.add_biases(y)
+    }
+
+    /// dx, and what the gradients of the adapters are made of.
+    pub(super) fn backward(&self, x: &Tensor, dy: &Tensor) -> Result<(Tensor, Low)> {
+        let (inputs, outputs, room) = (self.inputs, self.outputs, self.room);
+        let weights = self.weights(x)?;
+        let low_x = self.with_low(x, &weights)?;
+        let low_dy = with_room(dy, outputs, room)?;
+        let wide_dy = low_dy.as_ref().unwrap_or(dy);
+        if room > 0 {
+            let b = Operand::block(&weights, 0..outputs, inputs..inputs + room);
+            let dy = Operand::columns(wide_dy, 0..outputs);
+            multiply_on_gpu(self.scaling, dy, b, 0.0, wide_dy, outputs..outputs + room)?;
+        }
+        let dx = x.empty_like(x.rows(), inputs)?;
+        let dy = Operand::columns(wide_dy, 0..outputs + room);
+        multiply_on_gpu(1.0, dy, Operand::columns(&weights, 0..inputs), 0.0, &dx, 0..inputs)?;
+        Ok((dx, Low { x: low_x, dy: low_dy, inputs, outputs }))
+    }
+
+    /// Writes low beside x; the copy of x, where it had no room.
+    fn with_low(&self, x: &Tensor, weights: &Tensor) -> Result<Option<Tensor>> {
+        let (inputs, room) = (self.inputs, self.room);
+        let copied = with_room(x, inputs, room)?;
+        if room > 0 {
+            let a = Operand::block(weights, self.outputs..self.outputs + room, 0..inputs);
+            let wide = copied.as_ref().unwrap_or(x);
+            let x = Operand::columns(wide, 0..inputs);
+            multiply_on_gpu(self.scaling, x, a.transposed(), 0.0, wide, inputs..inputs + room)?;
+        }
+        Ok(copied)
+    }
+
+    fn add_biases(&self, mut y: Tensor) -> Result<Tensor> {
+        let mut at = 0;
+        for (part, _) in &self.parts {
+            if let Some(bias) = &part.bias {
+                add_bias(bias, &mut y, at)?;
+            }
+            at += part.weight.rows();
+        }
+        Ok(y)
+    }
+}
+
+impl Low {
+    /// dA += dlowᵀ·x,  dB += dyᵀ·low
+    pub(super) fn add_gradients(&self, parts: &mut [Part], x: &Tensor, dy: &Tensor) -> Result<()> {
+        let (x, dy) = (self.x.as_ref().unwrap_or(x), self.dy.as_ref().unwrap_or(dy));
+        let (mut row, mut rank) = (0, 0);
+        for part in parts {
+            let rows = part.weight.rows();
+            if let Some((a, b)) = part.adapter.as_mut().and_then(|it| it.low_rank_gradients())
+                && x.cols() > self.inputs
+            {
+                let low = |first: usize, r: usize| first + rank..first + rank + r;
+                let (r, inputs) = (a.rows(), a.cols());
+                let dlow = Operand::columns(dy, low(self.outputs, r)).transposed();
+                let own = Operand::columns(x, 0..self.inputs);
+                multiply(Default::default(), 1.0, dlow, own, 1.0, a, 0..inputs)?;
+                let dy = Operand::columns(dy, row..row + rows).transposed();
+                multiply(
+                    Default::default(),
+                    1.0,
+                    dy,
+                    Operand::columns(x, low(self.inputs, r)),
+                    1.0,
+                    b,
+                    0..r,
+                )?;
+                rank += r;
+            }
+            row += rows;
+        }
+        Ok(())
+    }
+}
+
+/// A copy with room, unless the tensor has it.
+fn with_room(x: &Tensor, own: usize, room: usize) -> Result<Option<Tensor>> {
+    if x.cols() >= own + room {
+        return Ok(None);
+    }
+    let mut wide = x.empty_like(x.rows(), own + room)?;
+    wide.write_block((0, 0), x, (0..x.rows(), 0..own))?;
+    Ok(Some(wide))
+}

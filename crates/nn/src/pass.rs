@@ -1,0 +1,64 @@
+use std::sync::{Arc, Mutex, OnceLock};
+
+use ferrotune_tensor::{DType, Device, Error, Result, Tensor};
+
+use crate::{Context, Rope};
+
+/// What the layers of one pass share and would else make again: tables of angles, and on a GPU the
+/// list of attention's blocks.
+#[derive(Debug, Default)]
+pub struct PassCache {
+    pub(crate) rope: Mutex<Vec<(Rope, DType, Arc<Tensor>)>>,
+    query_blocks: OnceLock<Tensor>,
+    key_blocks: OnceLock<Tensor>,
+}
+
+impl Context {
+    /// (blocks, 4) of at most `most` queries: first query row, queries, first key row, position of the
+    /// first query. All layers of a model take blocks of one size.
+    pub(crate) fn query_blocks(&self, device: &Device, most: usize) -> Result<&Tensor> {
+        let block = |sequence: &std::ops::Range<usize>, start: usize| {
+            [start, most.min(sequence.end - start), sequence.start, start - sequence.start]
+        };
+        self.blocks(&self.shared.query_blocks, device, most, block)
+    }
+
+    /// (blocks, 4) of at most `most` keys: first key row, keys, first row and end of the sequence.
+    pub(crate) fn key_blocks(&self, device: &Device, most: usize) -> Result<&Tensor> {
+        let block = |sequence: &std::ops::Range<usize>, start: usize| {
+            [start, most.min(sequence.end - start), sequence.start, sequence.end]
+        };
+        self.blocks(&self.shared.key_blocks, device, most, block)
+    }
+
+    fn blocks<'a>(
+        &'a self,
+        kept: &'a OnceLock<Tensor>,
+        device: &Device,
+        most: usize,
+        block: impl Fn(&std::ops::Range<usize>, usize) -> [usize; 4],
+    ) -> Result<&'a Tensor> {
+        if let Some(blocks) = kept.get() {
+            return Ok(blocks);
+        }
+        let all = self.sequences().flat_map(|sequence| {
+            sequence.clone().step_by(most).map(|start| block(&sequence, start)).collect::<Vec<_>>()
+        });
+        let blocks = descriptors(all, device)?;
+        Ok(kept.get_or_init(|| blocks))
+    }
+}
+
+/// Blocks as the kernels read them.
+pub(crate) fn descriptors(blocks: impl Iterator<Item = [usize; 4]>, device: &Device) -> Result<Tensor> {
+    let words: Result<Vec<u32>> = blocks
+        .flatten()
+        .map(|it| {
+            i32::try_from(it)
+                .map(|it| it as u32)
+                .map_err(|_| Error::msg(format!("row {it} is beyond what a pass counts")))
+        })
+        .collect();
+    let words = words?;
+    Tensor::from_vec(words.len() / 4, 4, words)?.to_device(device)
+}

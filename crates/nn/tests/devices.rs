@@ -1,0 +1,348 @@
+//! Each operation on a GPU against the same operation on the CPU in f64, on sizes that divide no tile.
+//! Where there is no GPU these tests do nothing and say so.
+
+use std::sync::Arc;
+
+use ferrotune_nn::check::seeded;
+use ferrotune_nn::{
+    Activation, Attention, Context, DenseWeight, Embedding, Head, Layer, Linear, Mlp, Norm, NormKind, Part,
+    Rope,
+};
+use ferrotune_tensor::{DType, Device, Operand, Precision, Tensor, multiply};
+
+/// The GPU and a type that activations can have on it.
+struct Arm {
+    gpu: Device,
+    dtype: DType,
+    /// The most that a row may be off, relative to its norm.
+    tolerance: f64,
+}
+
+fn arms() -> Vec<Arm> {
+    let Some(gpu) = Device::each().into_iter().find(|it| it.gpu().is_some()) else {
+        eprintln!("skipped: there is no GPU here; `cargo xtask gpu-test` says how to run this on one");
+        return Vec::new();
+    };
+    let bf16 = gpu.gpu().is_some_and(|it| it.has_bf16());
+    [(DType::F32, 1e-5), (DType::F16, 2e-3), (DType::BF16, 1.6e-2)]
+        .into_iter()
+        .filter(|(dtype, _)| *dtype != DType::BF16 || bf16)
+        .map(|(dtype, tolerance)| Arm { gpu: gpu.clone(), dtype, tolerance })
+        .collect()
+}
+
+impl Arm {
+    /// The numbers rounded to this arm's type: on the GPU, and in f64 on the CPU.
+    fn both(&self, values: &Tensor) -> (Tensor, Tensor) {
+        let rounded = values.try_clone().unwrap().cast(DType::F32).unwrap().cast(self.dtype).unwrap();
+        let wide = rounded.try_clone().unwrap().cast(DType::F32).unwrap().cast(DType::F64).unwrap();
+        (rounded.to_device(&self.gpu).unwrap(), wide)
+    }
+
+    fn random(&self, rows: usize, cols: usize, seed: u64) -> (Tensor, Tensor) {
+        let mut values = seeded(rows, cols, seed);
+        values.scale(2.0).unwrap();
+        self.both(&values)
+    }
+
+    /// The same weight on the GPU and on the CPU.
+    fn weights(&self, values: &Tensor) -> (DenseWeight, DenseWeight) {
+        let (there, _) = self.both(values);
+        let here = there.to_cpu().unwrap();
+        let weight = |value| DenseWeight { value, precision: Precision::Full };
+        (weight(there), weight(here))
+    }
+
+    fn linears(&self, values: &Tensor) -> (Linear, Linear) {
+        let (there, here) = self.weights(values);
+        let linear = |weight: DenseWeight| Linear {
+            parts: vec![Part { name: "w".into(), weight: Box::new(weight), bias: None, adapter: None }],
+        };
+        (linear(there), linear(here))
+    }
+
+    #[track_caller]
+    fn check(&self, what: &str, got: &Tensor, expected: &Tensor) {
+        assert_eq!(got.shape(), expected.shape(), "{what}");
+        let (width, got) = (expected.cols().max(1), got.to_f32().unwrap());
+        let expected = expected.values::<f64>().unwrap();
+        let norm = |row: &[f64]| row.iter().map(|it| it * it).sum::<f64>().sqrt();
+        let rows = expected.len() / width;
+        let usual = norm(expected) / (rows.max(1) as f64).sqrt();
+        let mut worst: f64 = 0.0;
+        for (got, expected) in got.chunks(width).zip(expected.chunks(width)) {
+            let off: Vec<f64> = got.iter().zip(expected).map(|(a, b)| f64::from(*a) - b).collect();
+            let error = norm(&off) / norm(expected).max(0.1 * usual).max(1e-30);
+            worst = worst.max(if error.is_nan() { f64::INFINITY } else { error });
+        }
+        eprintln!("{what:<60} {:<5} {worst:.1e}", self.dtype.as_str());
+        assert!(
+            worst <= self.tolerance,
+            "{what} in {:?}: a row is off by {worst:.1e} of its norm",
+            self.dtype
+        );
+    }
+}
+
+/// Forward and backward of a layer on both devices.
+#[track_caller]
+fn check_layer<L: Layer>(arm: &Arm, what: &str, there: &mut L, here: &mut L, x: &Tensor, starts: Vec<usize>) {
+    let (x_there, x_here) = arm.both(x);
+    let (ctx_there, ctx_here) = (Context::new(starts.clone()), Context::new(starts));
+    let (y_there, saved_there) = there.forward(&ctx_there, &x_there).unwrap();
+    let (y_here, saved_here) = here.forward(&ctx_here, &x_here).unwrap();
+    arm.check(&format!("{what}, forward"), &y_there, &y_here);
+    let (dy_there, dy_here) = arm.both(&seeded(y_here.rows(), y_here.cols(), 77));
+    let dx_there = there.backward(&ctx_there, &x_there, saved_there, dy_there).unwrap();
+    let dx_here = here.backward(&ctx_here, &x_here, saved_here, dy_here).unwrap();
+    arm.check(&format!("{what}, backward"), &dx_there, &dx_here);
+}
+
+#[test]
+fn products() {
+    for arm in arms() {
+        for (m, n, k) in
+            [(1, 1, 1), (3, 65, 17), (130, 16, 300), (257, 384, 129), (64, 1000, 640), (512, 512, 2048)]
+        {
+            let (a, a_here) = arm.random(m, k, 1);
+            let (b, b_here) = arm.random(k, n, 2);
+            let (bt, bt_here) = arm.random(n, k, 3);
+            let (at, at_here) = arm.random(k, m, 4);
+            let op = Operand::new;
+            let pairs = [
+                ("a·b", op(&a), op(&b), op(&a_here), op(&b_here)),
+                ("a·bᵀ", op(&a), op(&bt).transposed(), op(&a_here), op(&bt_here).transposed()),
+                ("aᵀ·b", op(&at).transposed(), op(&b), op(&at_here).transposed(), op(&b_here)),
+            ];
+            for (name, a, b, a_here, b_here) in pairs {
+                for out in [arm.dtype, DType::F32] {
+                    let (old, old_here) = arm.random(m, n + 5, 5);
+                    let mut c = old.cast(out).unwrap();
+                    let mut c_here = old_here;
+                    multiply(Precision::Full, 0.5, a.clone(), b.clone(), 1.0, &mut c, 3..3 + n).unwrap();
+                    multiply(
+                        Precision::Full,
+                        0.5,
+                        a_here.clone(),
+                        b_here.clone(),
+                        1.0,
+                        &mut c_here,
+                        3..3 + n,
+                    )
+                    .unwrap();
+                    arm.check(&format!("{name} {m}×{n}×{k} into {out:?}"), &c, &c_here);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn norms() {
+    for arm in arms() {
+        for (rows, width, group) in
+            [(1, 7, 7), (5, 576, 576), (33, 3072, 3072), (3, 16384, 16384), (19, 320, 64), (4, 2049, 2049)]
+        {
+            for kind in [NormKind::Rms, NormKind::Layer] {
+                let weight = seeded(1, group, 3).cast(DType::F32).unwrap();
+                let bias = (kind == NormKind::Layer).then(|| seeded(1, group, 4).cast(DType::F32).unwrap());
+                let on = |device: &Device| {
+                    let place = |it: &Tensor| it.try_clone().unwrap().to_device(device).unwrap();
+                    Norm { kind, weight: place(&weight), bias: bias.as_ref().map(place), eps: 1e-5 }
+                };
+                let (there, here) = (on(&arm.gpu), on(&Device::Cpu));
+                let (x, x_here) = arm.random(rows, width, 8);
+                let what = format!("{kind:?} norm {rows}×{width}/{group}");
+                arm.check(
+                    &format!("{what}, forward"),
+                    &there.forward(&x).unwrap(),
+                    &here.forward(&x_here).unwrap(),
+                );
+                let (dy, dy_here) = arm.random(rows, width, 9);
+                let (dx, dx_here) =
+                    (there.backward(&x, dy).unwrap(), here.backward(&x_here, dy_here).unwrap());
+                arm.check(&format!("{what}, backward"), &dx, &dx_here);
+            }
+        }
+    }
+}
+
+#[test]
+fn mlps() {
+    for arm in arms() {
+        for (rows, width, inner) in [(1, 16, 24), (67, 64, 96), (130, 40, 1000)] {
+            for activation in [Activation::Silu, Activation::GeluTanh] {
+                for gated in [true, false] {
+                    let mut scaled = seeded(inner * (1 + usize::from(gated)), width, 1);
+                    scaled.scale(4.0 / (width as f64).sqrt()).unwrap();
+                    let part = |half: usize| {
+                        let values =
+                            scaled.values::<f64>().unwrap()[half * inner * width..][..inner * width].to_vec();
+                        arm.linears(&Tensor::from_vec(inner, width, values).unwrap())
+                    };
+                    let (mut gate_up, mut gate_up_here) = part(0);
+                    if gated {
+                        let (up, up_here) = part(1);
+                        gate_up.parts.extend(up.parts);
+                        gate_up_here.parts.extend(up_here.parts);
+                    }
+                    let (down, down_here) = arm.linears(&seeded(width, inner, 2));
+                    let mut there = Mlp { gate_up, down, activation };
+                    let mut here = Mlp { gate_up: gate_up_here, down: down_here, activation };
+                    let what = format!("mlp {rows}×{width}×{inner} {activation:?} gated {gated}");
+                    check_layer(&arm, &what, &mut there, &mut here, &seeded(rows, width, 3), vec![0, rows]);
+                }
+            }
+        }
+    }
+}
+
+fn identity(n: usize) -> Tensor {
+    let values = (0..n * n).map(|i| f64::from(u8::from(i / n == i % n))).collect();
+    Tensor::from_vec(n, n, values).unwrap()
+}
+
+#[test]
+fn attention() {
+    for arm in arms() {
+        for head_dim in [16, 32, 64, 80, 96, 128, 256] {
+            for (heads, kv_heads, window, softcap) in [
+                (4, 2, None, None),
+                (3, 1, Some(37), None),
+                (2, 2, None, Some(5.0)),
+                (4, 1, Some(64), Some(3.0)),
+            ] {
+                let width = (heads + 2 * kv_heads) * head_dim;
+                // Projections that change nothing: what is compared is attention itself.
+                let ((qkv, qkv_here), (o, o_here)) =
+                    (arm.linears(&identity(width)), arm.linears(&identity(heads * head_dim)));
+                let norm = |device: &Device| Norm {
+                    kind: NormKind::Rms,
+                    weight: Tensor::from_vec(1, head_dim, vec![1.5f32; head_dim])
+                        .unwrap()
+                        .to_device(device)
+                        .unwrap(),
+                    bias: None,
+                    eps: 1e-6,
+                };
+                let layer = |qkv: Linear, o: Linear, device: &Device| Attention {
+                    qkv,
+                    o,
+                    q_norm: (heads == 3).then(|| norm(device)),
+                    k_norm: (heads == 3).then(|| norm(device)),
+                    rope: Some(Rope { interleaved: heads == 2, ..Rope::new(10000.0, head_dim) }),
+                    num_attention_heads: heads,
+                    num_key_value_heads: kv_heads,
+                    head_dim,
+                    scale: 1.0 / (head_dim as f64).sqrt(),
+                    window,
+                    softcap,
+                };
+                let (mut there, mut here) = (layer(qkv, o, &arm.gpu), layer(qkv_here, o_here, &Device::Cpu));
+                let starts = vec![0, 1, 8, 71, 135, 200, 330];
+                let what = format!(
+                    "attention D {head_dim} H {heads} K {kv_heads} window {window:?} cap {softcap:?}"
+                );
+                let mut x = seeded(330, width, 6);
+                x.scale(4.0).unwrap();
+                check_layer(&arm, &what, &mut there, &mut here, &x, starts);
+            }
+        }
+    }
+}
+
+#[test]
+fn decoding_gives_what_the_whole_pass_gives() {
+    for arm in arms() {
+        let (heads, kv_heads, head_dim, rows) = (4, 2, 64, 150);
+        let width = (heads + 2 * kv_heads) * head_dim;
+        let (qkv, _) = arm.linears(&identity(width));
+        let (o, _) = arm.linears(&identity(heads * head_dim));
+        let layer = Attention {
+            qkv,
+            o,
+            q_norm: None,
+            k_norm: None,
+            rope: Some(Rope::new(10000.0, head_dim)),
+            num_attention_heads: heads,
+            num_key_value_heads: kv_heads,
+            head_dim,
+            scale: 0.125,
+            window: None,
+            softcap: None,
+        };
+        let (x, _) = arm.random(rows, width, 5);
+        let whole = layer.forward(&Context::new(vec![0, rows]), &x).unwrap().0.to_f32().unwrap();
+        let mut cache = Default::default();
+        let mut pieces = Vec::new();
+        for piece in [0..70, 70..71, 71..72, 72..150] {
+            let mut part = x.empty_like(piece.len(), width).unwrap();
+            part.write_block((0, 0), &x, (piece.clone(), 0..width)).unwrap();
+            let ctx = Context { first_position: piece.start, ..Context::new(vec![0, piece.len()]) };
+            pieces.extend(layer.step(&ctx, &part, &mut cache).unwrap().to_f32().unwrap());
+        }
+        let whole = Tensor::from_vec(rows, heads * head_dim, whole).unwrap().cast(DType::F64).unwrap();
+        arm.check("decoding", &Tensor::from_vec(rows, heads * head_dim, pieces).unwrap(), &whole);
+    }
+}
+
+#[test]
+fn embedding_and_head() {
+    for arm in arms() {
+        for (rows, width, vocab, softcap) in
+            [(1, 8, 11, None), (37, 64, 1003, Some(10.0)), (70, 48, 128_256, None)]
+        {
+            let (table, table_here) = arm.weights(&seeded(vocab, width, 1));
+            let (table, table_here) = (Arc::new(table), Arc::new(table_here));
+            let tokens: Vec<u32> = (0..rows as u32).map(|i| i * 7919 % vocab as u32).collect();
+            let embedding = Embedding { table: table.clone(), scale: 2.0 };
+            let embedding_here = Embedding { table: table_here.clone(), scale: 2.0 };
+            let what = format!("embedding {rows}×{width} of {vocab}");
+            let x = embedding.forward(&tokens, arm.dtype).unwrap();
+            arm.check(&what, &x, &embedding_here.forward(&tokens, DType::F64).unwrap());
+
+            let head = Head { weight: table, scale: 1.5, softcap };
+            let head_here = Head { weight: table_here, scale: 1.5, softcap };
+            let (hidden, hidden_here) = arm.random(rows, width, 2);
+            let targets: Vec<u32> = (0..rows as u32).map(|i| i * 104_729 % vocab as u32).collect();
+            // Some rows aren't trained on.
+            // In f16 small gradients would be lost: there the loss is scaled.
+            let scale = if arm.dtype == DType::F16 { 1024.0 } else { 1.0 } / rows as f64;
+            let dlogp: Vec<f64> = (0..rows).map(|i| if i % 3 == 1 { 0.0 } else { -scale }).collect();
+            let got = head.with_gradient(&hidden, &targets, &dlogp).unwrap();
+            let expected = head_here.with_gradient(&hidden_here, &targets, &dlogp).unwrap();
+            let logp = |it: &[f64]| Tensor::from_vec(1, rows, it.to_vec()).unwrap();
+            let what = format!("head {rows}×{width}×{vocab}");
+            arm.check(&format!("{what}, log p"), &logp(&got.logp), &logp(&expected.logp));
+            arm.check(&format!("{what}, gradient"), &got.dhidden.unwrap(), &expected.dhidden.unwrap());
+            let nothing = head.with_gradient(&hidden, &targets, &vec![0.0; rows]).unwrap();
+            assert!(nothing.dhidden.unwrap().to_f32().unwrap().iter().all(|it| *it == 0.0));
+        }
+    }
+}
+
+#[test]
+fn element_wise() {
+    for arm in arms() {
+        for n in [1, 77, 4096, 100_003] {
+            let ((mut a, mut a_here), (b, b_here)) = (arm.random(1, n, 1), arm.random(1, n, 2));
+            a.add_scaled(0.25, &b).unwrap();
+            a_here.add_scaled(0.25, &b_here).unwrap();
+            a.scale(1.5).unwrap();
+            a_here.scale(1.5).unwrap();
+            arm.check(&format!("1.5·(a + b/4) of {n}"), &a, &a_here);
+            for other in [DType::F32, DType::F16, DType::BF16] {
+                if other == DType::BF16 && !arm.gpu.gpu().unwrap().has_bf16() {
+                    continue;
+                }
+                let there = b.try_clone().unwrap().cast(other).unwrap().to_f32().unwrap();
+                let here = b.to_cpu().unwrap().cast(other).unwrap().to_f32().unwrap();
+                assert_eq!(there, here, "cast of {n} from {:?} to {other:?}", arm.dtype);
+            }
+            let mut offloaded = b.try_clone().unwrap();
+            offloaded.offload().unwrap();
+            offloaded.restore().unwrap();
+            assert_eq!(offloaded.to_f32().unwrap(), b.to_f32().unwrap());
+        }
+    }
+}

@@ -1,0 +1,155 @@
+use std::ffi::c_void;
+
+use cudarc::driver::{result, sys};
+
+use super::Gpu;
+use crate::{Error, Result, Tensor};
+
+/// The most arguments a kernel of ours takes.
+const MOST_ARGUMENTS: usize = 24;
+/// Dynamic shared memory above this must be asked for.
+const SHARED_FREE: usize = 48 * 1024;
+
+/// A kernel with its arguments, about to run.
+pub struct Launch<'a> {
+    gpu: &'a Gpu,
+    function: sys::CUfunction,
+    grid: (usize, usize),
+    block: u32,
+    shared: usize,
+    /// Each argument in the low bytes of a word.
+    arguments: [u64; MOST_ARGUMENTS],
+    count: usize,
+    too_large: Option<usize>,
+}
+
+impl<'a> Launch<'a> {
+    pub(super) fn new(gpu: &'a Gpu, function: sys::CUfunction) -> Launch<'a> {
+        Launch {
+            gpu,
+            function,
+            grid: (1, 1),
+            block: 1,
+            shared: 0,
+            arguments: [0; MOST_ARGUMENTS],
+            count: 0,
+            too_large: None,
+        }
+    }
+
+    /// Blocks along x, and threads of each.
+    pub fn grid(self, blocks: usize, threads: u32) -> Launch<'a> {
+        Launch { grid: (blocks, 1), block: threads, ..self }
+    }
+
+    /// Blocks along x and y, and threads of each.
+    pub fn grid_of(self, blocks: (usize, usize), threads: u32) -> Launch<'a> {
+        Launch { grid: blocks, block: threads, ..self }
+    }
+
+    /// Bytes of dynamic shared memory of each block.
+    pub fn shared(self, bytes: usize) -> Launch<'a> {
+        Launch { shared: bytes, ..self }
+    }
+
+    /// The address of a tensor.
+    pub fn tensor(self, tensor: &Tensor) -> Launch<'a> {
+        self.tensor_at(tensor, 0)
+    }
+
+    /// The address of an element of a tensor, such as the first of some columns.
+    pub fn tensor_at(self, tensor: &Tensor, element: usize) -> Launch<'a> {
+        let address = tensor.device_pointer() + (element * tensor.dtype().size_in_bytes()) as u64;
+        self.word(address)
+    }
+
+    /// The address of a tensor, or none.
+    pub fn optional(self, tensor: Option<&Tensor>) -> Launch<'a> {
+        match tensor {
+            Some(tensor) => self.tensor(tensor),
+            None => self.word(0),
+        }
+    }
+
+    /// An `int`.
+    pub fn int(mut self, value: usize) -> Launch<'a> {
+        match i32::try_from(value) {
+            Ok(value) => self.word(u64::from(value as u32)),
+            Err(_) => {
+                self.too_large = Some(value);
+                self.word(0)
+            }
+        }
+    }
+
+    /// An `int` that says yes or no.
+    pub fn flag(self, value: bool) -> Launch<'a> {
+        self.word(u64::from(value))
+    }
+
+    /// A `long long`.
+    pub fn long(self, value: usize) -> Launch<'a> {
+        self.word(value as u64)
+    }
+
+    /// An `unsigned long long`.
+    pub fn word(mut self, value: u64) -> Launch<'a> {
+        self.arguments[self.count] = value;
+        self.count += 1;
+        self
+    }
+
+    /// A `float`.
+    pub fn float(self, value: f64) -> Launch<'a> {
+        self.word(u64::from((value as f32).to_bits()))
+    }
+
+    /// Puts it into the stream; nothing is launched for an empty grid.
+    ///
+    /// # Errors
+    /// When a size is beyond what kernels count, or the driver refuses.
+    ///
+    /// # Safety
+    /// The arguments are those of the kernel, in its order, and every address that it computes from
+    /// them lies inside the tensors.
+    pub unsafe fn run(mut self) -> Result<()> {
+        if let Some(value) = self.too_large {
+            return Err(Error::msg(format!(
+                "a size of {value} is beyond what one launch takes; use smaller batches"
+            )));
+        }
+        let (x, y) = self.grid;
+        if x == 0 || y == 0 {
+            return Ok(());
+        }
+        let (Ok(x), Ok(y @ ..=65535)) = (i32::try_from(x), u32::try_from(y)) else {
+            return Err(Error::msg(format!(
+                "a grid of {x} × {y} blocks is beyond what one launch takes; use smaller batches"
+            )));
+        };
+        self.gpu.bind()?;
+        if self.shared > SHARED_FREE {
+            let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the function is alive.
+            let set =
+                unsafe { result::function::set_function_attribute(self.function, most, self.shared as i32) };
+            self.gpu.check(set)?;
+        }
+        let mut addresses = [std::ptr::null_mut::<c_void>(); MOST_ARGUMENTS];
+        for (address, argument) in addresses.iter_mut().zip(&mut self.arguments) {
+            *address = std::ptr::from_mut(argument).cast();
+        }
+        // SAFETY: the caller's promise; the arguments are copied before the call returns.
+        let launched = unsafe {
+            result::launch_kernel(
+                self.function,
+                (x as u32, y, 1),
+                (self.block, 1, 1),
+                self.shared as u32,
+                self.gpu.raw_stream(),
+                &mut addresses[..self.count],
+            )
+        };
+        self.gpu.check(launched)
+    }
+}

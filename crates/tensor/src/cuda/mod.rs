@@ -1,0 +1,511 @@
+//! One NVIDIA GPU: its memory, its kernels, its products.
+//!
+//! Everything is loaded at run time and everything runs in order on one stream, so that nothing here
+//! waits but what reads back. Memory comes from the driver's stream-ordered pool, which keeps what is
+//! freed.
+
+mod blas;
+mod launch;
+mod library;
+mod modules;
+mod own_product;
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::{Arc, Mutex, OnceLock};
+
+use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
+
+use crate::product::Product;
+use crate::{DType, Error, Result};
+
+pub use launch::Launch;
+pub use library::{CudaCard, CudaLibrary, CudaStatus, cuda_status};
+pub use modules::{MINIMUM_DRIVER, kernel_modules};
+
+use blas::Blas;
+
+/// A GPU in use.
+pub struct Gpu {
+    /// The driver's number of the card.
+    pub ordinal: usize,
+    /// The card's name.
+    pub name: String,
+    /// Compute capability × 10: 75 for a T4, 90 for an H100.
+    pub capability: u32,
+    /// The capability that kernels are chosen for; below the card's own only for tests.
+    pub architecture: u32,
+    /// Streaming multiprocessors.
+    pub multiprocessors: usize,
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    pool: sys::CUmemoryPool,
+    modules: Mutex<HashMap<String, Module>>,
+    blas: OnceLock<Option<Blas>>,
+}
+
+// SAFETY: the driver's handles may be used from any thread; the context is bound before each use.
+unsafe impl Send for Gpu {}
+// SAFETY: as above; what is changed behind a shared reference is behind a lock.
+unsafe impl Sync for Gpu {}
+
+impl std::fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "cuda:{} {}", self.ordinal, self.name)
+    }
+}
+
+/// Kernels that came out of one PTX text, and those of its functions that were asked for.
+struct Module {
+    handle: sys::CUmodule,
+    functions: HashMap<String, sys::CUfunction>,
+    facts: HashMap<String, LaunchFacts>,
+}
+
+/// What a kernel's source says of its launch: `const int {kernel}_launch[3]` there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LaunchFacts {
+    /// Rows that a block takes.
+    pub rows: usize,
+    /// Threads of a block.
+    pub threads: u32,
+    /// Bytes of dynamic shared memory of a block.
+    pub shared: usize,
+}
+
+/// Memory of a card, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DeviceMemory {
+    /// What tensors and workspaces hold now.
+    pub allocated: u64,
+    /// The most they have held at once.
+    pub peak_allocated: u64,
+    /// What the pool has taken from the driver.
+    pub reserved: u64,
+    /// The most it has taken.
+    pub peak_reserved: u64,
+    /// What all processes use of the card now, contexts and kernels included.
+    pub in_use: u64,
+    /// What the card has.
+    pub total: u64,
+}
+
+impl Gpu {
+    /// Opens the card with this number.
+    ///
+    /// # Errors
+    /// When the driver is missing, there is no such card, or the card is too old; the message says
+    /// what was looked for and what to do.
+    pub fn open(ordinal: usize) -> Result<Gpu> {
+        let at = |message: String| Error::Device(format!("device `cuda:{ordinal}`: {message}"));
+        let status = cuda_status();
+        let driver = status.driver();
+        if driver.found.is_none() {
+            return Err(at(format!(
+                "the NVIDIA driver's library was not found (looked for {}); install the driver, or set `device: cpu`",
+                driver.looked_for.join(", ")
+            )));
+        }
+        if let Some(error) = &status.error {
+            return Err(at(format!("{error}; set `device: cpu` to train without a GPU")));
+        }
+        if ordinal >= status.cards.len() {
+            let count = status.cards.len();
+            return Err(at(format!("the driver sees {count} card(s); count from 0, or set `device: cpu`")));
+        }
+        let plain = |error: DriverError| at(describe(error));
+        let context = CudaContext::new(ordinal).map_err(plain)?;
+        let (major, minor) = context.compute_capability().map_err(plain)?;
+        let (name, capability) = (context.name().map_err(plain)?, (10 * major + minor) as u32);
+        if capability < modules::OLDEST {
+            return Err(at(format!(
+                "{name} has compute capability {major}.{minor}; 7.5 (T4, RTX 20) or newer is needed, set `device: cpu`"
+            )));
+        }
+        if !context.has_async_alloc() {
+            return Err(at(format!("the driver has no memory pools for {name}; {MINIMUM_DRIVER} is needed")));
+        }
+        // SAFETY: everything runs on one stream, so that events for each allocation order nothing.
+        unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().map_err(plain)?;
+        // SAFETY: the device was opened above.
+        let pool = unsafe { result::device::get_default_mem_pool(context.cu_device()) }.map_err(plain)?;
+        // Without this every synchronisation may give memory back to the driver.
+        let keep_all = u64::MAX;
+        let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        // SAFETY: the attribute is a 64-bit number.
+        unsafe { result::mem_pool::set_attribute(pool, threshold, (&raw const keep_all).cast_mut().cast()) }
+            .map_err(plain)?;
+        let count = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let multiprocessors = context.attribute(count).map_err(plain)? as usize;
+        let architecture = modules::forced_architecture()?.unwrap_or(capability).min(capability);
+        Ok(Gpu {
+            ordinal,
+            name,
+            capability,
+            architecture,
+            multiprocessors,
+            context,
+            stream,
+            pool,
+            modules: Mutex::default(),
+            blas: OnceLock::new(),
+        })
+    }
+
+    /// The card and the kernels compiled for it have bf16.
+    pub fn has_bf16(&self) -> bool {
+        self.architecture >= 80
+    }
+
+    /// What multiplies matrices here, for people.
+    pub fn products(&self) -> String {
+        match self.blas() {
+            Some(blas) => blas.name(),
+            None => "Ferrotune's own kernels (cuBLASLt was not found; install the CUDA toolkit or pip's nvidia-cublas for full speed)"
+                .to_string(),
+        }
+    }
+
+    pub(crate) fn multiply(&self, product: &Product) -> Result<()> {
+        let Product { a, b, c, .. } = product;
+        if a.dtype != b.dtype || (c.dtype != a.dtype && c.dtype != DType::F32) {
+            let (a, b, c) = (a.dtype, b.dtype, c.dtype);
+            return Err(Error::msg(format!("a product of {a:?} and {b:?} into {c:?} is not built for GPUs")));
+        }
+        if c.rows == 0 || c.cols == 0 {
+            return Ok(());
+        }
+        match self.blas() {
+            Some(blas) if product.inner() > 0 => blas.multiply(self, product),
+            _ => own_product::multiply(self, product),
+        }
+    }
+
+    /// cuBLASLt, where it is there.
+    fn blas(&self) -> Option<&Blas> {
+        self.blas.get_or_init(|| Blas::open(self)).as_ref()
+    }
+
+    /// Waits until everything that was asked for is done.
+    ///
+    /// # Errors
+    /// When something that was asked for has failed.
+    pub fn synchronize(&self) -> Result<()> {
+        self.bind()?;
+        self.check(self.stream.synchronize())
+    }
+
+    /// How memory stands.
+    pub fn memory(&self) -> DeviceMemory {
+        use sys::CUmemPool_attribute as Attribute;
+        let attribute = |attribute: Attribute| {
+            let mut value = 0u64;
+            // SAFETY: these attributes are 64-bit numbers, and the pool lives as long as the device.
+            let read =
+                unsafe { result::mem_pool::get_attribute(self.pool, attribute, (&raw mut value).cast()) };
+            read.map_or(0, |()| value)
+        };
+        let (free, total) = self.bind().ok().and_then(|()| result::mem_get_info().ok()).unwrap_or((0, 0));
+        DeviceMemory {
+            allocated: attribute(Attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT),
+            peak_allocated: attribute(Attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH),
+            reserved: attribute(Attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT),
+            peak_reserved: attribute(Attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH),
+            in_use: (total - free) as u64,
+            total: total as u64,
+        }
+    }
+
+    /// Bytes that can still be had: free on the card, or kept by the pool.
+    pub fn available_memory(&self) -> u64 {
+        let memory = self.memory();
+        memory.total - memory.in_use + memory.reserved - memory.allocated
+    }
+
+    /// Starts a launch of a kernel of a module, `{kernel}_{dtype}`.
+    ///
+    /// # Errors
+    /// When there is no such kernel for this card.
+    pub fn kernel(&self, module: &str, kernel: &str, dtype: DType) -> Result<Launch<'_>> {
+        self.plain_kernel(module, &format!("{kernel}_{}", suffix(dtype)?))
+    }
+
+    /// Starts a launch of a kernel by its whole name.
+    ///
+    /// # Errors
+    /// When there is no such kernel for this card.
+    pub fn plain_kernel(&self, module: &str, kernel: &str) -> Result<Launch<'_>> {
+        let function = self.with_module(module, |loaded| {
+            if let Some(function) = loaded.functions.get(kernel) {
+                return Ok(*function);
+            }
+            // SAFETY: modules are never unloaded.
+            let function = unsafe { result::module::get_function(loaded.handle, c_name(kernel)) };
+            let function = function.map_err(|error| self.not_in_module(kernel, module, error))?;
+            loaded.functions.insert(kernel.to_string(), function);
+            Ok(function)
+        })?;
+        Ok(Launch::new(self, function))
+    }
+
+    /// How a kernel wants to be launched, where its source says so.
+    ///
+    /// # Errors
+    /// When there is no such kernel for this card.
+    pub fn launch_facts(&self, module: &str, kernel: &str, dtype: DType) -> Result<LaunchFacts> {
+        let name = format!("{kernel}_{}_launch", suffix(dtype)?);
+        self.with_module(module, |loaded| {
+            if let Some(facts) = loaded.facts.get(&name) {
+                return Ok(*facts);
+            }
+            let mut values = [0i32; 3];
+            // SAFETY: modules are never unloaded; the constant is read in its whole length, or not at all.
+            let read = unsafe {
+                result::module::get_global(loaded.handle, c_name(&name)).and_then(|(address, bytes)| {
+                    match bytes == size_of_val(&values) {
+                        true => result::memcpy_dtoh_sync(&mut values, address),
+                        false => Err(DriverError(sys::CUresult::CUDA_ERROR_INVALID_VALUE)),
+                    }
+                })
+            };
+            read.map_err(|error| self.not_in_module(&name, module, error))?;
+            let [rows, threads, shared] = values.map(|it| it.max(0) as usize);
+            let facts = LaunchFacts { rows, threads: threads as u32, shared };
+            loaded.facts.insert(name.clone(), facts);
+            Ok(facts)
+        })
+    }
+
+    fn with_module<T>(&self, module: &str, body: impl FnOnce(&mut Module) -> Result<T>) -> Result<T> {
+        self.bind()?;
+        let mut modules = self.modules.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some(loaded) = modules.get_mut(module) {
+            return body(loaded);
+        }
+        let handle = modules::load(module, self.architecture)?;
+        let loaded = Module { handle, functions: HashMap::new(), facts: HashMap::new() };
+        body(modules.entry(module.to_string()).or_insert(loaded))
+    }
+
+    fn not_in_module(&self, name: &str, module: &str, error: DriverError) -> Error {
+        let (sm, why) = (self.architecture, describe(error));
+        Error::Device(format!("`{name}` is not in kernel module `{module}` for sm_{sm}: {why}"))
+    }
+
+    fn bind(&self) -> Result<()> {
+        self.check(self.context.bind_to_thread())
+    }
+
+    /// A driver's answer as ours.
+    fn check<T>(&self, result: Result<T, DriverError>) -> Result<T> {
+        result.map_err(|error| Error::Device(format!("cuda:{}: {}", self.ordinal, describe(error))))
+    }
+
+    fn raw_stream(&self) -> sys::CUstream {
+        self.stream.cu_stream()
+    }
+}
+
+/// Memory of a card; freed in the stream's order.
+#[derive(Debug)]
+pub(crate) struct Buffer {
+    pointer: sys::CUdeviceptr,
+    bytes: usize,
+    gpu: Arc<Gpu>,
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if self.bytes > 0 && self.gpu.bind().is_ok() {
+            // SAFETY: the memory was allocated on this stream, and later work on it comes later.
+            let _ = unsafe { result::free_async(self.pointer, self.gpu.raw_stream()) };
+        }
+    }
+}
+
+impl Buffer {
+    /// Memory that holds nothing in particular.
+    pub(crate) fn new(gpu: &Arc<Gpu>, bytes: usize) -> Result<Buffer> {
+        gpu.bind()?;
+        let mut pointer = 0;
+        if bytes > 0 {
+            // SAFETY: what is written before it is read is the caller's to see to.
+            pointer = unsafe { result::malloc_async(gpu.raw_stream(), bytes) }.map_err(|error| {
+                if error.0 != sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+                    return Error::Device(format!("cuda:{}: {}", gpu.ordinal, describe(error)));
+                }
+                let memory = gpu.memory();
+                Error::OutOfMemory {
+                    device: format!("cuda:{} ({})", gpu.ordinal, gpu.name),
+                    wanted: bytes as u64,
+                    allocated: memory.allocated,
+                    total: memory.total,
+                }
+            })?;
+        }
+        Ok(Buffer { pointer, bytes, gpu: gpu.clone() })
+    }
+
+    pub(crate) fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
+    pub(crate) fn pointer(&self) -> u64 {
+        self.pointer
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// All bytes 0, which is 0 in every number type.
+    pub(crate) fn set_zero(&mut self) -> Result<()> {
+        if self.bytes == 0 {
+            return Ok(());
+        }
+        self.gpu.bind()?;
+        // SAFETY: the buffer has this many bytes.
+        let done = unsafe { result::memset_d8_async(self.pointer, 0, self.bytes, self.gpu.raw_stream()) };
+        self.gpu.check(done)
+    }
+
+    /// `width` bytes from `start` on, and as many again every `pitch` bytes, `height` times: all 0.
+    pub(crate) fn set_block_zero(
+        &mut self,
+        start: usize,
+        pitch: usize,
+        width: usize,
+        height: usize,
+    ) -> Result<()> {
+        if width == 0 || height == 0 {
+            return Ok(());
+        }
+        assert!(start + (height - 1) * pitch + width <= self.bytes, "a block beyond its buffer");
+        self.gpu.bind()?;
+        let (address, stream) = (self.pointer + start as u64, self.gpu.raw_stream());
+        // SAFETY: the block lies inside the buffer.
+        let done = unsafe { sys::cuMemsetD2D8Async(address, pitch, 0, width, height, stream) };
+        self.gpu.check(done.result())
+    }
+
+    /// From the host's memory; the bytes may change as soon as this returns.
+    pub(crate) fn upload(&mut self, bytes: &[u8]) -> Result<()> {
+        assert!(bytes.len() <= self.bytes, "{} bytes into a buffer of {}", bytes.len(), self.bytes);
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.gpu.bind()?;
+        // SAFETY: pageable memory is staged before the call returns.
+        let done = unsafe { result::memcpy_htod_async(self.pointer, bytes, self.gpu.raw_stream()) };
+        self.gpu.check(done)
+    }
+
+    /// To the host's memory; waits for everything before.
+    pub(crate) fn download(&self, bytes: &mut [u8]) -> Result<()> {
+        assert!(bytes.len() <= self.bytes, "{} bytes out of a buffer of {}", bytes.len(), self.bytes);
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.gpu.bind()?;
+        // SAFETY: the slice lives until the stream has been waited for.
+        self.gpu.check(unsafe { result::memcpy_dtoh_async(bytes, self.pointer, self.gpu.raw_stream()) })?;
+        self.gpu.synchronize()
+    }
+
+    /// From another buffer of the same card.
+    pub(crate) fn copy_from(&mut self, other: &Buffer) -> Result<()> {
+        assert!(other.bytes <= self.bytes, "{} bytes into a buffer of {}", other.bytes, self.bytes);
+        if other.bytes == 0 {
+            return Ok(());
+        }
+        self.gpu.bind()?;
+        let stream = self.gpu.raw_stream();
+        // SAFETY: both buffers are large enough and of one context.
+        let done = unsafe { result::memcpy_dtod_async(self.pointer, other.pointer, other.bytes, stream) };
+        self.gpu.check(done)
+    }
+}
+
+/// Page-locked memory of the host, which the card reads and writes by itself.
+#[derive(Debug)]
+pub(crate) struct PinnedBuffer {
+    pointer: *mut c_void,
+    bytes: usize,
+    gpu: Arc<Gpu>,
+}
+
+// SAFETY: the memory belongs to this value alone.
+unsafe impl Send for PinnedBuffer {}
+// SAFETY: a shared reference only reads.
+unsafe impl Sync for PinnedBuffer {}
+
+impl Drop for PinnedBuffer {
+    fn drop(&mut self) {
+        // The card may still be reading.
+        let _ = self.gpu.synchronize();
+        // SAFETY: the memory was allocated by `malloc_host` and is freed once.
+        let _ = unsafe { result::free_host(self.pointer) };
+    }
+}
+
+impl PinnedBuffer {
+    pub(crate) fn new(gpu: &Arc<Gpu>, bytes: usize) -> Result<PinnedBuffer> {
+        gpu.bind()?;
+        // SAFETY: the memory is written before it is read: see `Buffer::stash`.
+        let pointer = gpu.check(unsafe { result::malloc_host(bytes.max(1), 0) })?;
+        Ok(PinnedBuffer { pointer, bytes, gpu: gpu.clone() })
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub(crate) fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
+    /// The contents of a buffer of the card, in the stream's order.
+    pub(crate) fn take(&mut self, from: &Buffer) -> Result<()> {
+        assert!(from.bytes <= self.bytes, "{} bytes into {} pinned ones", from.bytes, self.bytes);
+        self.gpu.bind()?;
+        // SAFETY: page-locked memory of this length, freed only after the stream has been waited for.
+        let slice = unsafe { std::slice::from_raw_parts_mut(self.pointer.cast::<u8>(), from.bytes) };
+        // SAFETY: as above.
+        self.gpu.check(unsafe { result::memcpy_dtoh_async(slice, from.pointer, self.gpu.raw_stream()) })
+    }
+
+    /// The contents into a buffer of the card, in the stream's order.
+    pub(crate) fn give(&self, to: &mut Buffer) -> Result<()> {
+        assert!(to.bytes <= self.bytes, "{} bytes out of {} pinned ones", to.bytes, self.bytes);
+        self.gpu.bind()?;
+        // SAFETY: page-locked memory of this length, freed only after the stream has been waited for.
+        let slice = unsafe { std::slice::from_raw_parts(self.pointer.cast::<u8>(), to.bytes) };
+        // SAFETY: as above.
+        self.gpu.check(unsafe { result::memcpy_htod_async(to.pointer, slice, self.gpu.raw_stream()) })
+    }
+}
+
+/// The ending of a kernel's name.
+pub(crate) fn suffix(dtype: DType) -> Result<&'static str> {
+    match dtype {
+        DType::F32 => Ok("f32"),
+        DType::F16 => Ok("f16"),
+        DType::BF16 => Ok("bf16"),
+        got => Err(Error::DType { what: "a CUDA kernel".into(), expected: "f32, f16 or bf16", got }),
+    }
+}
+
+fn c_name(name: &str) -> std::ffi::CString {
+    std::ffi::CString::new(name).expect("names have no zero")
+}
+
+/// The driver's own words for an error.
+fn describe(error: DriverError) -> String {
+    let name = error.error_name().map(|it| it.to_string_lossy().into_owned());
+    let text = error.error_string().map(|it| it.to_string_lossy().into_owned());
+    match (name, text) {
+        (Ok(name), Ok(text)) => format!("{text} ({name})"),
+        _ => format!("CUDA error {:?}", error.0),
+    }
+}

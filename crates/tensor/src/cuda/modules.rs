@@ -1,0 +1,72 @@
+//! The kernels' PTX, which is part of the program, by name and architecture.
+
+use std::ffi::{CString, c_uint, c_void};
+
+use cudarc::driver::sys;
+
+use super::describe;
+use crate::{Error, Result};
+
+include!("../../../../kernels/ptx/modules.rs");
+
+/// The oldest compute capability that kernels are compiled for, × 10.
+pub(super) const OLDEST: u32 = 75;
+
+/// What a machine's driver must be.
+///
+/// Memory pools came with CUDA 11.2; the kernels themselves ask for less (`DRIVERS`).
+pub const MINIMUM_DRIVER: &str = "NVIDIA driver 460 (CUDA 11.2)";
+
+/// A capability that kernels are to be chosen for instead of the card's, so that those for older cards
+/// can be tried on a newer one.
+const FORCED_ARCHITECTURE: &str = "FERROTUNE_CUDA_ARCH";
+
+/// Name, architecture and PTX of every module.
+pub fn kernel_modules() -> &'static [(&'static str, u32, &'static str)] {
+    MODULES
+}
+
+/// What [`FORCED_ARCHITECTURE`] says.
+pub(super) fn forced_architecture() -> Result<Option<u32>> {
+    let Ok(text) = std::env::var(FORCED_ARCHITECTURE) else { return Ok(None) };
+    match text.parse() {
+        Ok(architecture) if architecture >= OLDEST => Ok(Some(architecture)),
+        _ => {
+            Err(Error::Device(format!("{FORCED_ARCHITECTURE}={text}: expected {OLDEST} or more, such as 80")))
+        }
+    }
+}
+
+/// Hands the newest PTX of a module that the architecture runs to the driver, which compiles it (and
+/// keeps what it compiled in a cache of its own on the disk).
+pub(super) fn load(name: &str, architecture: u32) -> Result<sys::CUmodule> {
+    let fitting = MODULES.iter().filter(|it| it.0 == name && it.1 <= architecture);
+    let Some((_, _, ptx)) = fitting.max_by_key(|it| it.1) else {
+        return Err(Error::Device(format!("there is no kernel module `{name}` for sm_{architecture}")));
+    };
+    let text = CString::new(*ptx).expect("PTX has no zero");
+    let mut log = [0u8; 4096];
+    let mut options =
+        [sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER, sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
+    let mut values = [log.as_mut_ptr().cast::<c_void>(), log.len() as *mut c_void];
+    let mut module = std::ptr::null_mut();
+    // SAFETY: text and log outlive the call; the number of options is that of the arrays.
+    let loaded = unsafe {
+        let count = options.len() as c_uint;
+        sys::cuModuleLoadDataEx(
+            &mut module,
+            text.as_ptr().cast(),
+            count,
+            options.as_mut_ptr(),
+            values.as_mut_ptr(),
+        )
+    };
+    loaded.result().map_err(|error| {
+        let log = String::from_utf8_lossy(&log);
+        let (log, why) = (log.trim_matches(['\0', '\n', ' ']), describe(error));
+        Error::Device(format!(
+            "the driver can't load the kernels of `{name}` for sm_{architecture}: {why}; {MINIMUM_DRIVER} or newer is needed. {log}"
+        ))
+    })?;
+    Ok(module)
+}
