@@ -1,6 +1,6 @@
 // Made by `cargo xtask kernels`, to be taken in by `include!`.
 
-// Name, architecture, PTX. 75 is for compute capability 7.5 and all that is newer; 901 is 90a, for 9.0 alone.
+// Name, architecture, PTX. 75 is for compute capability 7.5 and what is newer; 901 is 90a, for 9.0 alone.
 static MODULES: &[(&str, u32, &str)] = &[
     ("activation", 75, include_str!("activation.sm_75.ptx")),
     ("activation", 80, include_str!("activation.sm_80.ptx")),
@@ -50,8 +50,8 @@ static MODULES: &[(&str, u32, &str)] = &[
     ("rope", 80, include_str!("rope.sm_80.ptx")),
 ];
 
-// Architecture, the CUDA that a driver has to know for its files, as cuDriverGetVersion counts, and the first
-// Linux driver that does.
+// Architecture, the CUDA that a driver must know to load its files, as cuDriverGetVersion counts, and
+// the first Linux driver that does.
 #[allow(dead_code)]
 static DRIVERS: &[(u32, u32, &str)] = &[
     (75, 10020, "440.33"),
