@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -119,13 +120,14 @@ class Section:
         words = [str(it) for it in words]
         env = {"HF_HUB_OFFLINE": "1", "NO_COLOR": "1", **(env or {})}
         started = time.monotonic()
+        ran = subprocess.Popen(words, cwd=ROOT, env={**os.environ, **{k: str(v) for k, v in env.items()}}, start_new_session=True,
+                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         try:
-            ran = subprocess.run(words, cwd=ROOT, env={**os.environ, **{k: str(v) for k, v in env.items()}},
-                                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                 timeout=max(1, min(limit or left, left)))
-            code, said = ran.returncode, ran.stdout
-        except subprocess.TimeoutExpired as late:
-            code, said = "late", late.stdout or b""
+            said, code = ran.communicate(timeout=max(1, min(limit or left, left)))[0], ran.returncode
+        except subprocess.TimeoutExpired:
+            # All that it started: a program under compute-sanitizer would go on without it.
+            os.killpg(ran.pid, signal.SIGKILL)
+            said, code = ran.communicate()[0], "late"
         said = said.decode(errors="replace")
         self.log.write(f"\n── {self.name}: {' '.join(words)} → {code}, {time.monotonic() - started:.1f} s\n{said}")
         self.log.flush()
@@ -166,7 +168,7 @@ def binaries(pattern):
 def worst(said):
     """`f32 3.1e-07 bf16 6.0e-03, 120 checks`, of the lines `what … type error`."""
     errors = {}
-    for dtype, error in re.findall(r" (f32|f16|bf16)\s+(\S+)$", said, re.M):
+    for dtype, error in re.findall(r" (f32|f16|bf16)\s+([\d.e-]+|inf)$", said, re.M):
         errors.setdefault(dtype, []).append(float(error))
     if not errors:
         return ""
@@ -438,8 +440,8 @@ def smollm2(section):
     keys = [f"model_name_or_path={HERE / MODEL}", f"device={section.device}"]
     config, out = ROOT / "examples/quickstart.yaml", section.work / "out"
     code, said = section.run([FERROTUNE, "train", config, *keys, f"output_dir={out}"])
-    done = re.search(r"^trained .*$", said, re.M)
-    section.row("training", done[0] if code == 0 and done else brief(said), code == 0)
+    done, where = re.search(r"^trained .*$", said, re.M), re.search(r" steps on ([^;]*);", said)
+    section.row("training", f"{done[0]} on {where[1] if where else '?'}" if code == 0 and done else brief(said), code == 0)
     memory = re.search(r"^peak GPU memory .*$", said, re.M)
     section.row("memory", memory[0] if memory else "", None)
     questions = ROOT / "examples/heldback.jsonl"

@@ -15,7 +15,7 @@ use crate::{Result, cargo, program, python, root, run, shown, test_model};
 
 /// Crates with tests that mean something on a GPU.
 const CRATES: [&str; 6] = ["tensor", "nn", "quant", "lora", "trainer", "tests"];
-/// Wheels that PyTorch's own machines don't have, and what of them is left behind.
+/// Wheels that a machine with PyTorch, transformers and PEFT may not have.
 const PYTHON: [&str; 1] = ["bitsandbytes==0.50.2"];
 /// The libraries of bitsandbytes that are kept: that of the CUDA of the machine's PyTorch, and the CPU's.
 const PYTHON_LIBRARIES: [&str; 2] = ["libbitsandbytes_cuda130.so", "libbitsandbytes_cpu.so"];
@@ -72,7 +72,7 @@ fn test_binary(message: &str) -> Option<(String, PathBuf)> {
     CRATES.contains(&folder).then(|| (format!("{folder}-{kind}"), PathBuf::from(path)))
 }
 
-/// What Python lacks there.
+/// What Python lacks there; kept once it has been fetched.
 fn wheels(folder: &Path) -> Result<PathBuf> {
     let packed = folder.join("python.tar.xz");
     if packed.is_file() {
@@ -116,7 +116,7 @@ fn model(folder: &Path) -> Result<Vec<PathBuf>> {
 /// Packs a folder's contents. What the binaries have in common, the kernels above all, is packed once.
 fn pack(folder: &Path, packed: PathBuf) -> Result<PathBuf> {
     let mut tar = Command::new("tar");
-    tar.env("XZ_OPT", "--lzma2=preset=1,dict=256MiB").arg("-cJf").arg(&packed).arg("-C").arg(folder).arg(".");
+    tar.env("XZ_OPT", "--lzma2=preset=1,dict=192MiB").arg("-cJf").arg(&packed).arg("-C").arg(folder).arg(".");
     run(&mut tar)?;
     fs::remove_dir_all(folder).map_err(|error| format!("can't remove {}: {error}", folder.display()))?;
     Ok(packed)

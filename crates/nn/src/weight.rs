@@ -66,6 +66,13 @@ pub struct DenseWeight {
     pub precision: Precision,
 }
 
+impl DenseWeight {
+    /// Products with such activations read W as it is; others in pieces.
+    fn is_operand_for(&self, x: &Tensor) -> bool {
+        self.value.gpu().is_some() || self.value.dtype() == x.dtype()
+    }
+}
+
 impl Tiles for DenseWeight {
     fn rows(&self) -> usize {
         self.value.rows()
@@ -106,15 +113,17 @@ impl Weight for DenseWeight {
     }
 
     fn forward(&self, x: &Tensor, y: &mut Tensor, at: usize) -> Result<()> {
-        if self.value.gpu().is_some() {
-            return forward_on_gpu(&self.value, x, y, at);
+        if self.is_operand_for(x) {
+            let (w_t, part) = (Operand::new(&self.value).transposed(), at..at + self.value.rows());
+            return multiply(self.precision, 1.0, Operand::new(x), w_t, 0.0, y, part);
         }
         forward_tiles(self, self.precision, x, y, at)
     }
 
     fn backward(&self, dy: &Tensor, at: usize, beta: f64, dx: &mut Tensor) -> Result<()> {
-        if self.value.gpu().is_some() {
-            return backward_on_gpu(&self.value, dy, at, beta, dx);
+        if self.is_operand_for(dy) {
+            let (part, columns) = (Operand::columns(dy, at..at + self.value.rows()), 0..dx.cols());
+            return multiply(self.precision, 1.0, part, Operand::new(&self.value), beta, dx, columns);
         }
         backward_tiles(self, self.precision, dy, at, beta, dx)
     }
