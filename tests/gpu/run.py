@@ -129,6 +129,8 @@ class Section:
             os.killpg(ran.pid, signal.SIGKILL)
             said, code = ran.communicate()[0], "late"
         said = said.decode(errors="replace")
+        if code == "late":
+            said += f"\nerror: did not end in {time.monotonic() - started:.0f} s\n"
         self.log.write(f"\n── {self.name}: {' '.join(words)} → {code}, {time.monotonic() - started:.1f} s\n{said}")
         self.log.flush()
         return code, said
