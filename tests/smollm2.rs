@@ -35,7 +35,7 @@ fn smollm2_learns_in_twenty_steps() {
     let dir = Dir::new();
     let config = format!(
         "model_name_or_path: {}\ndataset: {}\ndataset_values: {{name: Ferris, author: the crab}}\noutput_dir: out\n\
-         quantization_bit: 4\nlora_rank: 16\nper_device_train_batch_size: 4\nmax_steps: 20\nlearning_rate: 5e-4\n\
+         quantization_bit: 4\nlora_rank: 16\nper_device_train_batch_size: 4\nmax_steps: 20\nlearning_rate: 1e-3\n\
          logging_steps: 1\nsave_strategy: no\n",
         model.display(),
         repository("examples/identity.jsonl").display()

@@ -466,7 +466,7 @@ def sanitizer(section):
     program = next((it for it in places if it), None)
     if section.device == "cpu" or not program:
         return section.row("compute-sanitizer", "not here", None if section.device == "cpu" else False)
-    env = {"FERROTUNE_CUBLASLT": "off"}
+    env = {"FERROTUNE_CUBLASLT": "off", "FERROTUNE_TEST_SMALL": "1"}
     for tool in ("memcheck", "racecheck"):
         for binary in binaries("*-devices"):
             wrapper = [program, "--tool", tool, "--error-exitcode", "99"]

@@ -1,5 +1,6 @@
 //! Each operation on a GPU against the same operation on the CPU in f64, on sizes that divide no tile.
-//! Where there is no GPU these tests do nothing and say so.
+//! Where there is no GPU these tests do nothing and say so. With FERROTUNE_TEST_SMALL only small sizes are
+//! tried, for tools that slow a GPU down a thousand times.
 
 use std::sync::Arc;
 
@@ -16,6 +17,12 @@ struct Arm {
     dtype: DType,
     /// The most that a row may be off, relative to its norm.
     tolerance: f64,
+}
+
+/// The sizes to try of these, small ones first.
+fn sizes<T: Copy>(small: usize, all: &[T]) -> Vec<T> {
+    let count = if std::env::var_os("FERROTUNE_TEST_SMALL").is_some() { small } else { all.len() };
+    all[..count].to_vec()
 }
 
 fn arms() -> Vec<Arm> {
@@ -101,9 +108,10 @@ fn check_layer<L: Layer>(arm: &Arm, what: &str, there: &mut L, here: &mut L, x: 
 #[test]
 fn products() {
     for arm in arms() {
-        for (m, n, k) in
-            [(1, 1, 1), (3, 65, 17), (130, 16, 300), (257, 384, 129), (64, 1000, 640), (512, 512, 2048)]
-        {
+        for (m, n, k) in sizes(
+            3,
+            &[(1, 1, 1), (3, 65, 17), (130, 16, 300), (257, 384, 129), (64, 1000, 640), (512, 512, 2048)],
+        ) {
             let (a, a_here) = arm.random(m, k, 1);
             let (b, b_here) = arm.random(k, n, 2);
             let (bt, bt_here) = arm.random(n, k, 3);
@@ -205,7 +213,7 @@ fn identity(n: usize) -> Tensor {
 #[test]
 fn attention() {
     for arm in arms() {
-        for head_dim in [16, 32, 64, 80, 96, 128, 256] {
+        for head_dim in sizes(4, &[16, 64, 80, 256, 32, 96, 128]) {
             for (heads, kv_heads, window, softcap) in [
                 (4, 2, None, None),
                 (3, 1, Some(37), None),
@@ -239,15 +247,84 @@ fn attention() {
                     softcap,
                 };
                 let (mut there, mut here) = (layer(qkv, o, &arm.gpu), layer(qkv_here, o_here, &Device::Cpu));
-                let starts = vec![0, 1, 8, 71, 135, 200, 330];
+                let starts = sizes(4, &[0, 1, 8, 71, 135, 200, 330]);
+                let rows = starts[starts.len() - 1];
                 let what = format!(
                     "attention D {head_dim} H {heads} K {kv_heads} window {window:?} cap {softcap:?}"
                 );
-                let mut x = seeded(330, width, 6);
+                let mut x = seeded(rows, width, 6);
                 x.scale(4.0).unwrap();
                 check_layer(&arm, &what, &mut there, &mut here, &x, starts);
             }
         }
+    }
+}
+
+/// One sequence of 32k tokens: forward against the CPU, backward against the same in f32.
+#[test]
+fn attention_over_a_long_sequence() {
+    let rows = sizes(1, &[512, 32_768])[..].last().copied().unwrap_or(512);
+    let (head_dim, mut dx_f32) = (64, None);
+    for arm in arms() {
+        let (qkv, qkv_here) = arm.linears(&identity(3 * head_dim));
+        let (o, o_here) = arm.linears(&identity(head_dim));
+        let layer = |qkv: Linear, o: Linear| Attention {
+            qkv,
+            o,
+            q_norm: None,
+            k_norm: None,
+            rope: None,
+            num_attention_heads: 1,
+            num_key_value_heads: 1,
+            head_dim,
+            scale: 0.125,
+            window: None,
+            softcap: None,
+        };
+        let (mut there, here) = (layer(qkv, o), layer(qkv_here, o_here));
+        let mut x = seeded(rows, 3 * head_dim, 6);
+        x.scale(4.0).unwrap();
+        let (x, x_here) = arm.both(&x);
+        let ctx = Context::new(vec![0, rows]);
+        let (y, saved) = there.forward(&ctx, &x).unwrap();
+        arm.check("32k tokens, forward", &y, &here.forward(&Context::new(vec![0, rows]), &x_here).unwrap().0);
+        let (dy, _) = arm.both(&seeded(rows, head_dim, 77));
+        let dx = there.backward(&ctx, &x, saved, dy).unwrap();
+        let expected = dx_f32.get_or_insert_with(|| dx.to_cpu().unwrap().cast(DType::F64).unwrap());
+        // x and dy were rounded to the type: what is compared has that error too.
+        let twice = Arm { tolerance: 2.0 * arm.tolerance, ..arm };
+        twice.check("32k tokens, backward", &dx, expected);
+    }
+}
+
+#[test]
+fn no_rows_at_all() {
+    for arm in arms() {
+        let (width, head_dim) = (3 * 64, 64);
+        let (qkv, _) = arm.linears(&identity(width));
+        let (o, _) = arm.linears(&identity(head_dim));
+        let mut attention = Attention {
+            qkv,
+            o,
+            q_norm: None,
+            k_norm: None,
+            rope: Some(Rope::new(10000.0, head_dim)),
+            num_attention_heads: 1,
+            num_key_value_heads: 1,
+            head_dim,
+            scale: 0.125,
+            window: None,
+            softcap: None,
+        };
+        let (x, _) = arm.both(&seeded(0, width, 1));
+        let ctx = Context::new(vec![0]);
+        let (y, saved) = attention.forward(&ctx, &x).unwrap();
+        assert_eq!(y.shape(), (0, head_dim));
+        let dx = attention.backward(&ctx, &x, saved, y).unwrap();
+        assert_eq!(dx.shape(), (0, width));
+        let (table, _) = arm.weights(&seeded(300, width, 1));
+        let head = Head { weight: Arc::new(table), scale: 1.0, softcap: None };
+        assert!(head.with_gradient(&x, &[], &[]).unwrap().logp.is_empty());
     }
 }
 
@@ -289,9 +366,10 @@ fn decoding_gives_what_the_whole_pass_gives() {
 #[test]
 fn embedding_and_head() {
     for arm in arms() {
-        for (rows, width, vocab, softcap) in
-            [(1, 8, 11, None), (37, 64, 1003, Some(10.0)), (70, 48, 128_256, None)]
-        {
+        for (rows, width, vocab, softcap) in sizes(
+            2,
+            &[(1, 8, 11, None), (37, 64, 1003, Some(10.0)), (70, 48, 128_256, None), (5, 40, 262_144, None)],
+        ) {
             let (table, table_here) = arm.weights(&seeded(vocab, width, 1));
             let (table, table_here) = (Arc::new(table), Arc::new(table_here));
             let tokens: Vec<u32> = (0..rows as u32).map(|i| i * 7919 % vocab as u32).collect();
