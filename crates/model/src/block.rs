@@ -113,13 +113,20 @@ impl Block {
         Ok(branch)
     }
 
-    /// The gradient that reaches a branch.
-    fn branch_gradient(&self, dy: &Tensor) -> Result<Tensor> {
-        let mut dy = dy.try_clone()?;
-        if self.residual_scale != 1.0 {
-            dy.scale(self.residual_scale)?;
+    /// The gradient that reaches a branch, with the room that the branch wants.
+    fn branch_gradient(&self, dy: &Tensor, room: usize) -> Result<Tensor> {
+        let (rows, cols) = dy.shape();
+        let mut branch = match room {
+            0 => dy.try_clone()?,
+            _ => dy.empty_like(rows, cols + room)?,
+        };
+        if room > 0 {
+            branch.write_block((0, 0), dy, (0..rows, 0..cols))?;
         }
-        Ok(dy)
+        if self.residual_scale != 1.0 {
+            branch.scale(self.residual_scale)?;
+        }
+        Ok(branch)
     }
 
     /// Forward of further tokens of one sequence.
@@ -166,12 +173,13 @@ impl Layer for Block {
 
     fn backward(&mut self, ctx: &Context, x: &Tensor, saved: BlockSaved, dy: Tensor) -> Result<Tensor> {
         let mlp_input = saved.mid.as_ref().unwrap_or(x);
-        let branch = self.branch_gradient(&dy)?;
+        let room = (self.attention.body.gradient_room(ctx, x), self.mlp.body.gradient_room(ctx, x));
+        let branch = self.branch_gradient(&dy, room.1)?;
         let mut dx = self.mlp.backward(ctx, mlp_input, saved.mlp, branch)?;
         dx.add_scaled(1.0, &dy)?;
         let branch = match self.residual {
-            Residual::Sequential => self.branch_gradient(&dx)?,
-            Residual::Parallel => self.branch_gradient(&dy)?,
+            Residual::Sequential => self.branch_gradient(&dx, room.0)?,
+            Residual::Parallel => self.branch_gradient(&dy, room.0)?,
         };
         dx.add_scaled(1.0, &self.attention.backward(ctx, x, saved.attention, branch)?)?;
         Ok(dx)

@@ -271,6 +271,10 @@ impl Layer for Attention {
         self.qkv.room(ctx, like)
     }
 
+    fn gradient_room(&self, ctx: &Context, like: &Tensor) -> usize {
+        self.o.room(ctx, like)
+    }
+
     fn parameters(&mut self) -> Vec<&mut Parameter> {
         self.qkv.parameters().into_iter().chain(self.o.parameters()).collect()
     }

@@ -104,6 +104,11 @@ pub trait Layer {
         0
     }
 
+    /// The same of its output's gradient.
+    fn gradient_room(&self, _ctx: &Context, _like: &Tensor) -> usize {
+        0
+    }
+
     /// All trained tensors, in a fixed order.
     fn parameters(&mut self) -> Vec<&mut Parameter>;
 }

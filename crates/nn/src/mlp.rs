@@ -145,6 +145,10 @@ impl Layer for Mlp {
         self.gate_up.room(ctx, like)
     }
 
+    fn gradient_room(&self, ctx: &Context, like: &Tensor) -> usize {
+        self.down.room(ctx, like)
+    }
+
     fn parameters(&mut self) -> Vec<&mut Parameter> {
         self.gate_up.parameters().into_iter().chain(self.down.parameters()).collect()
     }

@@ -15,12 +15,13 @@ pub struct PassCache {
 
 impl Context {
     /// (blocks, 4) of at most `most` queries: first query row, queries, first key row, position of the
-    /// first query. All layers of a model take blocks of one size.
+    /// first query; those with the most keys first, so that no long one begins when others end. All layers
+    /// of a model take blocks of one size.
     pub(crate) fn query_blocks(&self, device: &Device, most: usize) -> Result<&Tensor> {
         let block = |sequence: &std::ops::Range<usize>, start: usize| {
             [start, most.min(sequence.end - start), sequence.start, start - sequence.start]
         };
-        self.blocks(&self.shared.query_blocks, device, most, block)
+        self.blocks(&self.shared.query_blocks, device, most, block, |[.., position]| position)
     }
 
     /// (blocks, 4) of at most `most` keys: first key row, keys, first row and end of the sequence.
@@ -28,7 +29,7 @@ impl Context {
         let block = |sequence: &std::ops::Range<usize>, start: usize| {
             [start, most.min(sequence.end - start), sequence.start, sequence.end]
         };
-        self.blocks(&self.shared.key_blocks, device, most, block)
+        self.blocks(&self.shared.key_blocks, device, most, block, |[key, _, _, end]| end - key)
     }
 
     fn blocks<'a>(
@@ -37,14 +38,17 @@ impl Context {
         device: &Device,
         most: usize,
         block: impl Fn(&std::ops::Range<usize>, usize) -> [usize; 4],
+        work: impl Fn([usize; 4]) -> usize,
     ) -> Result<&'a Tensor> {
         if let Some(blocks) = kept.get() {
             return Ok(blocks);
         }
-        let all = self.sequences().flat_map(|sequence| {
-            sequence.clone().step_by(most).map(|start| block(&sequence, start)).collect::<Vec<_>>()
-        });
-        let blocks = descriptors(all, device)?;
+        let mut all = Vec::new();
+        for sequence in self.sequences() {
+            all.extend(sequence.clone().step_by(most).map(|start| block(&sequence, start)));
+        }
+        all.sort_by_key(|it| std::cmp::Reverse(work(*it)));
+        let blocks = descriptors(all.into_iter(), device)?;
         Ok(kept.get_or_init(|| blocks))
     }
 }

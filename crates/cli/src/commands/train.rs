@@ -354,6 +354,10 @@ fn finish(run: &Run, summary: &Summary, console: &Console) -> anyhow::Result<Out
         writeln!(out, "peak memory {}", bytes(peak))?;
     }
     if let Some(gpu) = run.computing.device.gpu() {
+        for it in gpu.kernel_times()? {
+            let each = 1e6 * it.seconds / it.count as f64;
+            writeln!(out, "{:>10.1} ms {:>8} × {each:>9.1} us  {}", 1e3 * it.seconds, it.count, it.name)?;
+        }
         let memory = gpu.memory();
         writeln!(
             out,

@@ -92,7 +92,7 @@ impl Blas {
         drop(plans);
         // SAFETY: the addresses hold matrices of the plan's shapes (`Placed` checks), and alpha and
         // beta are read before the call returns.
-        let done = unsafe {
+        let launch = || unsafe {
             lt::matmul(
                 self.handle,
                 plan.product,
@@ -112,6 +112,11 @@ impl Blas {
                 gpu.raw_stream().cast(),
             )
         };
+        let name = || {
+            let (m, n, k) = kind.sizes;
+            format!("product {layout:?} {m}×{n}×{k} {}→{}", kind.operands.as_str(), kind.result.as_str())
+        };
+        let done = gpu.profile.around(gpu.raw_stream(), name, launch);
         done.map_err(|error| {
             Error::Device(format!("cuda:{}: a product through cuBLASLt: {error}", gpu.ordinal))
         })

@@ -14,6 +14,7 @@ const SHARED_FREE: usize = 48 * 1024;
 pub struct Launch<'a> {
     gpu: &'a Gpu,
     function: sys::CUfunction,
+    name: String,
     grid: (usize, usize),
     block: u32,
     shared: usize,
@@ -24,10 +25,11 @@ pub struct Launch<'a> {
 }
 
 impl<'a> Launch<'a> {
-    pub(super) fn new(gpu: &'a Gpu, function: sys::CUfunction) -> Launch<'a> {
+    pub(super) fn new(gpu: &'a Gpu, function: sys::CUfunction, name: &str) -> Launch<'a> {
         Launch {
             gpu,
             function,
+            name: name.to_string(),
             grid: (1, 1),
             block: 1,
             shared: 0,
@@ -139,17 +141,20 @@ impl<'a> Launch<'a> {
         for (address, argument) in addresses.iter_mut().zip(&mut self.arguments) {
             *address = std::ptr::from_mut(argument).cast();
         }
+        let (stream, count) = (self.gpu.raw_stream(), self.count);
+        let (function, block, shared) = (self.function, self.block, self.shared as u32);
         // SAFETY: the caller's promise; the arguments are copied before the call returns.
-        let launched = unsafe {
+        let launch = || unsafe {
             result::launch_kernel(
-                self.function,
+                function,
                 (x as u32, y, 1),
-                (self.block, 1, 1),
-                self.shared as u32,
-                self.gpu.raw_stream(),
-                &mut addresses[..self.count],
+                (block, 1, 1),
+                shared,
+                stream,
+                &mut addresses[..count],
             )
         };
+        let launched = self.gpu.profile.around(stream, || self.name.clone(), launch);
         self.gpu.check(launched)
     }
 }

@@ -9,6 +9,7 @@ mod launch;
 mod library;
 mod modules;
 mod own_product;
+mod profile;
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -22,6 +23,9 @@ use crate::{DType, Error, Result};
 pub use launch::Launch;
 pub use library::{CudaCard, CudaLibrary, CudaStatus, cuda_status};
 pub use modules::{MINIMUM_DRIVER, kernel_modules};
+pub use profile::KernelTime;
+
+use profile::Profile;
 
 use blas::Blas;
 
@@ -42,6 +46,7 @@ pub struct Gpu {
     pool: sys::CUmemoryPool,
     modules: Mutex<HashMap<String, Module>>,
     blas: OnceLock<Option<Blas>>,
+    profile: Profile,
 }
 
 // SAFETY: the driver's handles may be used from any thread; the context is bound before each use.
@@ -150,6 +155,7 @@ impl Gpu {
             pool,
             modules: Mutex::default(),
             blas: OnceLock::new(),
+            profile: Profile::from_env(),
         })
     }
 
@@ -246,7 +252,7 @@ impl Gpu {
             loaded.functions.insert(kernel.to_string(), function);
             Ok(function)
         })?;
-        Ok(Launch::new(self, function))
+        Ok(Launch::new(self, function, kernel))
     }
 
     /// How a kernel wants to be launched, where its source says so.
