@@ -100,7 +100,7 @@ def step_flops(name, tokens, length):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--shapes", default="3b")
-    parser.add_argument("--modes", default="fastest,leanest")
+    parser.add_argument("--modes", default="fastest;leanest", help="separated by semicolons")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("keys", nargs="*")
@@ -116,7 +116,7 @@ def main():
         folder = Path(f"/tmp/speed-{shape}")
         make_model(shape, folder, Path("tests/fixtures/llama_tiny"))
         torch.cuda.empty_cache()
-        for mode in args.modes.split(","):
+        for mode in args.modes.split(";"):
             keys = dict(
                 model_name_or_path=folder, dataset=rows, output_dir="/tmp/speed-out", overwrite_output_dir="true", quantization_bit=4,
                 lora_rank=RANK, lora_alpha=RANK, lora_target="all", optim="adamw_8bit", cutoff_len=args.length,
