@@ -172,9 +172,12 @@ __device__ void dequantize(T* out, const unsigned char* codes, const Scales& sca
     if (round_to == rounding_of(out)) round_to = AS_IT_IS;  // once is enough
     const bool runs = cols % WIDTH == 0 && rows_are_aligned_16(out, stride) && runs_are_aligned<WIDTH / 2>(codes);
     const long long whole = runs ? n : 0;
+    const float inverse = 1.0f / static_cast<float>(cols);
     const auto place = [&](long long i) {  // where element i goes, whose row is stride long
         if (cols == stride) return i;
-        const long long row = n < (1ll << 32) ? static_cast<unsigned>(i) / static_cast<unsigned>(cols) : i / cols;
+        long long row = static_cast<long long>(static_cast<float>(i) * inverse);  // a division, less what rounding takes
+        while (row * cols > i) row--;
+        while ((row + 1) * cols <= i) row++;
         return i + row * (stride - cols);
     };
 #pragma unroll 1

@@ -38,6 +38,8 @@ static MODULES: &[(&str, u32, &str)] = &[
     ("elementwise", 80, include_str!("elementwise.sm_80.ptx")),
     ("embedding", 75, include_str!("embedding.sm_75.ptx")),
     ("embedding", 80, include_str!("embedding.sm_80.ptx")),
+    ("low_rank", 75, include_str!("low_rank.sm_75.ptx")),
+    ("low_rank", 80, include_str!("low_rank.sm_80.ptx")),
     ("matmul", 75, include_str!("matmul.sm_75.ptx")),
     ("matmul", 80, include_str!("matmul.sm_80.ptx")),
     ("nf4", 75, include_str!("nf4.sm_75.ptx")),

@@ -13,7 +13,7 @@ use rayon::prelude::*;
 
 use crate::lanes::{exp, max_of, sum_of, tanh, vectorised};
 use crate::rope::Direction;
-use crate::{Context, Layer, Linear, Norm, Parameter, Rope, SavedTensors};
+use crate::{Context, Layer, Linear, Norm, Parameter, Room, Rope, SavedTensors};
 
 pub use decoding::KeyValues;
 use gpu::Source;
@@ -57,6 +57,8 @@ pub struct AttentionSaved {
     pub out: Tensor,
     /// (N, H): log Σ exp of each query's scores; f32 on a GPU.
     pub lse: Tensor,
+    /// What is beside `out`.
+    pub room: Room,
 }
 
 impl SavedTensors for AttentionSaved {
@@ -240,18 +242,20 @@ impl Layer for Attention {
     type Saved = AttentionSaved;
 
     fn forward(&self, ctx: &Context, x: &Tensor) -> Result<(Tensor, AttentionSaved)> {
-        let saved = self.recompute(ctx, x)?;
-        Ok((self.o.forward(ctx, &saved.out)?, saved))
+        let mut saved = self.recompute(ctx, x)?;
+        let y = self.o.forward(ctx, &saved.out)?;
+        saved.room = Room::Low;
+        Ok((y, saved))
     }
 
     fn recompute(&self, ctx: &Context, x: &Tensor) -> Result<AttentionSaved> {
         let (projected, qkv) = self.project(ctx, x)?;
         let (out, lse) = self.attend(ctx, &qkv)?;
-        Ok(AttentionSaved { projected, qkv, out, lse })
+        Ok(AttentionSaved { projected, qkv, out, lse, room: Room::Empty })
     }
 
     fn backward(&mut self, ctx: &Context, x: &Tensor, saved: AttentionSaved, dy: Tensor) -> Result<Tensor> {
-        let dout = self.o.backward(ctx, &saved.out, &dy)?;
+        let dout = self.o.backward_with_room(ctx, &saved.out, saved.room, &dy)?;
         let mut dqkv = self.attend_backward(ctx, &saved, &dout)?;
         if let Some(rope) = &self.rope {
             rope.turn(ctx, &mut dqkv, 0..self.k_columns().end, self.head_dim, Direction::Backward)?;

@@ -26,7 +26,7 @@ use ferrotune_tensor::{DType, Result, Tensor};
 pub use attention::{Attention, AttentionSaved, KeyValues};
 pub use embedding::Embedding;
 pub use head::{Head, HeadPass};
-pub use linear::{Adapter, Linear, LowRank, Part};
+pub use linear::{Adapter, Linear, LowRank, Part, Room};
 pub use mlp::{Activation, Mlp, MlpSaved};
 pub use model::LanguageModel;
 pub use norm::{Norm, NormKind};

@@ -5,6 +5,8 @@
 
 mod fused;
 
+pub use fused::Room;
+
 use ferrotune_tensor::{Real, Result, Tensor, for_real};
 use rayon::prelude::*;
 
@@ -150,8 +152,22 @@ impl Linear {
     /// # Errors
     /// When shapes or types don't fit.
     pub fn backward(&mut self, ctx: &Context, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
+        self.backward_with_room(ctx, x, Room::Empty, dy)
+    }
+
+    /// The same, for an input that may still hold what the forward pass wrote beside it.
+    ///
+    /// # Errors
+    /// When shapes or types don't fit.
+    pub fn backward_with_room(
+        &mut self,
+        ctx: &Context,
+        x: &Tensor,
+        holds: Room,
+        dy: &Tensor,
+    ) -> Result<Tensor> {
         if let Some(fused) = self.fused(ctx, x) {
-            let (dx, low) = fused.backward(x, dy)?;
+            let (dx, low) = fused.backward(x, holds, dy)?;
             low.add_gradients(&mut self.parts, x, dy)?;
             return Ok(dx);
         }

@@ -5,7 +5,7 @@ use ferrotune_tensor::{Real, Result, Tensor, for_real};
 use rayon::prelude::*;
 
 use crate::lanes::{sigmoid, tanh, vectorised};
-use crate::{Context, Layer, Linear, Parameter, SavedTensors};
+use crate::{Context, Layer, Linear, Parameter, Room, SavedTensors};
 
 /// Threads of a block of `kernels/activation.cu`.
 const BLOCK: u32 = 256;
@@ -58,11 +58,13 @@ pub struct Mlp {
 pub struct MlpSaved {
     /// (N, 2F): gate, then up; (N, F) without a gate.
     pub gate_up: Tensor,
+    /// (N, F): act(gate)·up, where it isn't made again: on a GPU, whose memory is slower than it multiplies.
+    pub hidden: Option<Tensor>,
 }
 
 impl SavedTensors for MlpSaved {
     fn tensors(&mut self) -> Vec<&mut Tensor> {
-        vec![&mut self.gate_up]
+        [&mut self.gate_up].into_iter().chain(&mut self.hidden).collect()
     }
 }
 
@@ -125,18 +127,26 @@ impl Layer for Mlp {
     type Saved = MlpSaved;
 
     fn forward(&self, ctx: &Context, x: &Tensor) -> Result<(Tensor, MlpSaved)> {
-        let saved = self.recompute(ctx, x)?;
-        Ok((self.down.forward(ctx, &self.hidden(ctx, &saved.gate_up)?)?, saved))
+        let mut saved = self.recompute(ctx, x)?;
+        let hidden = self.hidden(ctx, &saved.gate_up)?;
+        let y = self.down.forward(ctx, &hidden)?;
+        saved.hidden = Some(hidden).filter(|it| it.gpu().is_some());
+        Ok((y, saved))
     }
 
     fn recompute(&self, ctx: &Context, x: &Tensor) -> Result<MlpSaved> {
         let room = self.gate_up.room(ctx, x); // for its gradient, which takes its place
-        Ok(MlpSaved { gate_up: self.gate_up.forward_with_room(ctx, x, room)? })
+        Ok(MlpSaved { gate_up: self.gate_up.forward_with_room(ctx, x, room)?, hidden: None })
     }
 
     fn backward(&mut self, ctx: &Context, x: &Tensor, saved: MlpSaved, dy: Tensor) -> Result<Tensor> {
-        let MlpSaved { mut gate_up } = saved;
-        let dhidden = self.down.backward(ctx, &self.hidden(ctx, &gate_up)?, &dy)?;
+        let MlpSaved { mut gate_up, hidden } = saved;
+        let (hidden, holds) = match hidden {
+            Some(hidden) => (hidden, Room::Low),
+            None => (self.hidden(ctx, &gate_up)?, Room::Empty),
+        };
+        let dhidden = self.down.backward_with_room(ctx, &hidden, holds, &dy)?;
+        drop(hidden);
         self.hidden_backward(&mut gate_up, &dhidden)?;
         self.gate_up.backward(ctx, x, &gate_up)
     }

@@ -93,13 +93,13 @@ impl ModelSpec {
         (0..blocks).take_while(fits).count()
     }
 
-    /// Bytes that a block keeps of one token: x, q, k, v, out, mid, gate, up, what the adapters'
-    /// first halves gave, and in f32 the two norms' reciprocals and one sum for each head.
+    /// Bytes that a block keeps of one token: x, q, k, v, out, mid, gate, up, what these two became (on a
+    /// GPU), what the adapters' first halves gave, and in f32 the two norms' reciprocals and one sum for each head.
     fn kept_per_token(&self, layer: usize, plan: &MemoryPlan) -> u64 {
         let layer = &self.layers[layer];
         let (attention, inner) = (&layer.attention, layer.mlp.intermediate_size);
         let streams = 2 * self.hidden_size + 2 * attention.q_width() + 2 * attention.kv_width();
-        let inner = if layer.mlp.gated { 2 * inner } else { inner };
+        let inner = if layer.mlp.gated { 3 * inner } else { 2 * inner };
         let adapters = layer.linears(self.hidden_size).len() * plan.lora_rank;
         let f32s = 2 + attention.num_attention_heads;
         ((streams + inner + adapters) * plan.activation_bytes + f32s * 4) as u64

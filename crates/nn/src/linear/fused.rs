@@ -13,6 +13,17 @@ use crate::Context;
 
 /// Widths are kept multiples of this, so that rows begin at addresses that are read fastest.
 const ALIGNMENT: usize = 8;
+/// Parts that `kernels/low_rank.cu` takes: q, k and v.
+const PARTS: usize = 3;
+
+/// What the columns beside an input hold when the backward pass reads it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Room {
+    /// Nothing in particular.
+    Empty,
+    /// What the forward pass wrote there: it is the same tensor.
+    Low,
+}
 
 /// A [`Linear`] whose adapters, if any, are all of low rank with one scaling.
 pub(super) struct Fused<'a> {
@@ -42,6 +53,9 @@ impl Linear {
 
     pub(super) fn fused(&self, ctx: &Context, like: &Tensor) -> Option<Fused<'_>> {
         like.gpu()?;
+        if self.parts.len() > PARTS {
+            return None;
+        }
         let mut scaling = None;
         let mut parts = Vec::with_capacity(self.parts.len());
         for part in &self.parts {
@@ -49,10 +63,12 @@ impl Linear {
                 Some(adapter) if ctx.adapters => Some(adapter.low_rank(ctx)?),
                 _ => None,
             };
-            if let Some(low_rank) = &low_rank
-                && *scaling.get_or_insert(low_rank.scaling) != low_rank.scaling
-            {
-                return None;
+            if let Some(LowRank { a, b, scaling: own }) = &low_rank {
+                let rank = a.rows();
+                let fits = (a.shape(), b.shape()) == ((rank, self.cols()), (part.weight.rows(), rank));
+                if !fits || *scaling.get_or_insert(*own) != *own {
+                    return None;
+                }
             }
             parts.push((part, low_rank));
         }
@@ -70,20 +86,26 @@ impl Linear {
 impl Fused<'_> {
     /// E
     fn weights(&self, like: &Tensor) -> Result<Tensor> {
-        let (inputs, outputs) = (self.inputs, self.outputs);
-        let mut all = like.empty_like(outputs + self.room, inputs + self.room)?;
-        all.set_block_zero(0..outputs, inputs..inputs + self.room)?;
-        let (mut row, mut rank) = (0, 0);
-        for (part, low_rank) in &self.parts {
+        let (inputs, outputs, room) = (self.inputs, self.outputs, self.room);
+        let mut all = like.empty_like(outputs + room, inputs + room)?;
+        let mut row = 0;
+        for (part, _) in &self.parts {
             part.weight.write_dense(&mut all, row)?;
-            if let Some(LowRank { a, b, .. }) = low_rank {
-                all.write_block((outputs + rank, 0), a, (0..a.rows(), 0..a.cols()))?;
-                all.write_block((row, inputs + rank), b, (0..b.rows(), 0..b.cols()))?;
-                rank += a.rows();
-            }
             row += part.weight.rows();
         }
-        all.set_block_zero(outputs + rank..outputs + self.room, 0..inputs)?;
+        let Some(gpu) = all.gpu().filter(|_| room > 0) else { return Ok(all) };
+        let low_rank = |i: usize| self.parts.get(i).and_then(|(_, low_rank)| low_rank.as_ref());
+        let border = (inputs + outputs) * room;
+        let launch = gpu.kernel("low_rank", "low_rank_border", all.dtype())?;
+        let mut launch = launch.grid(border.div_ceil(1024), 256).tensor(&all);
+        launch = (0..PARTS).fold(launch, |it, i| it.optional(low_rank(i).map(|it| it.a)));
+        launch = (0..PARTS).fold(launch, |it, i| it.optional(low_rank(i).map(|it| it.b)));
+        launch =
+            (0..PARTS).fold(launch, |it, i| it.int(self.parts.get(i).map_or(0, |it| it.0.weight.rows())));
+        launch = (0..PARTS).fold(launch, |it, i| it.int(low_rank(i).map_or(0, |it| it.a.rows())));
+        // SAFETY: low_rank_border(e, a0 … a2, b0 … b2, rows0 … rows2, rank0 … rank2, inputs, outputs, room);
+        // `fused` has seen that there are no more parts and that the shapes fit.
+        unsafe { launch.int(inputs).int(outputs).int(room).run() }?;
         Ok(all)
     }
 
@@ -91,7 +113,7 @@ impl Fused<'_> {
     pub(super) fn forward(&self, x: &Tensor, room: usize) -> Result<Tensor> {
         let y = x.empty_like(x.rows(), self.outputs + room)?;
         let weights = self.weights(x)?;
-        let copied = self.with_low(x, &weights)?;
+        let copied = self.with_low(x, Room::Empty, &weights)?;
         let wide = self.inputs + self.room;
         let x = Operand::columns(copied.as_ref().unwrap_or(x), 0..wide);
         let weights = Operand::block(&weights, 0..self.outputs, 0..wide);
@@ -100,10 +122,10 @@ impl Fused<'_> {
     }
 
     /// dx, and what the gradients of the adapters are made of.
-    pub(super) fn backward(&self, x: &Tensor, dy: &Tensor) -> Result<(Tensor, Low)> {
+    pub(super) fn backward(&self, x: &Tensor, holds: Room, dy: &Tensor) -> Result<(Tensor, Low)> {
         let (inputs, outputs, room) = (self.inputs, self.outputs, self.room);
         let weights = self.weights(x)?;
-        let low_x = self.with_low(x, &weights)?;
+        let low_x = self.with_low(x, holds, &weights)?;
         let low_dy = with_room(dy, outputs, room)?;
         let wide_dy = low_dy.as_ref().unwrap_or(dy);
         if room > 0 {
@@ -117,11 +139,11 @@ impl Fused<'_> {
         Ok((dx, Low { x: low_x, dy: low_dy, inputs, outputs }))
     }
 
-    /// Writes low beside x; the copy of x, where it had no room.
-    fn with_low(&self, x: &Tensor, weights: &Tensor) -> Result<Option<Tensor>> {
+    /// Writes low beside x, unless it is there; the copy of x, where it had no room.
+    fn with_low(&self, x: &Tensor, holds: Room, weights: &Tensor) -> Result<Option<Tensor>> {
         let (inputs, room) = (self.inputs, self.room);
         let copied = with_room(x, inputs, room)?;
-        if room > 0 {
+        if room > 0 && (holds == Room::Empty || copied.is_some()) {
             let a = Operand::block(weights, self.outputs..self.outputs + room, 0..inputs);
             let wide = copied.as_ref().unwrap_or(x);
             let x = Operand::columns(wide, 0..inputs);
