@@ -4,7 +4,7 @@ use std::io::Write as _;
 use std::path::Path;
 
 use ferrotune_tensor::product::cpu_products;
-use ferrotune_tensor::{Device, MINIMUM_DRIVER, cuda_status};
+use ferrotune_tensor::{Device, MINIMUM_CUDA, MINIMUM_DRIVER, cuda_status};
 
 use crate::Outcome;
 use crate::console::{Color, Console, bytes};
@@ -43,8 +43,10 @@ pub fn run(console: &Console) -> anyhow::Result<Outcome> {
     }
     let driver = match (cuda.driver_version, &cuda.error) {
         (_, Some(error)) => error.clone(),
-        (Some((major, minor)), None) => {
-            format!("takes CUDA up to {major}.{minor}; {MINIMUM_DRIVER} or newer is needed")
+        (Some(version), None) => {
+            let (major, minor) = version;
+            let verdict = if version < MINIMUM_CUDA { "too old" } else { "new enough" };
+            format!("takes CUDA up to {major}.{minor}: {verdict}, {MINIMUM_DRIVER} or newer is needed")
         }
         (None, None) => format!("not found; {MINIMUM_DRIVER} or newer is needed for a GPU"),
     };

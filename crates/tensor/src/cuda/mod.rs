@@ -22,7 +22,7 @@ use crate::{DType, Error, Result};
 
 pub use launch::Launch;
 pub use library::{CudaCard, CudaLibrary, CudaStatus, cuda_status};
-pub use modules::{MINIMUM_DRIVER, kernel_modules};
+pub use modules::{MINIMUM_CUDA, MINIMUM_DRIVER};
 pub use profile::KernelTime;
 
 use profile::Profile;

@@ -17,14 +17,12 @@ pub(super) const OLDEST: u32 = 75;
 /// Memory pools came with CUDA 11.2; the kernels themselves ask for less (`DRIVERS`).
 pub const MINIMUM_DRIVER: &str = "NVIDIA driver 460 (CUDA 11.2)";
 
+/// The CUDA version that such a driver takes, as (major, minor).
+pub const MINIMUM_CUDA: (i32, i32) = (11, 2);
+
 /// A capability that kernels are to be chosen for instead of the card's, so that those for older cards
 /// can be tried on a newer one.
 const FORCED_ARCHITECTURE: &str = "FERROTUNE_CUDA_ARCH";
-
-/// Name, architecture and PTX of every module.
-pub fn kernel_modules() -> &'static [(&'static str, u32, &'static str)] {
-    MODULES
-}
 
 /// What [`FORCED_ARCHITECTURE`] says.
 pub(super) fn forced_architecture() -> Result<Option<u32>> {
@@ -69,4 +67,46 @@ pub(super) fn load(name: &str, architecture: u32) -> Result<sys::CUmodule> {
         ))
     })?;
     Ok(module)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// PTX 7.2 is CUDA 11.2's, which [`MINIMUM_DRIVER`] names.
+    const NEWEST_PTX: (u32, u32) = (7, 2);
+
+    #[test]
+    fn the_oldest_driver_loads_every_module() {
+        assert!(MODULES.len() >= 40, "{} modules", MODULES.len());
+        for (name, architecture, ptx) in MODULES.iter().filter(|it| it.1 < 900) {
+            let field = |start: &str| {
+                let line = ptx.lines().find_map(|line| line.strip_prefix(start));
+                line.unwrap_or_else(|| panic!("{name}: no `{start}`")).trim().to_string()
+            };
+            let (major, minor) =
+                field(".version").split_once('.').map(|(a, b)| (a.to_string(), b.to_string())).unwrap();
+            let version: (u32, u32) = (major.parse().unwrap(), minor.parse().unwrap());
+            assert!(version <= NEWEST_PTX, "{name}.sm_{architecture} needs PTX {version:?}");
+            assert_eq!(field(".target"), format!("sm_{architecture}"), "{name}");
+        }
+    }
+
+    #[test]
+    fn kernels_for_old_cards_keep_to_their_limits() {
+        let (mut seen, old) = (0, MODULES.iter().filter(|it| it.1 == OLDEST));
+        for (name, _, ptx) in old {
+            assert!(!ptx.contains(".bf16"), "{name}: sm_{OLDEST} has no bf16");
+            // `{kernel}_launch[3]` in bytes: rows, threads, dynamic shared memory; zeros at the end are left out.
+            for line in ptx.lines().filter(|line| line.contains("_launch[12]")) {
+                let bytes = line.split(['{', '}']).nth(1).unwrap_or_else(|| panic!("{name}: {line}"));
+                let bytes = bytes.split(',').map(|it| it.trim().parse::<usize>().unwrap());
+                let shared: usize =
+                    bytes.skip(8).zip([1, 1 << 8, 1 << 16, 1 << 24]).map(|(byte, unit)| byte * unit).sum();
+                assert!(shared <= 64 << 10, "{name}: {shared} bytes of shared memory in {line}");
+                seen += 1;
+            }
+        }
+        assert!(seen >= 20, "only {seen} kernels say how they are launched");
+    }
 }
