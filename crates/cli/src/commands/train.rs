@@ -367,6 +367,9 @@ fn finish(run: &Run, summary: &Summary, console: &Console) -> anyhow::Result<Out
             bytes(memory.in_use),
             bytes(memory.total)
         )?;
+        if memory.peak_pinned > 0 {
+            writeln!(out, "peak page-locked memory of the host {}", bytes(memory.peak_pinned))?;
+        }
     }
     writeln!(out, "{}:", run.output_dir.display())?;
     let entries =

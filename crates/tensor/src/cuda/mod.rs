@@ -13,6 +13,7 @@ mod profile;
 
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
@@ -47,6 +48,14 @@ pub struct Gpu {
     modules: Mutex<HashMap<String, Module>>,
     blas: OnceLock<Option<Blas>>,
     profile: Profile,
+    pinned: PinnedBytes,
+}
+
+/// Bytes of page-locked memory: now, and the most at once.
+#[derive(Default)]
+struct PinnedBytes {
+    now: AtomicU64,
+    peak: AtomicU64,
 }
 
 // SAFETY: the driver's handles may be used from any thread; the context is bound before each use.
@@ -93,6 +102,8 @@ pub struct DeviceMemory {
     pub in_use: u64,
     /// What the card has.
     pub total: u64,
+    /// The most page-locked memory of the host that was held at once for what was offloaded.
+    pub peak_pinned: u64,
 }
 
 impl Gpu {
@@ -156,6 +167,7 @@ impl Gpu {
             modules: Mutex::default(),
             blas: OnceLock::new(),
             profile: Profile::from_env(),
+            pinned: PinnedBytes::default(),
         })
     }
 
@@ -220,6 +232,7 @@ impl Gpu {
             peak_reserved: attribute(Attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH),
             in_use: (total - free) as u64,
             total: total as u64,
+            peak_pinned: self.pinned.peak.load(Ordering::Relaxed),
         }
     }
 
@@ -452,6 +465,7 @@ impl Drop for PinnedBuffer {
         let _ = self.gpu.synchronize();
         // SAFETY: the memory was allocated by `malloc_host` and is freed once.
         let _ = unsafe { result::free_host(self.pointer) };
+        self.gpu.pinned.now.fetch_sub(self.bytes as u64, Ordering::Relaxed);
     }
 }
 
@@ -460,6 +474,8 @@ impl PinnedBuffer {
         gpu.bind()?;
         // SAFETY: the memory is written before it is read: see `Buffer::stash`.
         let pointer = gpu.check(unsafe { result::malloc_host(bytes.max(1), 0) })?;
+        let now = gpu.pinned.now.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
+        gpu.pinned.peak.fetch_max(now, Ordering::Relaxed);
         Ok(PinnedBuffer { pointer, bytes, gpu: gpu.clone() })
     }
 
