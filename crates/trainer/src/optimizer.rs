@@ -38,6 +38,9 @@ pub trait Optimizer {
     fn restore(&mut self, state: State, parameters: &[&mut Parameter]) -> Result<()>;
 }
 
+/// Elements that one task of the CPU takes.
+const CHUNK: usize = 16 * 1024;
+
 /// What one step is computed with, alike on every device.
 struct StepNumbers {
     decay: f64,
@@ -170,14 +173,19 @@ fn step_on_cpu(parameter: &mut Parameter, (m, v): &mut (Tensor, Tensor), it: &St
     let (rest1, rest2) = ((1.0 - it.beta1) as f32, (1.0 - it.beta2) as f32);
     let grad_scale = it.grad_scale as f32;
     let Parameter { value, grad, .. } = parameter;
-    let moments = m.values_mut::<f32>()?.par_iter_mut().zip(v.values_mut::<f32>()?);
-    let numbers = value.values_mut::<f32>()?.par_iter_mut().zip(grad.values::<f32>()?);
-    numbers.zip(moments).with_min_len(4096).for_each(|((p, g), (m, v))| {
-        let g = g * grad_scale;
-        *p *= decay;
-        *m = *m * beta1 + rest1 * g;
-        *v = *v * beta2 + rest2 * g * g;
-        *p -= step_size * (*m / (v.sqrt() / root + epsilon));
+    // Whole slices, so that the loop vectorises.
+    let moments =
+        m.values_mut::<f32>()?.par_chunks_mut(CHUNK).zip(v.values_mut::<f32>()?.par_chunks_mut(CHUNK));
+    let numbers =
+        value.values_mut::<f32>()?.par_chunks_mut(CHUNK).zip(grad.values::<f32>()?.par_chunks(CHUNK));
+    numbers.zip(moments).for_each(|((p, g), (m, v))| {
+        for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
+            let g = g * grad_scale;
+            *p *= decay;
+            *m = *m * beta1 + rest1 * g;
+            *v = *v * beta2 + rest2 * g * g;
+            *p -= step_size * (*m / (v.sqrt() / root + epsilon));
+        }
     });
     Ok(())
 }
