@@ -5,6 +5,7 @@
 //! freed.
 
 mod blas;
+mod buffer;
 mod launch;
 mod library;
 mod modules;
@@ -12,8 +13,6 @@ mod own_product;
 mod profile;
 
 use std::collections::HashMap;
-use std::ffi::c_void;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
@@ -29,6 +28,8 @@ pub use profile::KernelTime;
 use profile::Profile;
 
 use blas::Blas;
+use buffer::PinnedBytes;
+pub(crate) use buffer::{Buffer, PinnedBuffer};
 
 /// A GPU in use.
 pub struct Gpu {
@@ -49,13 +50,6 @@ pub struct Gpu {
     blas: OnceLock<Option<Blas>>,
     profile: Profile,
     pinned: PinnedBytes,
-}
-
-/// Bytes of page-locked memory: now, and the most at once.
-#[derive(Default)]
-struct PinnedBytes {
-    now: AtomicU64,
-    peak: AtomicU64,
 }
 
 // SAFETY: the driver's handles may be used from any thread; the context is bound before each use.
@@ -232,7 +226,7 @@ impl Gpu {
             peak_reserved: attribute(Attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH),
             in_use: (total - free) as u64,
             total: total as u64,
-            peak_pinned: self.pinned.peak.load(Ordering::Relaxed),
+            peak_pinned: self.pinned.peak(),
         }
     }
 
@@ -323,188 +317,6 @@ impl Gpu {
 
     fn raw_stream(&self) -> sys::CUstream {
         self.stream.cu_stream()
-    }
-}
-
-/// Memory of a card; freed in the stream's order.
-#[derive(Debug)]
-pub(crate) struct Buffer {
-    pointer: sys::CUdeviceptr,
-    bytes: usize,
-    gpu: Arc<Gpu>,
-}
-
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        if self.bytes > 0 && self.gpu.bind().is_ok() {
-            // SAFETY: the memory was allocated on this stream, and later work on it comes later.
-            let _ = unsafe { result::free_async(self.pointer, self.gpu.raw_stream()) };
-        }
-    }
-}
-
-impl Buffer {
-    /// Memory that holds nothing in particular.
-    pub(crate) fn new(gpu: &Arc<Gpu>, bytes: usize) -> Result<Buffer> {
-        gpu.bind()?;
-        let mut pointer = 0;
-        if bytes > 0 {
-            // SAFETY: what is written before it is read is the caller's to see to.
-            pointer = unsafe { result::malloc_async(gpu.raw_stream(), bytes) }.map_err(|error| {
-                if error.0 != sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
-                    return Error::Device(format!("cuda:{}: {}", gpu.ordinal, describe(error)));
-                }
-                let memory = gpu.memory();
-                Error::OutOfMemory {
-                    device: format!("cuda:{} ({})", gpu.ordinal, gpu.name),
-                    wanted: bytes as u64,
-                    allocated: memory.allocated,
-                    total: memory.total,
-                }
-            })?;
-        }
-        Ok(Buffer { pointer, bytes, gpu: gpu.clone() })
-    }
-
-    pub(crate) fn gpu(&self) -> &Arc<Gpu> {
-        &self.gpu
-    }
-
-    pub(crate) fn pointer(&self) -> u64 {
-        self.pointer
-    }
-
-    pub(crate) fn bytes(&self) -> usize {
-        self.bytes
-    }
-
-    /// All bytes 0, which is 0 in every number type.
-    pub(crate) fn set_zero(&mut self) -> Result<()> {
-        if self.bytes == 0 {
-            return Ok(());
-        }
-        self.gpu.bind()?;
-        // SAFETY: the buffer has this many bytes.
-        let done = unsafe { result::memset_d8_async(self.pointer, 0, self.bytes, self.gpu.raw_stream()) };
-        self.gpu.check(done)
-    }
-
-    /// `width` bytes from `start` on, and as many again every `pitch` bytes, `height` times: all 0.
-    pub(crate) fn set_block_zero(
-        &mut self,
-        start: usize,
-        pitch: usize,
-        width: usize,
-        height: usize,
-    ) -> Result<()> {
-        if width == 0 || height == 0 {
-            return Ok(());
-        }
-        assert!(start + (height - 1) * pitch + width <= self.bytes, "a block beyond its buffer");
-        self.gpu.bind()?;
-        let (address, stream) = (self.pointer + start as u64, self.gpu.raw_stream());
-        // SAFETY: the block lies inside the buffer.
-        let done = unsafe { sys::cuMemsetD2D8Async(address, pitch, 0, width, height, stream) };
-        self.gpu.check(done.result())
-    }
-
-    /// From the host's memory; the bytes may change as soon as this returns.
-    pub(crate) fn upload(&mut self, bytes: &[u8]) -> Result<()> {
-        assert!(bytes.len() <= self.bytes, "{} bytes into a buffer of {}", bytes.len(), self.bytes);
-        if bytes.is_empty() {
-            return Ok(());
-        }
-        self.gpu.bind()?;
-        // SAFETY: pageable memory is staged before the call returns.
-        let done = unsafe { result::memcpy_htod_async(self.pointer, bytes, self.gpu.raw_stream()) };
-        self.gpu.check(done)
-    }
-
-    /// To the host's memory; waits for everything before.
-    pub(crate) fn download(&self, bytes: &mut [u8]) -> Result<()> {
-        assert!(bytes.len() <= self.bytes, "{} bytes out of a buffer of {}", bytes.len(), self.bytes);
-        if bytes.is_empty() {
-            return Ok(());
-        }
-        self.gpu.bind()?;
-        // SAFETY: the slice lives until the stream has been waited for.
-        self.gpu.check(unsafe { result::memcpy_dtoh_async(bytes, self.pointer, self.gpu.raw_stream()) })?;
-        self.gpu.synchronize()
-    }
-
-    /// From another buffer of the same card.
-    pub(crate) fn copy_from(&mut self, other: &Buffer) -> Result<()> {
-        assert!(other.bytes <= self.bytes, "{} bytes into a buffer of {}", other.bytes, self.bytes);
-        if other.bytes == 0 {
-            return Ok(());
-        }
-        self.gpu.bind()?;
-        let stream = self.gpu.raw_stream();
-        // SAFETY: both buffers are large enough and of one context.
-        let done = unsafe { result::memcpy_dtod_async(self.pointer, other.pointer, other.bytes, stream) };
-        self.gpu.check(done)
-    }
-}
-
-/// Page-locked memory of the host, which the card reads and writes by itself.
-#[derive(Debug)]
-pub(crate) struct PinnedBuffer {
-    pointer: *mut c_void,
-    bytes: usize,
-    gpu: Arc<Gpu>,
-}
-
-// SAFETY: the memory belongs to this value alone.
-unsafe impl Send for PinnedBuffer {}
-// SAFETY: a shared reference only reads.
-unsafe impl Sync for PinnedBuffer {}
-
-impl Drop for PinnedBuffer {
-    fn drop(&mut self) {
-        // The card may still be reading.
-        let _ = self.gpu.synchronize();
-        // SAFETY: the memory was allocated by `malloc_host` and is freed once.
-        let _ = unsafe { result::free_host(self.pointer) };
-        self.gpu.pinned.now.fetch_sub(self.bytes as u64, Ordering::Relaxed);
-    }
-}
-
-impl PinnedBuffer {
-    pub(crate) fn new(gpu: &Arc<Gpu>, bytes: usize) -> Result<PinnedBuffer> {
-        gpu.bind()?;
-        // SAFETY: the memory is written before it is read: see `Buffer::stash`.
-        let pointer = gpu.check(unsafe { result::malloc_host(bytes.max(1), 0) })?;
-        let now = gpu.pinned.now.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
-        gpu.pinned.peak.fetch_max(now, Ordering::Relaxed);
-        Ok(PinnedBuffer { pointer, bytes, gpu: gpu.clone() })
-    }
-
-    pub(crate) fn bytes(&self) -> usize {
-        self.bytes
-    }
-
-    pub(crate) fn gpu(&self) -> &Arc<Gpu> {
-        &self.gpu
-    }
-
-    /// The contents of a buffer of the card, in the stream's order.
-    pub(crate) fn take(&mut self, from: &Buffer) -> Result<()> {
-        assert!(from.bytes <= self.bytes, "{} bytes into {} pinned ones", from.bytes, self.bytes);
-        self.gpu.bind()?;
-        // SAFETY: page-locked memory of this length, freed only after the stream has been waited for.
-        let slice = unsafe { std::slice::from_raw_parts_mut(self.pointer.cast::<u8>(), from.bytes) };
-        // SAFETY: as above.
-        self.gpu.check(unsafe { result::memcpy_dtoh_async(slice, from.pointer, self.gpu.raw_stream()) })
-    }
-
-    /// The contents into a buffer of the card, in the stream's order.
-    pub(crate) fn give(&self, to: &mut Buffer) -> Result<()> {
-        assert!(to.bytes <= self.bytes, "{} bytes out of {} pinned ones", to.bytes, self.bytes);
-        self.gpu.bind()?;
-        // SAFETY: page-locked memory of this length, freed only after the stream has been waited for.
-        let slice = unsafe { std::slice::from_raw_parts(self.pointer.cast::<u8>(), to.bytes) };
-        // SAFETY: as above.
-        self.gpu.check(unsafe { result::memcpy_htod_async(to.pointer, slice, self.gpu.raw_stream()) })
     }
 }
 
