@@ -60,8 +60,10 @@ fn what_is_missing_is_said_by_key() {
     dir.ferrotune(&["train", "c.yaml"]).fails(2).says("`model_name_or_path`: no model is named");
     dir.ferrotune(&["train", "c.yaml", "do_train=false"]).fails(2).says("`do_train`: nothing to do");
     dir.ferrotune(&["train", "c.yaml", "adapter_name_or_path=x"]).fails(2).says("not there yet");
-    dir.ferrotune(&["train", "c.yaml", "device=cuda:0"]).fails(1).says("cuda");
-    dir.ferrotune(&["train", "c.yaml", "fp16=true", "device=auto"]).fails(2).says("needs a GPU");
+    let without_gpu = |words: &[&str]| dir.ferrotune(words).env("CUDA_VISIBLE_DEVICES", "");
+    let ran = without_gpu(&["train", "c.yaml", "device=cuda:0"]).fails(1);
+    ran.says("device `cuda:0`: ").says("set `device: cpu`");
+    without_gpu(&["train", "c.yaml", "fp16=true", "device=auto"]).fails(2).says("needs a GPU");
 }
 
 #[test]

@@ -25,11 +25,10 @@ pub use library::{CudaCard, CudaLibrary, CudaStatus, cuda_status};
 pub use modules::{MINIMUM_CUDA, MINIMUM_DRIVER};
 pub use profile::KernelTime;
 
-use profile::Profile;
-
 use blas::Blas;
 use buffer::PinnedBytes;
 pub(crate) use buffer::{Buffer, PinnedBuffer};
+use profile::Profile;
 
 /// A GPU in use.
 pub struct Gpu {
