@@ -41,8 +41,7 @@ fn output_dir_is_not_overwritten_by_accident() {
     dir.file("out/adapter_model.safetensors", "precious");
     dir.ferrotune(&["train", "c.yaml"]).fails_with(
         2,
-        "error: c.yaml:3: `output_dir`: `out` is not empty; name another folder, set `overwrite_output_dir: true`, \
-         or go on with `resume_from_checkpoint: true`",
+        "error: c.yaml:3: `output_dir`: `out` is not empty; name another folder, or set `overwrite_output_dir: true` to train anew",
     );
     dir.ferrotune(&["train", "c.yaml", "resume_from_checkpoint=true"])
         .fails(2)

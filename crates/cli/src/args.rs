@@ -56,8 +56,8 @@ pub enum Command {
 
     /// Talk to a model.
     #[command(
-        after_help = "Examples:\n  ferrotune chat --model HuggingFaceTB/SmolLM2-135M-Instruct --adapter out/identity\n  \
-        ferrotune chat examples/quickstart.yaml --adapter out/identity --prompt 'Who are you?' --greedy\n\n\
+        after_help = "Examples:\n  ferrotune chat --model HuggingFaceTB/SmolLM2-135M-Instruct --adapter out/quickstart\n  \
+        ferrotune chat examples/quickstart.yaml --adapter out/quickstart --prompt 'Who are you?' --greedy\n\n\
         In a chat, `/clear` forgets what was said and `/exit` ends it"
     )]
     Chat(ChatArgs),
@@ -174,7 +174,7 @@ pub enum DebugCommand {
     /// The loss of given token ids, and the gradient of every adapter matrix.
     #[command(
         after_help = "Example:\n  echo '{\"sequences\": [{\"ids\": [1, 4093, 198], \"labels\": [-100, 4093, 198]}]}' |\n    \
-        ferrotune debug gradients --model HuggingFaceTB/SmolLM2-135M-Instruct --adapter out/identity \\\n    \
+        ferrotune debug gradients --model HuggingFaceTB/SmolLM2-135M-Instruct --adapter out/quickstart \\\n    \
         --output gradients.safetensors\n\n\
         A label of -100 is not trained on; others are the ids"
     )]

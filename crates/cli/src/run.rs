@@ -180,9 +180,13 @@ fn output(config: &RunConfig) -> anyhow::Result<(PathBuf, Option<PathBuf>)> {
     let unfinished =
         config.resume_from_checkpoint == Resume::Auto && !folder.join("adapter_model.safetensors").exists();
     if !empty && !config.overwrite_output_dir && resume_from.is_none() && !unfinished {
+        let go_on = match latest_checkpoint(&folder) {
+            Some(_) => ", or go on with `resume_from_checkpoint: true`",
+            None => "",
+        };
+        let folder = folder.display();
         return wrong(format!(
-            "`{}` is not empty; name another folder, set `overwrite_output_dir: true`, or go on with `resume_from_checkpoint: true`",
-            folder.display()
+            "`{folder}` is not empty; name another folder, or set `overwrite_output_dir: true` to train anew{go_on}"
         ));
     }
     Ok((folder, resume_from))

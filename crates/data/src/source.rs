@@ -72,7 +72,11 @@ pub fn load(name: &str, folder: &Path, options: &SourceOptions) -> Result<Loaded
     } else {
         format!("`{}` has: {}", registry.display(), known.join(", "))
     };
-    Err(Error::Dataset(format!("no data set `{name}`: neither a file nor a registered name; {known}")))
+    let here = std::env::current_dir().map_or(String::new(), |it| format!(" in {}", it.display()));
+    Err(Error::Dataset(format!(
+        "no data set `{name}`: there is no such file{here} or in `{}`, and it isn't a registered name: {known}",
+        folder.display()
+    )))
 }
 
 /// Loads a file (or a folder of files) in `format`, or in the format its rows look like.
@@ -488,7 +492,7 @@ mod tests {
             "pairs",
             "data set `pairs` in dataset_info.json: preference data (`ranking: true`) is not there yet",
         );
-        check("nobody", "no data set `nobody`: neither a file nor a registered name; `");
+        check("nobody", "no data set `nobody`: there is no such file");
         std::fs::remove_dir_all(&folder).unwrap();
     }
 }

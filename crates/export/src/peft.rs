@@ -99,6 +99,12 @@ impl PeftAdapter {
     /// # Errors
     /// When a file is missing or damaged, or the adapter is of a kind that isn't there yet.
     pub fn read(folder: &Path) -> Result<PeftAdapter> {
+        if !folder.is_dir() {
+            return Err(Error::file(
+                folder,
+                "no such folder; name the output_dir of a run, or a checkpoint in it",
+            ));
+        }
         if !folder.join(CONFIG).is_file() {
             let message = format!(
                 "holds no adapter, which has an {CONFIG}; name the output_dir of a run, or a checkpoint in it"

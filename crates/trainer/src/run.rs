@@ -101,6 +101,8 @@ pub struct Summary {
     pub ending: Ending,
     /// Steps taken in all.
     pub steps: usize,
+    /// Steps taken in this sitting.
+    pub sitting_steps: usize,
     /// Mean of the steps' losses in this sitting.
     pub mean_loss: f64,
     /// Tokens through the model in all.
@@ -195,6 +197,7 @@ pub fn train<M: LanguageModel>(
     Ok(Summary {
         ending,
         steps: done.step,
+        sitting_steps: done.step - first_step,
         mean_loss: losses / (done.step - first_step).max(1) as f64,
         total_tokens: done.tokens,
         elapsed_seconds: done.seconds_before + sitting,

@@ -294,15 +294,15 @@ impl RunHooks<Decoder> for Hooks<'_> {
         self.since_log.0 += report.loss;
         self.since_log.1 += 1;
         self.bar.set_position(report.step as u64);
+        // The mean since the last line of the log, on the console as there.
+        let loss = self.since_log.0 / self.since_log.1 as f64;
         let line = format!(
-            "loss {:.4}  lr {:.2e}  {:.0} tokens/s  {} left",
-            report.loss,
+            "loss {loss:.4}  lr {:.2e}  {:.0} tokens/s  {} left",
             report.learning_rate,
             report.tokens_per_second,
             clock(report.remaining_seconds)
         );
         if report.step.is_multiple_of(self.logging_steps) || report.step == report.total_steps {
-            let loss = self.since_log.0 / self.since_log.1 as f64;
             self.since_log = (0.0, 0);
             self.log.write(&StepReport { loss, ..*report })?;
             if !self.console.shows_progress() && !self.console.quiet {
@@ -342,9 +342,13 @@ fn card(run: &Run) -> ModelCard {
 /// Time, pace, memory, and what was written where.
 fn finish(run: &Run, summary: &Summary, console: &Console) -> anyhow::Result<Outcome> {
     let mut out = console.out();
+    let of = match summary.sitting_steps {
+        all if all == summary.steps => String::new(),
+        some => format!(" of the last {some}"),
+    };
     writeln!(
         out,
-        "trained {} steps in {} ({:.0} tokens/s, mean loss {:.4})",
+        "trained {} steps in {} ({:.0} tokens/s, mean loss{of} {:.4})",
         summary.steps,
         clock(summary.elapsed_seconds),
         summary.tokens_per_second,
