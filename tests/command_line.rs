@@ -83,3 +83,10 @@ fn colours_only_where_they_are_wanted() {
         .fails(2)
         .says("\x1b[31merror\x1b[0m: c.yaml:1: ");
 }
+
+#[test]
+fn a_key_typed_as_a_flag_is_answered_with_how_keys_are_typed() {
+    let dir = Dir::new();
+    let ran = dir.ferrotune(&["train", "c.yaml", "--learning_rate", "1e-4"]).fails(2);
+    ran.says("unexpected argument '--learning_rate'").says("learning_rate=VALUE");
+}

@@ -271,9 +271,24 @@ impl Program {
             let example = example.split("\n\n").next().unwrap_or_default().to_string();
             train.after_long_help(format!("{example}\n\n{}", RunConfig::help()))
         });
-        let matches = command.get_matches();
+        let matches = command.try_get_matches().unwrap_or_else(|error| with_key_hint(error).exit());
         <Program as clap::FromArgMatches>::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
     }
+}
+
+/// A key of the config that was typed as a flag is answered with how keys are typed.
+fn with_key_hint(mut error: clap::Error) -> clap::Error {
+    use clap::error::{ContextKind, ContextValue};
+    let flag = match error.get(ContextKind::InvalidArg) {
+        Some(ContextValue::String(flag)) => flag.trim_start_matches('-').replace('-', "_"),
+        _ => return error,
+    };
+    if RunConfig::keys().iter().any(|key| key.name == flag) {
+        let hint = format!("keys of the config are typed without dashes: {flag}=VALUE");
+        error.remove(ContextKind::SuggestedArg);
+        error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![hint.into()]));
+    }
+    error
 }
 
 /// The words of `chat`: the first that is no `key=value` is the config.

@@ -105,6 +105,9 @@ impl Chat<'_> {
                 "" => {}
                 "/exit" | "exit" => return Ok(()),
                 "/clear" | "clear" => self.forget(),
+                word if terminal && word.starts_with('/') && !word.contains(' ') => {
+                    console.note(format!("`{word}` is no command; there are /clear and /exit"));
+                }
                 prompt => self.answer(prompt, console)?,
             }
         }
