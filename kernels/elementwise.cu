@@ -1,6 +1,5 @@
 // One number in, one out.
 //   cast          out = in, rounded
-//   fill          x = value
 //   scale         a = scale·a
 //   add_scaled    a += scale·b
 //   add_bias      y += bias                y // (rows, cols) with a stride;  bias // (cols)
@@ -76,22 +75,6 @@ __device__ void add_scaled(T* a, const T* b, float scale, long long n) {
     add_scaled_runs<1>(a, b, scale, whole, n);
 }
 
-template <int WIDTH, typename T>
-__device__ void fill_runs(T* x, float value, long long begin, long long end) {
-    float values[WIDTH];
-#pragma unroll
-    for (int j = 0; j < WIDTH; j++) values[j] = value;
-    for_range<WIDTH>(begin, end, [&](long long i) { store_run(x + i, values); });
-}
-
-template <typename T>
-__device__ void fill(T* x, float value, long long n) {
-    constexpr int WIDTH = Pack<T>::SIZE;
-    const long long whole = is_aligned_16(x) ? n / WIDTH * WIDTH : 0;
-    fill_runs<WIDTH>(x, value, 0, whole);
-    fill_runs<1>(x, value, whole, n);
-}
-
 // ---- Kernels of rows
 
 template <int WIDTH, typename T>
@@ -134,7 +117,6 @@ __device__ bool takes_runs(int cols, const T* out, int out_stride, const T* in, 
 }
 
 #define DEFINE(NAME, T)                                                                                                              \
-    extern "C" __global__ void __launch_bounds__(BLOCK) fill_##NAME(T* x, float value, long long n) { fill(x, value, n); }           \
     extern "C" __global__ void __launch_bounds__(BLOCK) scale_##NAME(T* a, float scale, long long n) {                               \
         map(a, a, n, [=](float value) { return scale * value; });                                                                    \
     }                                                                                                                                \

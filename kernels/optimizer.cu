@@ -200,18 +200,6 @@ adamw_8bit(const Chunk* chunks, const float* map_m, const float* map_v, float de
     }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK) compute_copies(const Chunk* chunks) {
-    const Chunk chunk = chunks[blockIdx.x];
-    for_chunk(chunk.n, is_aligned_16(chunk.value) && copy_is_aligned(chunk), [&](auto width, int at) {
-        constexpr int WIDTH = decltype(width)::VALUE;
-        const Run<float, WIDTH> run = load_run<WIDTH>(chunk.value + at);
-        float values[WIDTH];
-#pragma unroll
-        for (int i = 0; i < WIDTH; i++) values[i] = run[i];
-        store_copy(chunk, at, values);
-    });
-}
-
 extern "C" __global__ void __launch_bounds__(BLOCK) square_sum(const Chunk* chunks, double* partials) {
     const Chunk chunk = chunks[blockIdx.x];
     double sum = 0;

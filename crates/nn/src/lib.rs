@@ -32,9 +32,7 @@ pub use model::LanguageModel;
 pub use norm::{Norm, NormKind};
 pub use pass::PassCache;
 pub use rope::Rope;
-pub use weight::{
-    DenseWeight, Weight, backward_on_gpu, backward_tiles, forward_on_gpu, forward_tiles, widen,
-};
+pub use weight::{DenseWeight, Weight, backward_tiles, backward_whole, forward_tiles, forward_whole, widen};
 
 /// What every layer of one pass shares.
 #[derive(Debug, Default)]

@@ -9,8 +9,8 @@ use crate::{Context, Rope};
 #[derive(Debug, Default)]
 pub struct PassCache {
     pub(crate) rope: Mutex<Vec<(Rope, DType, Arc<Tensor>)>>,
-    query_blocks: OnceLock<Tensor>,
-    key_blocks: OnceLock<Tensor>,
+    query_blocks: OnceLock<(usize, Tensor)>,
+    key_blocks: OnceLock<(usize, Tensor)>,
 }
 
 impl Context {
@@ -34,13 +34,18 @@ impl Context {
 
     fn blocks<'a>(
         &'a self,
-        kept: &'a OnceLock<Tensor>,
+        kept: &'a OnceLock<(usize, Tensor)>,
         device: &Device,
         most: usize,
         block: impl Fn(&std::ops::Range<usize>, usize) -> [usize; 4],
         work: impl Fn([usize; 4]) -> usize,
     ) -> Result<&'a Tensor> {
-        if let Some(blocks) = kept.get() {
+        if let Some((size, blocks)) = kept.get() {
+            if *size != most {
+                return Err(Error::msg(format!(
+                    "attention in blocks of {most} rows and of {size} in one pass"
+                )));
+            }
             return Ok(blocks);
         }
         let mut all = Vec::new();
@@ -49,7 +54,7 @@ impl Context {
         }
         all.sort_by_key(|it| std::cmp::Reverse(work(*it)));
         let blocks = descriptors(all.into_iter(), device)?;
-        Ok(kept.get_or_init(|| blocks))
+        Ok(&kept.get_or_init(|| (most, blocks)).1)
     }
 }
 

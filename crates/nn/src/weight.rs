@@ -30,7 +30,7 @@ pub trait Weight: Send + Sync {
     /// When shapes or types don't fit.
     fn backward(&self, dy: &Tensor, at: usize, beta: f64, dx: &mut Tensor) -> Result<()>;
 
-    /// Adds `dyᵀ·x` to W's own gradient; nothing unless W is trained.
+    /// Adds `dy[:, at..at + rows]ᵀ·x[:, 0..cols]` to W's own gradient; nothing unless W is trained.
     ///
     /// # Errors
     /// When shapes or types don't fit.
@@ -114,16 +114,14 @@ impl Weight for DenseWeight {
 
     fn forward(&self, x: &Tensor, y: &mut Tensor, at: usize) -> Result<()> {
         if self.is_operand_for(x) {
-            let (w_t, part) = (Operand::new(&self.value).transposed(), at..at + self.value.rows());
-            return multiply(self.precision, 1.0, Operand::new(x), w_t, 0.0, y, part);
+            return forward_whole(&self.value, self.precision, x, y, at);
         }
         forward_tiles(self, self.precision, x, y, at)
     }
 
     fn backward(&self, dy: &Tensor, at: usize, beta: f64, dx: &mut Tensor) -> Result<()> {
         if self.is_operand_for(dy) {
-            let (part, columns) = (Operand::columns(dy, at..at + self.value.rows()), 0..dx.cols());
-            return multiply(self.precision, 1.0, part, Operand::new(&self.value), beta, dx, columns);
+            return backward_whole(&self.value, self.precision, dy, at, beta, dx);
         }
         backward_tiles(self, self.precision, dy, at, beta, dx)
     }
@@ -195,22 +193,29 @@ pub fn backward_tiles(
     })
 }
 
-/// `y[:, at..at + rows] = x·Wᵀ` for a weight that is whole on a GPU.
+/// `y[:, at..at + rows] = x·Wᵀ` for a weight that is there as it is multiplied.
 ///
 /// # Errors
 /// When shapes or types don't fit.
-pub fn forward_on_gpu(w: &Tensor, x: &Tensor, y: &mut Tensor, at: usize) -> Result<()> {
+pub fn forward_whole(w: &Tensor, precision: Precision, x: &Tensor, y: &mut Tensor, at: usize) -> Result<()> {
     let w_t = Operand::new(w).transposed();
-    multiply(Precision::Full, 1.0, Operand::new(x), w_t, 0.0, y, at..at + w.rows())
+    multiply(precision, 1.0, Operand::new(x), w_t, 0.0, y, at..at + w.rows())
 }
 
-/// `dx = dy[:, at..at + rows]·W + beta·dx` for a weight that is whole on a GPU.
+/// `dx = dy[:, at..at + rows]·W + beta·dx` for a weight that is there as it is multiplied.
 ///
 /// # Errors
 /// When shapes or types don't fit.
-pub fn backward_on_gpu(w: &Tensor, dy: &Tensor, at: usize, beta: f64, dx: &mut Tensor) -> Result<()> {
+pub fn backward_whole(
+    w: &Tensor,
+    precision: Precision,
+    dy: &Tensor,
+    at: usize,
+    beta: f64,
+    dx: &mut Tensor,
+) -> Result<()> {
     let (dy, columns) = (Operand::columns(dy, at..at + w.rows()), 0..dx.cols());
-    multiply(Precision::Full, 1.0, dy, Operand::new(w), beta, dx, columns)
+    multiply(precision, 1.0, dy, Operand::new(w), beta, dx, columns)
 }
 
 /// All of a weight as f32, for f64 gradient checks and merging.

@@ -260,6 +260,29 @@ fn attention() {
     }
 }
 
+/// Causal attention without norms, windows or caps.
+fn plain_attention(
+    qkv: Linear,
+    o: Linear,
+    heads: (usize, usize),
+    head_dim: usize,
+    rope: Option<Rope>,
+) -> Attention {
+    Attention {
+        qkv,
+        o,
+        q_norm: None,
+        k_norm: None,
+        rope,
+        num_attention_heads: heads.0,
+        num_key_value_heads: heads.1,
+        head_dim,
+        scale: 0.125,
+        window: None,
+        softcap: None,
+    }
+}
+
 /// One sequence of 32k tokens: forward against the CPU, backward against the same in f32.
 #[test]
 fn attention_over_a_long_sequence() {
@@ -268,19 +291,7 @@ fn attention_over_a_long_sequence() {
     for arm in arms() {
         let (qkv, qkv_here) = arm.linears(&identity(3 * head_dim));
         let (o, o_here) = arm.linears(&identity(head_dim));
-        let layer = |qkv: Linear, o: Linear| Attention {
-            qkv,
-            o,
-            q_norm: None,
-            k_norm: None,
-            rope: None,
-            num_attention_heads: 1,
-            num_key_value_heads: 1,
-            head_dim,
-            scale: 0.125,
-            window: None,
-            softcap: None,
-        };
+        let layer = |qkv: Linear, o: Linear| plain_attention(qkv, o, (1, 1), head_dim, None);
         let (mut there, here) = (layer(qkv, o), layer(qkv_here, o_here));
         let mut x = seeded(rows, 3 * head_dim, 6);
         x.scale(4.0).unwrap();
@@ -303,19 +314,7 @@ fn no_rows_at_all() {
         let (width, head_dim) = (3 * 64, 64);
         let (qkv, _) = arm.linears(&identity(width));
         let (o, _) = arm.linears(&identity(head_dim));
-        let mut attention = Attention {
-            qkv,
-            o,
-            q_norm: None,
-            k_norm: None,
-            rope: Some(Rope::new(10000.0, head_dim)),
-            num_attention_heads: 1,
-            num_key_value_heads: 1,
-            head_dim,
-            scale: 0.125,
-            window: None,
-            softcap: None,
-        };
+        let mut attention = plain_attention(qkv, o, (1, 1), head_dim, Some(Rope::new(10000.0, head_dim)));
         let (x, _) = arm.both(&seeded(0, width, 1));
         let ctx = Context::new(vec![0]);
         let (y, saved) = attention.forward(&ctx, &x).unwrap();
@@ -335,19 +334,7 @@ fn decoding_gives_what_the_whole_pass_gives() {
         let width = (heads + 2 * kv_heads) * head_dim;
         let (qkv, _) = arm.linears(&identity(width));
         let (o, _) = arm.linears(&identity(heads * head_dim));
-        let layer = Attention {
-            qkv,
-            o,
-            q_norm: None,
-            k_norm: None,
-            rope: Some(Rope::new(10000.0, head_dim)),
-            num_attention_heads: heads,
-            num_key_value_heads: kv_heads,
-            head_dim,
-            scale: 0.125,
-            window: None,
-            softcap: None,
-        };
+        let layer = plain_attention(qkv, o, (heads, kv_heads), head_dim, Some(Rope::new(10000.0, head_dim)));
         let (x, _) = arm.random(rows, width, 5);
         let whole = layer.forward(&Context::new(vec![0, rows]), &x).unwrap().0.to_f32().unwrap();
         let mut cache = Default::default();

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ferrotune_nn::{Weight, backward_on_gpu, forward_on_gpu};
+use ferrotune_nn::{Weight, backward_whole, forward_whole};
 use ferrotune_tensor::{DType, Device, Error, Gpu, Precision, Result, Tensor};
 
 use crate::nf4::{Absmax, BLOCK, GROUP, Nf4Weight, Scales};
@@ -156,11 +156,11 @@ impl Weight for Nf4GpuWeight {
     }
 
     fn forward(&self, x: &Tensor, y: &mut Tensor, at: usize) -> Result<()> {
-        forward_on_gpu(&self.dequantize(x.dtype())?, x, y, at)
+        forward_whole(&self.dequantize(x.dtype())?, Precision::Full, x, y, at)
     }
 
     fn backward(&self, dy: &Tensor, at: usize, beta: f64, dx: &mut Tensor) -> Result<()> {
-        backward_on_gpu(&self.dequantize(dy.dtype())?, dy, at, beta, dx)
+        backward_whole(&self.dequantize(dy.dtype())?, Precision::Full, dy, at, beta, dx)
     }
 
     fn to_dense(&self) -> Result<Tensor> {

@@ -548,26 +548,6 @@ impl Tensor {
         })
     }
 
-    /// `self[rows, columns] = 0`, on a GPU.
-    ///
-    /// # Errors
-    /// When there is no such block, or the numbers are not on a GPU.
-    pub fn set_block_zero(&mut self, rows: Range<usize>, columns: Range<usize>) -> Result<()> {
-        if rows.end > self.rows || columns.end > self.cols {
-            return Error::check_shape("a block of a tensor", (rows.end, columns.end), self.shape());
-        }
-        let (size, stride) = (self.dtype().size_in_bytes(), self.cols);
-        match &mut self.storage {
-            Storage::Cuda { buffer, .. } => buffer.set_block_zero(
-                (rows.start * stride + columns.start) * size,
-                stride * size,
-                columns.len() * size,
-                rows.len(),
-            ),
-            _ => Err(Error::msg("set_block_zero: the numbers are not on a GPU")),
-        }
-    }
-
     /// self += scale · other
     ///
     /// # Errors
@@ -607,14 +587,11 @@ impl Tensor {
         })
     }
 
-    /// Σ self², added up in f64 in a fixed order.
+    /// Σ self², added up in f64 in a fixed order, on the CPU.
     ///
     /// # Errors
-    /// When the type is not a real one.
+    /// When the type is not a real one, or the numbers are elsewhere.
     pub fn square_sum(&self) -> Result<f64> {
-        if self.gpu().is_some() {
-            return Ok(self.to_f32()?.iter().map(|it| it.wide() * it.wide()).sum());
-        }
         for_real!("square_sum", self.dtype(), T => {
             let chunks = self.values::<T>()?.par_chunks(CHUNK);
             let sums: Vec<f64> = chunks.map(|chunk| chunk.iter().map(|it| it.wide() * it.wide()).sum()).collect();

@@ -28,6 +28,12 @@ impl LossScale {
         LossScale { value: FIRST, good_steps: 0, dynamic: true }
     }
 
+    /// The scale to go on with from a saved one: this one, where that is of another kind because the run
+    /// moved to a device that computes in another type.
+    pub(crate) fn resumed_from(self, saved: Option<LossScale>) -> LossScale {
+        saved.filter(|saved| saved.dynamic == self.dynamic).unwrap_or(self)
+    }
+
     /// Halved after an overflow, doubled after many steps without one.
     ///
     /// # Errors
@@ -52,12 +58,6 @@ impl LossScale {
     }
 }
 
-impl Default for LossScale {
-    fn default() -> LossScale {
-        LossScale::none()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -71,6 +71,10 @@ mod tests {
         assert_eq!(scale.value, FIRST);
         let mut scale = LossScale { value: 1.0, ..LossScale::dynamic() };
         assert!(scale.update(true).is_err());
+        let halved = LossScale { value: 32768.0, ..LossScale::dynamic() };
+        assert_eq!(LossScale::dynamic().resumed_from(Some(halved)), halved);
+        assert_eq!(LossScale::dynamic().resumed_from(Some(LossScale::none())), LossScale::dynamic());
+        assert_eq!(LossScale::none().resumed_from(Some(halved)), LossScale::none());
         let mut fixed = LossScale::none();
         fixed.update(true).unwrap();
         assert_eq!(fixed.value, 1.0);

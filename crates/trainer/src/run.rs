@@ -132,7 +132,7 @@ pub fn train<M: LanguageModel>(
     if let Some((state, optimizer_state)) = resumed {
         state.check_identity(&settings.identity)?;
         optimizer.restore(optimizer_state, &model.parameters())?;
-        loss_scale = state.loss_scale.unwrap_or(loss_scale);
+        loss_scale = loss_scale.resumed_from(state.loss_scale);
         batches.seek(Cursor { epoch: state.epoch, position: state.position });
         done =
             Progress { step: state.step, tokens: state.total_tokens, seconds_before: state.elapsed_seconds };

@@ -4,6 +4,7 @@ use std::io::Write as _;
 
 use ferrotune_model::source::FileKind;
 use ferrotune_model::spec::{BaseWeights, MemoryPlan};
+use ferrotune_tensor::cuda_status;
 
 use crate::Outcome;
 use crate::args::ModelArgs;
@@ -56,7 +57,14 @@ pub fn run(args: &ModelArgs, console: &Console) -> anyhow::Result<Outcome> {
     )?;
 
     let tokens = config.per_device_train_batch_size * config.cutoff_len;
-    line("memory", format!("of training with micro-batches of {} tokens", thousands(tokens as u64)))?;
+    let card = cuda_status().cards.into_iter().next().filter(|_| config.device != "cpu");
+    let (device, activation_bytes) = match &card {
+        Some(card) => (format!("{} in 16 bits", card.name), 2),
+        None => ("the cpu".to_string(), 4),
+    };
+    let memory =
+        format!("of training on {device}, with micro-batches of {} tokens", thousands(tokens as u64));
+    line("memory", memory)?;
     let header = ["weights", "adapters", "activations", "logits", "together"];
     writeln!(out, "  {:<24}{}", "mode", header.map(|name| format!("{name:>13}")).concat())?;
     for (name, base, recompute) in [
@@ -65,7 +73,7 @@ pub fn run(args: &ModelArgs, console: &Console) -> anyhow::Result<Outcome> {
         ("16 bit", BaseWeights::SixteenBit, false),
         ("16 bit, recompute: all", BaseWeights::SixteenBit, true),
     ] {
-        let plan = MemoryPlan { base, lora_rank: config.lora_rank, tokens, activation_bytes: 4, recompute };
+        let plan = MemoryPlan { base, lora_rank: config.lora_rank, tokens, activation_bytes, recompute };
         let estimate = spec.memory(&plan);
         let columns = [
             estimate.linears + estimate.others,
@@ -76,8 +84,13 @@ pub fn run(args: &ModelArgs, console: &Console) -> anyhow::Result<Outcome> {
         ];
         writeln!(out, "  {name:<24}{}", columns.map(|count| format!("{:>13}", bytes(count))).concat())?;
     }
-    if let Some(available) = machine::available_memory() {
-        writeln!(out, "  {} are available on this machine", bytes(available))?;
+    match card {
+        Some(card) => writeln!(out, "  {} is what the card has", bytes(card.memory))?,
+        None => {
+            if let Some(available) = machine::available_memory() {
+                writeln!(out, "  {} are available on this machine", bytes(available))?;
+            }
+        }
     }
     out.flush()?;
     Ok(Outcome::Done)

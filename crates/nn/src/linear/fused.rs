@@ -6,7 +6,7 @@
 //! What adapters add then costs R more columns of a large product, not another pass over y and dx. The
 //! tensors x and dy have room for low and dlow beside their own columns; one without is copied.
 
-use ferrotune_tensor::{Operand, Result, Tensor, multiply, multiply_on_gpu};
+use ferrotune_tensor::{Error, Operand, Result, Tensor, multiply, multiply_on_gpu};
 
 use super::{Linear, LowRank, Part, add_bias};
 use crate::Context;
@@ -25,7 +25,7 @@ pub enum Room {
     Low,
 }
 
-/// A [`Linear`] whose adapters, if any, are all of low rank with one scaling.
+/// A [`Linear`] whose adapters are all of low rank with one scaling.
 pub(super) struct Fused<'a> {
     parts: Vec<(&'a Part, Option<LowRank<'a>>)>,
     scaling: f64,
@@ -73,7 +73,8 @@ impl Linear {
             parts.push((part, low_rank));
         }
         let ranks: usize = parts.iter().filter_map(|(_, low_rank)| Some(low_rank.as_ref()?.a.rows())).sum();
-        Some(Fused {
+        // Without adapters there is nothing to fuse: weights are multiplied where they are.
+        (ranks > 0).then(|| Fused {
             scaling: scaling.unwrap_or(0.0),
             inputs: self.cols(),
             outputs: self.rows(),
@@ -93,7 +94,7 @@ impl Fused<'_> {
             part.weight.write_dense(&mut all, row)?;
             row += part.weight.rows();
         }
-        let Some(gpu) = all.gpu().filter(|_| room > 0) else { return Ok(all) };
+        let gpu = all.gpu().ok_or_else(|| Error::msg("the weights are not on a GPU"))?;
         let low_rank = |i: usize| self.parts.get(i).and_then(|(_, low_rank)| low_rank.as_ref());
         let border = (inputs + outputs) * room;
         let launch = gpu.kernel("low_rank", "low_rank_border", all.dtype())?;
@@ -128,11 +129,9 @@ impl Fused<'_> {
         let low_x = self.with_low(x, holds, &weights)?;
         let low_dy = with_room(dy, outputs, room)?;
         let wide_dy = low_dy.as_ref().unwrap_or(dy);
-        if room > 0 {
-            let b = Operand::block(&weights, 0..outputs, inputs..inputs + room);
-            let dy = Operand::columns(wide_dy, 0..outputs);
-            multiply_on_gpu(self.scaling, dy, b, 0.0, wide_dy, outputs..outputs + room)?;
-        }
+        let b = Operand::block(&weights, 0..outputs, inputs..inputs + room);
+        let own = Operand::columns(wide_dy, 0..outputs);
+        multiply_on_gpu(self.scaling, own, b, 0.0, wide_dy, outputs..outputs + room)?;
         let dx = x.empty_like(x.rows(), inputs)?;
         let dy = Operand::columns(wide_dy, 0..outputs + room);
         multiply_on_gpu(1.0, dy, Operand::columns(&weights, 0..inputs), 0.0, &dx, 0..inputs)?;
@@ -143,7 +142,7 @@ impl Fused<'_> {
     fn with_low(&self, x: &Tensor, holds: Room, weights: &Tensor) -> Result<Option<Tensor>> {
         let (inputs, room) = (self.inputs, self.room);
         let copied = with_room(x, inputs, room)?;
-        if room > 0 && (holds == Room::Empty || copied.is_some()) {
+        if holds == Room::Empty || copied.is_some() {
             let a = Operand::block(weights, self.outputs..self.outputs + room, 0..inputs);
             let wide = copied.as_ref().unwrap_or(x);
             let x = Operand::columns(wide, 0..inputs);
@@ -171,9 +170,8 @@ impl Low {
         let (mut row, mut rank) = (0, 0);
         for part in parts {
             let rows = part.weight.rows();
-            if let Some((a, b)) = part.adapter.as_mut().and_then(|it| it.low_rank_gradients())
-                && x.cols() > self.inputs
-            {
+            part.weight.accumulate_grad(x, dy, row)?;
+            if let Some((a, b)) = part.adapter.as_mut().and_then(|it| it.low_rank_gradients()) {
                 let low = |first: usize, r: usize| first + rank..first + rank + r;
                 let (r, inputs) = (a.rows(), a.cols());
                 let dlow = Operand::columns(dy, low(self.outputs, r)).transposed();

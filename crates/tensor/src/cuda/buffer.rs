@@ -72,25 +72,6 @@ impl Buffer {
         self.gpu.check(done)
     }
 
-    /// `width` bytes from `start` on, and as many again every `pitch` bytes, `height` times: all 0.
-    pub(crate) fn set_block_zero(
-        &mut self,
-        start: usize,
-        pitch: usize,
-        width: usize,
-        height: usize,
-    ) -> Result<()> {
-        if width == 0 || height == 0 {
-            return Ok(());
-        }
-        assert!(start + (height - 1) * pitch + width <= self.bytes, "a block beyond its buffer");
-        self.gpu.bind()?;
-        let (address, stream) = (self.pointer + start as u64, self.gpu.raw_stream());
-        // SAFETY: the block lies inside the buffer.
-        let done = unsafe { sys::cuMemsetD2D8Async(address, pitch, 0, width, height, stream) };
-        self.gpu.check(done.result())
-    }
-
     /// From the host's memory; the bytes may change as soon as this returns.
     pub(crate) fn upload(&mut self, bytes: &[u8]) -> Result<()> {
         assert!(bytes.len() <= self.bytes, "{} bytes into a buffer of {}", bytes.len(), self.bytes);
