@@ -7,20 +7,9 @@
 //
 // Launch: BLOCK threads; grid.x counts 2048 numbers of hidden a block (any grid is right); no dynamic shared memory.
 
-#include "common.cuh"
+#include "activation.cuh"
 
 constexpr int BLOCK = 256;
-
-struct Silu {
-    __device__ static float z(float x) { return x; }
-    __device__ static float slope(float) { return 1; }
-};
-
-struct GeluTanh {
-    static constexpr float C = 1.5957691216057308f, K = 0.044715f;  // 2·√(2/π)
-    __device__ static float z(float x) { return C * (x + K * x * x * x); }
-    __device__ static float slope(float x) { return C * (1 + 3 * K * x * x); }
-};
 
 template <typename Act, int WIDTH, typename T>
 __device__ void forward(T* hidden, const T* gate_up, int rows, int inner, int hidden_stride, int gate_up_stride, int gated) {
@@ -31,7 +20,7 @@ __device__ void forward(T* hidden, const T* gate_up, int rows, int inner, int hi
         if (gated) u = load_run<WIDTH>(gate + inner);
         float values[WIDTH];
 #pragma unroll
-        for (int i = 0; i < WIDTH; i++) values[i] = g[i] * sigmoid(Act::z(g[i])) * (gated ? u[i] : 1.0f);
+        for (int i = 0; i < WIDTH; i++) values[i] = activate<Act>(g[i]) * (gated ? u[i] : 1.0f);
         store_run(hidden + static_cast<long long>(row) * hidden_stride + column, values);
     });
 }

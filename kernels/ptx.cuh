@@ -21,6 +21,13 @@ __device__ __forceinline__ unsigned shared_address(const void* shared) {
     return static_cast<unsigned>(__cvta_generic_to_shared(shared));
 }
 
+// A number at such an address.
+__device__ __forceinline__ float load_shared(unsigned address) {
+    float value;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address));
+    return value;
+}
+
 // Matrices of 8 rows of 16 bytes. Lane l gives the (16-byte aligned) address of row l % 8 of matrix l / 8; register i holds, of
 // matrix i, the two numbers 2t, 2t+1 of row g.
 __device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], unsigned address) {

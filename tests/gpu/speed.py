@@ -2,8 +2,9 @@
 
     python3 tests/gpu/speed.py [--shapes 3b,1b] [--steps 8] [key=value …]      (after tests/gpu/run.py has unpacked the programs)
 
-For each mode: tokens a second (median of the steps after the third), its share of the bound that the measured rate of
-large bf16 products sets to a step without recomputation, memory, and seconds to the end of the first step.
+For each mode of training: tokens a second (median of the steps after the third), its share of the bound that the measured rate of
+large bf16 products sets to a step without recomputation, memory, and seconds to the end of the first step. `decode`: greedy tokens a second after
+a short prompt, with the adapter that a mode before has trained.
 """
 
 import argparse
@@ -97,6 +98,15 @@ def step_flops(name, tokens, length):
     return tokens * (4 * linear + 4 * VOCAB * hidden + attention + 6 * adapters)
 
 
+def decode(program, shape, folder, out, keys):
+    adapter = ["--adapter", "/tmp/speed-out"] if Path("/tmp/speed-out/adapter_model.safetensors").exists() else []
+    words = [str(program), "-v", "chat", "--model", str(folder), *adapter, "--prompt", "hello", "--greedy", "--max-new-tokens", "513"]
+    ran = subprocess.run([*words, "quantization_bit=4", *keys], capture_output=True, text=True, errors="replace")
+    (out / f"speed-{shape}-decode.log").write_text(ran.stdout + ran.stderr)
+    pace = re.search(r"\d+ tokens, .*", ran.stderr)
+    print(f"{shape}, decode{', adapter' * bool(adapter)}: {pace[0] if pace else ran.stderr.strip()[-400:]}")
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--shapes", default="3b")
@@ -117,6 +127,9 @@ def main():
         make_model(shape, folder, Path("tests/fixtures/llama_tiny"))
         torch.cuda.empty_cache()
         for mode in args.modes.split(";"):
+            if mode == "decode":
+                decode(program, shape, folder, out, args.keys)
+                continue
             keys = dict(
                 model_name_or_path=folder, dataset=rows, output_dir="/tmp/speed-out", overwrite_output_dir="true", quantization_bit=4,
                 lora_rank=RANK, lora_alpha=RANK, lora_target="all", optim="adamw_8bit", cutoff_len=args.length,
@@ -125,7 +138,7 @@ def main():
             )
             config = Path("/tmp/speed.yaml")
             config.write_text("".join(f"{key}: {value}\n" for key, value in keys.items()))
-            words = [str(program), "train", str(config), *MODES[mode], *args.keys]
+            words = [str(program), "-v", "train", str(config), *MODES[mode], *args.keys]
             start = time.time()
             ran = subprocess.run(words, capture_output=True, text=True)
             (out / f"speed-{shape}-{mode.replace(', ', '-').replace(' ', '-')}.log").write_text(ran.stdout + ran.stderr)
@@ -140,7 +153,8 @@ def main():
             pace = per_step / statistics.median(steps)
             bound = rate * 1e12 / (step_flops(shape, per_step, args.length) / per_step)
             memory = re.search(r"peak GPU memory.*", ran.stdout)
-            print(f"{shape}, {mode}: {pace:,.0f} tokens/s, {100 * pace / bound:.0f} % of {bound:,.0f}; {memory and memory[0]}; whole run {time.time() - start:.1f} s, trained {times[-1]:.1f} s, first step {times[0]:.2f} s; loss {lines[-1]['loss']:.3f}")
+            read = re.search(r"weights read in ([\d.]+) s", ran.stdout + ran.stderr)
+            print(f"{shape}, {mode}: {pace:,.0f} tokens/s, {100 * pace / bound:.0f} % of {bound:,.0f}; {memory and memory[0]}; whole run {time.time() - start:.1f} s, weights read {read and read[1]} s, trained {times[-1]:.1f} s, first step {times[0]:.2f} s; loss {lines[-1]['loss']:.3f}")
 
 
 if __name__ == "__main__":

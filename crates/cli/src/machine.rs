@@ -1,7 +1,10 @@
 //! What the machine says about itself. What can't be found out is `None`, never an error.
 
 use std::fs;
+use std::io;
 use std::path::Path;
+
+use ferrotune_tensor::Gpu;
 
 /// Name and version of the system.
 pub fn system() -> String {
@@ -112,4 +115,16 @@ pub fn free_space(folder: &Path) -> Option<u64> {
 #[cfg(not(unix))]
 pub fn free_space(_folder: &Path) -> Option<u64> {
     None
+}
+
+/// With `FERROTUNE_PROFILE` set: the time of each kernel since the last call, the longest first.
+///
+/// # Errors
+/// When something that was launched has failed, or nothing can be written.
+pub fn write_kernel_times(gpu: &Gpu, out: &mut impl io::Write) -> anyhow::Result<()> {
+    for it in gpu.kernel_times()? {
+        let each = 1e6 * it.seconds / it.count as f64;
+        writeln!(out, "{:>10.1} ms {:>8} × {each:>9.1} us  {}", 1e3 * it.seconds, it.count, it.name)?;
+    }
+    Ok(())
 }

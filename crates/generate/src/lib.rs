@@ -4,7 +4,7 @@ mod sampler;
 
 use std::ops::ControlFlow;
 
-use ferrotune_model::{Decoder, KvCache};
+use ferrotune_model::{Decoder, KvCache, TokenSteps};
 use ferrotune_tensor::{Error, Result};
 
 pub use sampler::{Sampler, Sampling};
@@ -47,22 +47,53 @@ pub fn generate(
     if prompt.is_empty() {
         return Err(Error::msg("the prompt is empty"));
     }
-    let mut next = next_logits(model, cache, prompt, options.adapters)?;
+    let mut next = sampler.choose(&mut last_logits(model, cache, prompt, options.adapters)?);
+    let mut steps = Steps::new(model, cache, options.adapters)?;
     for _ in 0..options.max_new_tokens {
-        let token = sampler.choose(&mut next);
-        if options.stop_tokens.contains(&token) {
+        if options.stop_tokens.contains(&next) {
             return Ok(Finish::Stop);
         }
-        if receive(token).is_break() {
+        if receive(next).is_break() {
             return Ok(Finish::Cancelled);
         }
-        next = next_logits(model, cache, &[token], options.adapters)?;
+        next = steps.next(next, sampler)?;
     }
     Ok(Finish::Length)
 }
 
+/// How a token is read after another.
+enum Steps<'a> {
+    Recorded(Box<TokenSteps<'a>>),
+    Plain { model: &'a Decoder, cache: &'a mut KvCache, adapters: bool },
+}
+
+impl<'a> Steps<'a> {
+    fn new(model: &'a Decoder, cache: &'a mut KvCache, adapters: bool) -> Result<Steps<'a>> {
+        if TokenSteps::are_for(model, adapters)? {
+            return Ok(Steps::Recorded(Box::new(TokenSteps::new(model, cache, adapters)?)));
+        }
+        Ok(Steps::Plain { model, cache, adapters })
+    }
+
+    /// The token after this one.
+    fn next(&mut self, token: u32, sampler: &mut Sampler) -> Result<u32> {
+        match self {
+            Steps::Recorded(steps) => {
+                steps.step(token)?;
+                if sampler.is_greedy() {
+                    return steps.most_likely();
+                }
+                Ok(sampler.choose(&mut steps.logits()?))
+            }
+            Steps::Plain { model, cache, adapters } => {
+                Ok(sampler.choose(&mut last_logits(model, cache, &[token], *adapters)?))
+            }
+        }
+    }
+}
+
 /// Logits (V) after these further tokens.
-fn next_logits(model: &Decoder, cache: &mut KvCache, tokens: &[u32], adapters: bool) -> Result<Vec<f32>> {
+fn last_logits(model: &Decoder, cache: &mut KvCache, tokens: &[u32], adapters: bool) -> Result<Vec<f32>> {
     let hidden = model.step(tokens, adapters, cache)?;
     let mut last = hidden.empty_like(1, hidden.cols())?;
     last.write_block((0, 0), &hidden, (tokens.len() - 1..tokens.len(), 0..hidden.cols()))?;

@@ -36,6 +36,14 @@ impl Sampler {
         Sampler { sampling, drawn: 0 }
     }
 
+    /// Always the most likely token.
+    pub fn is_greedy(&self) -> bool {
+        match self.sampling {
+            Sampling::Greedy => true,
+            Sampling::Random { temperature, .. } => temperature <= 0.0,
+        }
+    }
+
     /// The next token; uses the logits up.
     pub fn choose(&mut self, logits: &mut [f32]) -> u32 {
         match self.sampling {

@@ -5,7 +5,7 @@
 //! Kept for backward: mid, and what the bodies keep; normed inputs are computed again.
 
 use ferrotune_nn::{Attention, Context, KeyValues, Layer, Mlp, Norm, Parameter, SavedTensors};
-use ferrotune_tensor::{Result, Tensor};
+use ferrotune_tensor::{Error, Result, Tensor};
 
 use crate::spec::Residual;
 
@@ -127,6 +127,28 @@ impl Block {
             branch.scale(self.residual_scale)?;
         }
         Ok(branch)
+    }
+
+    /// Whether [`Block::step_row`] takes rows such as this.
+    pub fn takes_row(&self, ctx: &Context, like: &Tensor) -> bool {
+        let (attention, mlp) = (&self.attention, &self.mlp);
+        self.residual == Residual::Sequential
+            && (attention.norm_in.is_some(), attention.norm_out.is_none()) == (true, true)
+            && (mlp.norm_in.is_some(), mlp.norm_out.is_none()) == (true, true)
+            && attention.body.takes_row(ctx, like)
+            && mlp.body.takes_row(ctx, like)
+    }
+
+    /// Forward of the token at `ctx.row` on a GPU.
+    ///
+    /// # Errors
+    /// When [`Block::takes_row`] says no.
+    pub fn step_row(&self, ctx: &Context, x: &Tensor, cache: &KeyValues) -> Result<Tensor> {
+        let (Some(before_attention), Some(before_mlp)) = (&self.attention.norm_in, &self.mlp.norm_in) else {
+            return Err(Error::msg("no kernel takes this block row by row"));
+        };
+        let mid = self.attention.body.step_row(ctx, x, before_attention, cache, self.residual_scale)?;
+        self.mlp.body.step_row(ctx, &mid, before_mlp, self.residual_scale)
     }
 
     /// Forward of further tokens of one sequence.

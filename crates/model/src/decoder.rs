@@ -58,6 +58,14 @@ impl KvCache {
         self.len() == 0
     }
 
+    pub(crate) fn layers(&self) -> impl Iterator<Item = &KeyValues> {
+        self.0.iter()
+    }
+
+    pub(crate) fn layers_mut(&mut self) -> impl Iterator<Item = &mut KeyValues> {
+        self.0.iter_mut()
+    }
+
     /// Forgets all but the first tokens.
     pub fn truncate(&mut self, len: usize) {
         self.0.iter_mut().for_each(|layer| layer.truncate(len));

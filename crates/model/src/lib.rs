@@ -11,7 +11,9 @@ mod decoder;
 pub mod families;
 pub mod source;
 pub mod spec;
+mod token_steps;
 
 pub use block::{Block, BlockSaved, Sublayer, SublayerSaved};
 pub use build::{BuildOptions, MakePart, PartSpec, build, dense_part};
 pub use decoder::{Decoder, DecoderSaved, KvCache, Recompute};
+pub use token_steps::TokenSteps;

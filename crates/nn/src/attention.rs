@@ -86,23 +86,27 @@ impl Attention {
         Scores { scale: self.scale, window: self.window, softcap: self.softcap }
     }
 
-    /// Projects, norms and turns.
+    /// Projects, norms and turns; also what was projected, where it is normed.
     fn project(&self, ctx: &Context, x: &Tensor) -> Result<(Option<Tensor>, Tensor)> {
         let mut qkv = self.qkv.forward(ctx, x)?;
+        Ok((self.norm_and_turn(ctx, &mut qkv)?, qkv))
+    }
+
+    fn norm_and_turn(&self, ctx: &Context, qkv: &mut Tensor) -> Result<Option<Tensor>> {
         let normed = self.q_norm.is_some() || self.k_norm.is_some();
         let projected = normed.then(|| qkv.try_clone()).transpose()?;
         if let Some(projected) = &projected {
             if let Some(norm) = &self.q_norm {
-                norm.forward_into(projected, self.q_columns(), &mut qkv)?;
+                norm.forward_into(projected, self.q_columns(), qkv)?;
             }
             if let Some(norm) = &self.k_norm {
-                norm.forward_into(projected, self.k_columns(), &mut qkv)?;
+                norm.forward_into(projected, self.k_columns(), qkv)?;
             }
         }
         if let Some(rope) = &self.rope {
-            rope.turn(ctx, &mut qkv, 0..self.k_columns().end, self.head_dim, Direction::Forward)?;
+            rope.turn(ctx, qkv, 0..self.k_columns().end, self.head_dim, Direction::Forward)?;
         }
-        Ok((projected, qkv))
+        Ok(projected)
     }
 
     fn attend(&self, ctx: &Context, qkv: &Tensor) -> Result<(Tensor, Tensor)> {

@@ -27,16 +27,11 @@ impl Embedding {
             return Err(Error::msg(message));
         }
         let device = self.table.value.device();
-        let mut x = Tensor::empty(tokens.len(), width, dtype, &device)?;
-        if let Some(gpu) = device.gpu() {
-            let rows = Tensor::from_vec(1, tokens.len(), tokens.to_vec())?.to_device(&device)?;
-            let launch = gpu.kernel("embedding", "embedding", dtype)?.grid(tokens.len(), 256);
-            let launch =
-                launch.tensor(&x).tensor(&self.table.value).tensor(&rows).int(tokens.len()).int(width);
-            // SAFETY: embedding(out, table, tokens, rows, width, scale); the tokens are rows of the table.
-            unsafe { launch.float(self.scale).run() }?;
-            return Ok(x);
+        if device.gpu().is_some() {
+            return self
+                .look_up(&Tensor::from_vec(1, tokens.len(), tokens.to_vec())?.to_device(&device)?, dtype);
         }
+        let mut x = Tensor::empty(tokens.len(), width, dtype, &device)?;
         for_real!("embedding", dtype, T => {
             let rows = x.values_mut::<T>()?.par_chunks_mut(width).zip(tokens);
             rows.for_each_init(|| vec![0.0; width], |vector, (x, token)| {
@@ -45,6 +40,21 @@ impl Embedding {
             });
             Ok(())
         })?;
+        Ok(x)
+    }
+
+    /// (1, N) tokens, which are inside the vocabulary, on a GPU → (N, C) in this type.
+    ///
+    /// # Errors
+    /// When the table is not on their GPU.
+    pub fn look_up(&self, tokens: &Tensor, dtype: DType) -> Result<Tensor> {
+        let gpu = tokens.gpu().ok_or_else(|| Error::msg("the tokens are not on a GPU"))?;
+        let (count, width) = (tokens.cols(), self.table.cols());
+        let x = Tensor::empty(count, width, dtype, &tokens.device())?;
+        let launch = gpu.kernel("embedding", "embedding", dtype)?.grid(count, 256);
+        let launch = launch.tensor(&x).tensor(&self.table.value).tensor(tokens).int(count).int(width);
+        // SAFETY: embedding(out, table, tokens, rows, width, scale); the tokens are rows of the table.
+        unsafe { launch.float(self.scale).run() }?;
         Ok(x)
     }
 }

@@ -10,6 +10,7 @@ use rayon::prelude::*;
 
 use crate::Weight;
 use crate::lanes::{exp, max_of, sum_of, tanh, vectorised};
+use crate::row::{plain_row, takes_plain};
 
 /// Bytes of logits that exist at once.
 const CHUNK_BYTES: usize = 48 << 20;
@@ -54,6 +55,23 @@ impl Head {
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         let mut logits = hidden.empty_like(hidden.rows(), self.weight.rows())?;
         self.weight.forward(hidden, &mut logits, 0)?;
+        self.bend(logits)
+    }
+
+    /// Whether [`Head::row`] takes such a hidden state.
+    pub fn takes_row(&self, like: &Tensor) -> bool {
+        takes_plain(self.weight.as_ref(), like)
+    }
+
+    /// (1, C) → (1, V) on a GPU.
+    ///
+    /// # Errors
+    /// When [`Head::takes_row`] says no.
+    pub fn row(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.bend(plain_row(self.weight.as_ref(), hidden)?)
+    }
+
+    fn bend(&self, mut logits: Tensor) -> Result<Tensor> {
         if let Some(gpu) = logits.gpu() {
             if self.scale != 1.0 || self.softcap.is_some() {
                 let launch = gpu.kernel("cross_entropy", "bend", logits.dtype())?.grid(4096, 256);

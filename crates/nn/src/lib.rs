@@ -19,6 +19,7 @@ mod model;
 mod norm;
 mod pass;
 mod rope;
+mod row;
 mod weight;
 
 use ferrotune_tensor::{DType, Result, Tensor};
@@ -32,6 +33,7 @@ pub use model::LanguageModel;
 pub use norm::{Norm, NormKind};
 pub use pass::PassCache;
 pub use rope::Rope;
+pub use row::{Coded, RowState, StoredRows};
 pub use weight::{DenseWeight, Weight, backward_tiles, backward_whole, forward_tiles, forward_whole, widen};
 
 /// What every layer of one pass shares.
@@ -51,6 +53,8 @@ pub struct Context {
     pub training: bool,
     /// Adapters take part; off, the model is the base model.
     pub adapters: bool,
+    /// Of a pass of one token on a GPU: where the sequence stands, so that the pass can be recorded.
+    pub row: Option<RowState>,
     /// What layers of this pass share, made by the first that asks.
     pub shared: PassCache,
 }

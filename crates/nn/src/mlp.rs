@@ -5,7 +5,8 @@ use ferrotune_tensor::{Real, Result, Tensor, for_real};
 use rayon::prelude::*;
 
 use crate::lanes::{sigmoid, tanh, vectorised};
-use crate::{Context, Layer, Linear, Parameter, Room, SavedTensors};
+use crate::row::RowSource;
+use crate::{Context, Layer, Linear, Norm, Parameter, Room, SavedTensors};
 
 /// Threads of a block of `kernels/activation.cu`.
 const BLOCK: u32 = 256;
@@ -69,8 +70,22 @@ impl SavedTensors for MlpSaved {
 }
 
 impl Mlp {
-    fn gated(&self) -> bool {
+    pub(crate) fn gated(&self) -> bool {
         self.gate_up.parts.len() == 2
+    }
+
+    /// Whether [`Mlp::step_row`] takes such rows.
+    pub fn takes_row(&self, ctx: &Context, like: &Tensor) -> bool {
+        self.gate_up.takes_row(ctx, like) && self.down.takes_row(ctx, like)
+    }
+
+    /// x + scale·mlp(norm(x)) for one row on a GPU.
+    ///
+    /// # Errors
+    /// When [`Mlp::takes_row`] says no.
+    pub fn step_row(&self, ctx: &Context, x: &Tensor, norm: &Norm, scale: f64) -> Result<Tensor> {
+        let gate_up = self.gate_up.row(ctx, x, RowSource::Normed(norm), None)?;
+        self.down.row(ctx, &gate_up, RowSource::Activated(self), Some((x, scale)))
     }
 
     fn gelu(&self) -> bool {

@@ -9,8 +9,17 @@ use crate::{Context, Rope};
 #[derive(Debug, Default)]
 pub struct PassCache {
     pub(crate) rope: Mutex<Vec<(Rope, DType, Arc<Tensor>)>>,
+    /// (1, half) in f32: those of each rope, on a GPU.
+    pub(crate) frequencies: Mutex<Vec<(Rope, Arc<Tensor>)>>,
     query_blocks: OnceLock<(usize, Tensor)>,
     key_blocks: OnceLock<(usize, Tensor)>,
+}
+
+impl PassCache {
+    /// Forgets the tables of angles, which belong to the positions of one pass.
+    pub fn forget_angles(&self) {
+        self.rope.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clear();
+    }
 }
 
 impl Context {

@@ -81,20 +81,37 @@ impl Rope {
         }
         let device = Device::Cuda(gpu.clone());
         let (rows, half) = (ctx.rows(), self.inverse_frequencies.len());
-        let frequencies = self.inverse_frequencies.iter().map(|it| *it as f32).collect();
-        let frequencies = Tensor::from_vec(1, half, frequencies)?.to_device(&device)?;
-        let positions =
-            ctx.sequences().flat_map(|rows| 0..rows.len()).map(|it| (it + ctx.first_position) as u32);
-        let positions = Tensor::from_vec(1, rows, positions.collect())?.to_device(&device)?;
+        let frequencies = self.frequencies_on_gpu(ctx, &device)?;
+        let uploaded;
+        let positions = match &ctx.row {
+            Some(row) => &row.position,
+            None => {
+                let positions =
+                    ctx.sequences().flat_map(|rows| 0..rows.len()).map(|it| (it + ctx.first_position) as u32);
+                uploaded = Tensor::from_vec(1, rows, positions.collect())?.to_device(&device)?;
+                &uploaded
+            }
+        };
         let table = Tensor::empty(rows, 2 * half, DType::F32, &device)?;
         let launch =
             gpu.plain_kernel("rope", "rope_table")?.grid((rows * half).div_ceil(BLOCK as usize), BLOCK);
-        let launch = launch.tensor(&table).tensor(&frequencies).tensor(&positions).int(rows).int(half);
+        let launch = launch.tensor(&table).tensor(&frequencies).tensor(positions).int(rows).int(half);
         // SAFETY: rope_table(table, inverse_frequencies, positions, rows, half, factor)
         unsafe { launch.float(self.attention_factor).run() }?;
         let table = Arc::new(table);
         tables.push((self.clone(), DType::F32, table.clone()));
         Ok(table)
+    }
+
+    fn frequencies_on_gpu(&self, ctx: &Context, device: &Device) -> Result<Arc<Tensor>> {
+        let mut all = ctx.shared.frequencies.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some((_, frequencies)) = all.iter().find(|(rope, _)| rope == self) {
+            return Ok(frequencies.clone());
+        }
+        let frequencies: Vec<f32> = self.inverse_frequencies.iter().map(|it| *it as f32).collect();
+        let frequencies = Arc::new(Tensor::from_vec(1, frequencies.len(), frequencies)?.to_device(device)?);
+        all.push((self.clone(), frequencies.clone()));
+        Ok(frequencies)
     }
 
     /// (N, rotary width): cosines and sines. Angles are rounded as transformers rounds them.

@@ -7,7 +7,7 @@ use ferrotune_tensor::{
 };
 use half::slice::HalfFloatSliceExt;
 
-use crate::Parameter;
+use crate::{Parameter, StoredRows};
 
 /// A matrix W of (output, input) features.
 pub trait Weight: Send + Sync {
@@ -55,6 +55,11 @@ pub trait Weight: Send + Sync {
     /// When out has no such room, or W is not on its device.
     fn write_dense(&self, _out: &mut Tensor, _row: usize) -> Result<()> {
         Err(Error::msg("this kind of weight is not built for GPUs"))
+    }
+
+    /// W as kernels that multiply a single row read it; none where there is none for its form.
+    fn stored_rows(&self) -> Option<StoredRows<'_>> {
+        None
     }
 }
 
@@ -132,6 +137,10 @@ impl Weight for DenseWeight {
 
     fn write_dense(&self, out: &mut Tensor, row: usize) -> Result<()> {
         out.write_block((row, 0), &self.value, (0..self.value.rows(), 0..self.value.cols()))
+    }
+
+    fn stored_rows(&self) -> Option<StoredRows<'_>> {
+        Some(StoredRows::Plain(&self.value))
     }
 }
 

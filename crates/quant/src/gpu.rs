@@ -2,15 +2,17 @@
 
 use std::sync::Arc;
 
-use ferrotune_nn::{Weight, backward_whole, forward_whole};
+use ferrotune_nn::{Coded, StoredRows, Weight, backward_whole, forward_whole};
 use ferrotune_tensor::{DType, Device, Error, Gpu, Precision, Result, Tensor};
 
 use crate::nf4::{Absmax, BLOCK, GROUP, Nf4Weight, Scales};
-use crate::tables::dynamic_map;
+use crate::tables::{NF4_LEVELS, dynamic_map};
 
 /// Threads of a block of the kernels, and the sums that a mean is taken in.
 const THREADS: u32 = 256;
 const PARTS: usize = 256;
+/// Numbers before the map in the tables.
+const LEVELS: usize = NF4_LEVELS.len();
 
 /// A frozen (output, input) matrix in 4 bits on a GPU. Each product dequantises it into memory that is
 /// free again right after.
@@ -21,6 +23,8 @@ pub struct Nf4GpuWeight {
     /// (1, ⌈rows·cols / 2⌉)
     codes: Tensor,
     scales: GpuScales,
+    /// (1, 16 + 256): the levels, then the map of nested scales.
+    tables: Tensor,
     /// The original's type, which dequantised numbers are rounded to.
     dtype: DType,
 }
@@ -29,7 +33,7 @@ pub struct Nf4GpuWeight {
 #[derive(Debug)]
 enum GpuScales {
     Plain(Tensor),
-    Nested { codes: Tensor, nested_absmax: Tensor, offset: Tensor, map: Tensor },
+    Nested { codes: Tensor, nested_absmax: Tensor, offset: Tensor },
 }
 
 impl Nf4GpuWeight {
@@ -65,20 +69,21 @@ impl Nf4GpuWeight {
                 bad * BLOCK / cols
             )));
         }
+        let tables = tables_on(&device)?;
         let scales = match scales {
             Scales::Plain => GpuScales::Plain(absmax),
             Scales::Nested => {
                 let groups = blocks.div_ceil(GROUP);
                 let (codes, nested_absmax) = (empty(blocks, DType::U8)?, empty(groups, DType::F32)?);
-                let map = map_on(&device)?;
                 let launch = gpu.plain_kernel("nf4", "nf4_nest")?.grid(groups, THREADS).tensor(&codes);
-                let launch = launch.tensor(&nested_absmax).tensor(&absmax).tensor(&offset).tensor(&map);
+                let launch = launch.tensor(&nested_absmax).tensor(&absmax).tensor(&offset);
+                let launch = launch.tensor_at(&tables, LEVELS);
                 // SAFETY: nf4_nest(codes, nested_absmax, absmax, offset, map, blocks)
                 unsafe { launch.int(blocks).run() }?;
-                GpuScales::Nested { codes, nested_absmax, offset, map }
+                GpuScales::Nested { codes, nested_absmax, offset }
             }
         };
-        Ok(Nf4GpuWeight { rows, cols, codes, scales, dtype: value.dtype() })
+        Ok(Nf4GpuWeight { rows, cols, codes, scales, tables, dtype: value.dtype() })
     }
 
     /// The same bits on a GPU.
@@ -95,11 +100,11 @@ impl Nf4GpuWeight {
                 codes: bytes(codes)?,
                 nested_absmax: floats(nested_absmax)?,
                 offset: floats(&[*offset])?,
-                map: map_on(&device)?,
             },
         };
         let (rows, cols) = (weight.rows(), weight.cols());
-        Ok(Nf4GpuWeight { rows, cols, codes: bytes(&weight.codes)?, scales, dtype: weight.dtype })
+        let (codes, tables) = (bytes(&weight.codes)?, tables_on(&device)?);
+        Ok(Nf4GpuWeight { rows, cols, codes, scales, tables, dtype: weight.dtype })
     }
 
     /// The same bits on the CPU.
@@ -110,7 +115,7 @@ impl Nf4GpuWeight {
         let bytes = |tensor: &Tensor| -> Result<Vec<u8>> { Ok(tensor.to_cpu()?.values::<u8>()?.to_vec()) };
         let absmax = match &self.scales {
             GpuScales::Plain(values) => Absmax::Plain(values.to_f32()?),
-            GpuScales::Nested { codes, nested_absmax, offset, .. } => Absmax::Nested {
+            GpuScales::Nested { codes, nested_absmax, offset } => Absmax::Nested {
                 codes: bytes(codes)?,
                 nested_absmax: nested_absmax.to_f32()?,
                 offset: offset.to_f32()?[0],
@@ -148,7 +153,7 @@ impl Weight for Nf4GpuWeight {
     fn bytes(&self) -> usize {
         let scales = match &self.scales {
             GpuScales::Plain(absmax) => absmax.bytes(),
-            GpuScales::Nested { codes, nested_absmax, offset, .. } => {
+            GpuScales::Nested { codes, nested_absmax, offset } => {
                 codes.bytes() + nested_absmax.bytes() + offset.bytes()
             }
         };
@@ -177,8 +182,9 @@ impl Weight for Nf4GpuWeight {
         let launch = launch.tensor_at(out, row * out.cols()).tensor(&self.codes);
         let launch = match &self.scales {
             GpuScales::Plain(absmax) => launch.tensor(absmax).word(0).word(0).word(0).word(0),
-            GpuScales::Nested { codes, nested_absmax, offset, map } => {
-                launch.word(0).tensor(codes).tensor(nested_absmax).tensor(offset).tensor(map)
+            GpuScales::Nested { codes, nested_absmax, offset } => {
+                let launch = launch.word(0).tensor(codes).tensor(nested_absmax).tensor(offset);
+                launch.tensor_at(&self.tables, LEVELS)
             }
         };
         let round_to = match self.dtype {
@@ -190,9 +196,17 @@ impl Weight for Nf4GpuWeight {
         // round_to); out has the room.
         unsafe { launch.long(n).int(self.cols).int(out.cols()).int(round_to).run() }
     }
+
+    fn stored_rows(&self) -> Option<StoredRows<'_>> {
+        let (absmax, nested) = match &self.scales {
+            GpuScales::Plain(absmax) => (absmax, None),
+            GpuScales::Nested { codes, nested_absmax, offset } => (codes, Some((nested_absmax, offset))),
+        };
+        Some(StoredRows::Coded(Coded { codes: &self.codes, tables: &self.tables, absmax, nested }))
+    }
 }
 
-fn map_on(device: &Device) -> Result<Tensor> {
-    let map = dynamic_map();
-    Tensor::from_vec(1, map.len(), map.to_vec())?.to_device(device)
+fn tables_on(device: &Device) -> Result<Tensor> {
+    let tables = [&NF4_LEVELS[..], dynamic_map()].concat();
+    Tensor::from_vec(1, tables.len(), tables)?.to_device(device)
 }

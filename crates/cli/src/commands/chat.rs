@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{self, BufRead as _, IsTerminal as _, Write as _};
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::time::Instant;
 
 use anyhow::Context as _;
 use ferrotune_data::{Conversation, Message, Role, encode_prompt};
@@ -15,6 +16,7 @@ use crate::Outcome;
 use crate::args::{ChatArgs, split_words};
 use crate::config::RunConfig;
 use crate::console::{Color, Console, Usage};
+use crate::machine::write_kernel_times;
 use crate::run::{OpenModel, mark_options, open_decoder};
 
 /// Talks, or answers one prompt, or those of a file.
@@ -43,6 +45,9 @@ pub fn run(args: &ChatArgs, console: &Console) -> anyhow::Result<Outcome> {
             }
         }
         (None, None) => chat.talk(console)?,
+    }
+    if let Some(gpu) = decoder.embedding.table.value.gpu() {
+        write_kernel_times(gpu, &mut console.out())?;
     }
     Ok(Outcome::Done)
 }
@@ -133,7 +138,9 @@ impl Chat<'_> {
         let (mut out, mut answer, mut failed) = (console.out(), String::new(), None);
         let new = self.cache.go_to(&ids);
         let Cached { cache, tokens } = &mut self.cache;
+        let mut pace = Pace::default();
         generate(self.decoder, cache, &ids[new..], &options, &mut sampler, |token| {
+            pace.token();
             tokens.push(token);
             let text = stream.push(token).map_err(anyhow::Error::from);
             let written = text.and_then(|text| {
@@ -152,12 +159,33 @@ impl Chat<'_> {
         if let Some(error) = failed {
             return Err(error);
         }
+        pace.tell();
         let rest = stream.finish()?;
         answer.push_str(&rest);
         writeln!(out, "{rest}")?;
         out.flush()?;
         self.said.push(Message::new(Role::Assistant, answer));
         Ok(())
+    }
+}
+
+/// When the first and the last token came, and how many.
+#[derive(Default)]
+struct Pace(Option<(Instant, Instant, usize)>);
+
+impl Pace {
+    fn token(&mut self) {
+        let now = Instant::now();
+        let (_, last, count) = self.0.get_or_insert((now, now, 0));
+        (*last, *count) = (now, *count + 1);
+    }
+
+    /// Tokens a second after the first, which waits for the prompt to be read.
+    fn tell(&self) {
+        if let Some((first, last, count @ 2..)) = self.0 {
+            let seconds = (last - first).as_secs_f64();
+            tracing::info!("{count} tokens, {:.1} a second after the first", (count - 1) as f64 / seconds);
+        }
     }
 }
 

@@ -24,6 +24,7 @@ use crate::Outcome;
 use crate::args::TrainArgs;
 use crate::config::{self, RunConfig, SaveStrategy};
 use crate::console::{Console, bytes, thousands};
+use crate::machine::write_kernel_times;
 use crate::run::{Adapters, Run, available_memory, build_decoder, lora_config, memory_plan, peft_adapter};
 
 /// Keys that a resumed run may change.
@@ -358,10 +359,7 @@ fn finish(run: &Run, summary: &Summary, console: &Console) -> anyhow::Result<Out
         writeln!(out, "peak memory {}", bytes(peak))?;
     }
     if let Some(gpu) = run.computing.device.gpu() {
-        for it in gpu.kernel_times()? {
-            let each = 1e6 * it.seconds / it.count as f64;
-            writeln!(out, "{:>10.1} ms {:>8} × {each:>9.1} us  {}", 1e3 * it.seconds, it.count, it.name)?;
-        }
+        write_kernel_times(gpu, &mut out)?;
         let memory = gpu.memory();
         writeln!(
             out,

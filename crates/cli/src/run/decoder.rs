@@ -1,6 +1,7 @@
 //! Model files to a decoder in memory: the one place that puts stored weights, NF4 and adapters together.
 
 use std::collections::HashMap;
+use std::time::Instant;
 
 use ferrotune_export::{LoraTensors, Modules, PeftAdapter};
 use ferrotune_lora::{LoraAdapter, LoraConfig, Target};
@@ -34,6 +35,7 @@ pub fn build_decoder(
     computing: &BuildOptions,
     adapters: Adapters,
 ) -> anyhow::Result<Decoder> {
+    let start = Instant::now();
     let mut adapters = Maker::new(adapters, files, computing.precision)?;
     let scales = if config.double_quantization { Scales::Nested } else { Scales::Plain };
     let mut make = |spec: &PartSpec, stored: Stored| -> Result<Part> {
@@ -52,7 +54,12 @@ pub fn build_decoder(
         }
         Ok(part)
     };
-    Ok(build(&files.spec, files.source.as_ref(), computing.clone(), &mut make)?)
+    let decoder = build(&files.spec, files.source.as_ref(), computing.clone(), &mut make)?;
+    if let Some(gpu) = computing.device.gpu() {
+        gpu.synchronize()?;
+    }
+    tracing::info!("weights read in {:.2} s", start.elapsed().as_secs_f64());
+    Ok(decoder)
 }
 
 /// Opens the model that the config names and builds it, with the trained adapter it names.

@@ -120,7 +120,7 @@ impl Attention {
         Ok(gpu.kernel(&module, kernel, dtype)?.grid_of(grid, facts.threads).shared(facts.shared))
     }
 
-    fn module(&self, file: &str) -> Result<String> {
+    pub(super) fn module(&self, file: &str) -> Result<String> {
         if HEAD_SIZES.contains(&self.head_dim) {
             return Ok(format!("{file}.{}", self.head_dim));
         }

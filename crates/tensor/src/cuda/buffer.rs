@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use cudarc::driver::{result, sys};
 
+use super::staging::{self, Staging};
 use super::{Gpu, describe};
 use crate::{Error, Result};
 
@@ -79,9 +80,28 @@ impl Buffer {
             return Ok(());
         }
         self.gpu.bind()?;
+        if bytes.len() >= staging::SMALLEST && self.upload_staged(bytes)? {
+            return Ok(());
+        }
         // SAFETY: pageable memory is staged before the call returns.
         let done = unsafe { result::memcpy_htod_async(self.pointer, bytes, self.gpu.raw_stream()) };
         self.gpu.check(done)
+    }
+
+    /// False when another upload is going that way: it may be one that this thread has interrupted.
+    fn upload_staged(&mut self, bytes: &[u8]) -> Result<bool> {
+        let gpu = &self.gpu;
+        let Ok(mut staging) = gpu.staging.try_lock() else { return Ok(false) };
+        let staging = match &mut *staging {
+            Some(staging) => staging,
+            none => {
+                gpu.pinned.add(Staging::BYTES);
+                none.insert(gpu.check(Staging::new(&gpu.context))?)
+            }
+        };
+        // SAFETY: the buffer has this many bytes.
+        gpu.check(unsafe { staging.upload(self.pointer, bytes, gpu.raw_stream()) })?;
+        Ok(true)
     }
 
     /// To the host's memory; waits for everything before.

@@ -6,11 +6,13 @@
 
 mod blas;
 mod buffer;
+mod graph;
 mod launch;
 mod library;
 mod modules;
 mod own_product;
 mod profile;
+mod staging;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock};
@@ -20,6 +22,7 @@ use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 use crate::product::Product;
 use crate::{DType, Error, Result};
 
+pub use graph::Graph;
 pub use launch::Launch;
 pub use library::{CudaCard, CudaLibrary, CudaStatus, cuda_status};
 pub use modules::{MINIMUM_CUDA, MINIMUM_DRIVER};
@@ -29,6 +32,7 @@ use blas::Blas;
 use buffer::PinnedBytes;
 pub(crate) use buffer::{Buffer, PinnedBuffer};
 use profile::Profile;
+use staging::Staging;
 
 /// A GPU in use.
 pub struct Gpu {
@@ -42,6 +46,8 @@ pub struct Gpu {
     pub architecture: u32,
     /// Streaming multiprocessors.
     pub multiprocessors: usize,
+    /// The newest CUDA version that the driver takes, as (major, minor).
+    driver_version: Option<(i32, i32)>,
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     pool: sys::CUmemoryPool,
@@ -49,6 +55,7 @@ pub struct Gpu {
     blas: OnceLock<Option<Blas>>,
     profile: Profile,
     pinned: PinnedBytes,
+    staging: Mutex<Option<Staging>>,
 }
 
 // SAFETY: the driver's handles may be used from any thread; the context is bound before each use.
@@ -154,6 +161,7 @@ impl Gpu {
             capability,
             architecture,
             multiprocessors,
+            driver_version: status.driver_version,
             context,
             stream,
             pool,
@@ -161,6 +169,7 @@ impl Gpu {
             blas: OnceLock::new(),
             profile: Profile::from_env(),
             pinned: PinnedBytes::default(),
+            staging: Mutex::default(),
         })
     }
 

@@ -30,6 +30,10 @@ impl Profile {
         Profile(std::env::var_os(SWITCH).map(|_| Mutex::default()))
     }
 
+    pub(super) fn measures(&self) -> bool {
+        self.0.is_some()
+    }
+
     /// Runs a launch, measured if it is wanted.
     pub(super) fn around<E>(
         &self,
