@@ -88,9 +88,22 @@ pub struct Conversation {
     pub messages: Vec<Message>,
     /// The tools offered, as OpenAI's `tools` list.
     pub tools: Option<Value>,
+    /// In preference data the answer to avoid, in place of the last message, which is the chosen one.
+    pub rejected: Option<Message>,
+    /// In KTO data whether the last message is a good answer.
+    pub label: Option<bool>,
 }
 
 impl Conversation {
+    /// What looks wrong with it, though it can be used.
+    pub(crate) fn doubt(&self) -> Option<&'static str> {
+        let silent = |message: &Message| {
+            let trained = message.role == Role::Assistant && message.trained != Some(false);
+            trained && message.content.trim().is_empty() && message.tool_calls.is_none()
+        };
+        self.messages.iter().chain(&self.rejected).any(silent).then_some("an answer without a word")
+    }
+
     /// The list of objects a chat template sees; `default_system` comes first where there is no system turn.
     pub fn to_json(&self, default_system: Option<&str>) -> Vec<Value> {
         let system = |message: &Message| matches!(message.role, Role::System | Role::Developer);

@@ -15,6 +15,7 @@
 
 mod batch;
 mod conversation;
+mod counts;
 mod error;
 pub mod formats;
 mod gguf_vocabulary;
@@ -31,6 +32,7 @@ mod tokenizer;
 
 pub use batch::{Batch, BatchOptions, BatchSource, Batches, Cursor};
 pub use conversation::{Conversation, Message, Role};
+pub use counts::{Noticed, Purpose, SetCounts};
 pub use error::{Error, Place, Result, SampleError};
 pub use formats::{Format, Mapping, Row};
 pub use gguf_vocabulary::GgufVocabulary;

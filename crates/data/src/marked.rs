@@ -393,7 +393,7 @@ mod tests {
 
     fn conversation(turns: &[(Role, &str)]) -> Conversation {
         let messages = turns.iter().map(|(role, content)| Message::new(*role, *content)).collect();
-        Conversation { messages, tools: None }
+        Conversation { messages, ..Conversation::default() }
     }
 
     /// Encodes with `template`; the text with trained parts in `[…]`, one mark for each token, or the error.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use crate::conversation::Conversation;
+use crate::counts::{Seen, SetCounts};
 use crate::error::{Error, Place, Result, read_file};
 use crate::formats::{self, Mapping, Row};
 
@@ -48,6 +49,8 @@ pub struct Loaded {
     pub conversations: Vec<(Place, Conversation)>,
     /// Rows left out ([`OnBadRow::Skip`]).
     pub dropped: Vec<Dropped>,
+    /// Rows, what was left out and why, duplicates.
+    pub counts: SetCounts,
 }
 
 /// Loads the data set `name`: an entry of `dataset_info.json` in `folder`, or a file (or a folder of files).
@@ -97,11 +100,18 @@ pub fn load_path(path: &Path, format: Option<(&str, &Mapping)>, options: &Source
         None => formats::recognise(&rows)?,
     };
     loaded.format = format.name().to_string();
+    loaded.counts.format = loaded.format.clone();
+    let mut seen = Seen::default();
+    loaded.dropped.iter().for_each(|it| loaded.counts.skip(&it.place, &it.reason));
     for mut row in rows {
         let conversation = substitute(&mut row, &options.substitute).and_then(|()| format.conversation(&row));
         match conversation {
-            Ok(conversation) => loaded.conversations.push((row.place, conversation)),
+            Ok(conversation) => {
+                loaded.counts.use_row(&row.place, &conversation, &mut seen);
+                loaded.conversations.push((row.place, conversation));
+            }
             Err(Error::Row { place, message }) if options.on_bad_row == OnBadRow::Skip => {
+                loaded.counts.skip(&place, &message);
                 loaded.dropped.push(Dropped { place, reason: message });
             }
             Err(error) => return Err(error),

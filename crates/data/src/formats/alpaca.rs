@@ -63,6 +63,6 @@ impl Format for Alpaca {
         messages.push(Message::new(Role::User, prompt.join("\n")));
         messages.push(Message::new(Role::Assistant, row.text(&self.response)?));
         let tools = self.tools.as_deref().map_or(Ok(None), |column| row.tools(column))?;
-        Ok(Conversation { messages, tools })
+        Ok(Conversation { messages, tools, ..Conversation::default() })
     }
 }

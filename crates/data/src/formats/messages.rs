@@ -98,7 +98,7 @@ impl Format for Messages {
         if !system.is_empty() && messages[0].role != Role::System {
             messages.insert(0, Message::new(Role::System, system));
         }
-        Ok(Conversation { messages, tools: row.tools(&self.tools)? })
+        Ok(Conversation { messages, tools: row.tools(&self.tools)?, ..Conversation::default() })
     }
 }
 

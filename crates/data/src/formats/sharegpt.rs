@@ -125,6 +125,6 @@ impl Format for ShareGpt {
             )));
         }
         let tools = self.tools.as_deref().map_or(Ok(None), |column| row.tools(column))?;
-        Ok(Conversation { messages, tools })
+        Ok(Conversation { messages, tools, ..Conversation::default() })
     }
 }

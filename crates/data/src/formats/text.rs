@@ -24,6 +24,6 @@ impl Format for Text {
 
     fn conversation(&self, row: &Row) -> Result<Conversation> {
         let text = row.text(&self.column)?;
-        Ok(Conversation { messages: vec![Message::new(Role::Text, text)], tools: None })
+        Ok(Conversation { messages: vec![Message::new(Role::Text, text)], ..Conversation::default() })
     }
 }
