@@ -208,7 +208,7 @@ fn packed(samples: &[Sample], size: usize) -> Result<Vec<Vec<usize>>> {
     Ok(bins)
 }
 
-fn shuffle(order: &mut [usize], seed: u64, epoch: u64) {
+pub(crate) fn shuffle(order: &mut [usize], seed: u64, epoch: u64) {
     let key = mix(mix(seed) ^ epoch);
     for last in (1..order.len()).rev() {
         // The high half of a 64 × 64 bit product is a uniform number below `last + 1`, up to 2^-64 · last.
@@ -218,7 +218,7 @@ fn shuffle(order: &mut [usize], seed: u64, epoch: u64) {
 }
 
 /// splitmix64's step and finaliser.
-fn mix(value: u64) -> u64 {
+pub(crate) fn mix(value: u64) -> u64 {
     let mut z = value.wrapping_add(0x9E37_79B9_7F4A_7C15);
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);

@@ -86,13 +86,13 @@ impl SetCounts {
     }
 
     /// Counts a row that is used.
-    pub(crate) fn use_row(&mut self, place: &Place, conversation: &Conversation, seen: &mut Seen) {
+    pub(crate) fn use_row(&mut self, place: &Place, conversation: &Conversation, seen: Option<&mut Seen>) {
         self.rows += 1;
         self.used += 1;
         if let Some(doubt) = conversation.doubt() {
             notice(&mut self.doubtful, place, doubt);
         }
-        if !seen.0.insert(hash(conversation)) {
+        if seen.is_some_and(|seen| !seen.0.insert(hash(conversation))) {
             let duplicates = self.duplicates.get_or_insert_with(|| Noticed {
                 reason: "the same as an earlier row".to_string(),
                 rows: 0,
@@ -176,7 +176,7 @@ mod tests {
         for (line, text) in [(1, "a"), (2, "b"), (3, "a"), (4, "a"), (5, "")] {
             let messages = vec![Message::new(Role::User, "q"), Message::new(Role::Assistant, text)];
             let conversation = Conversation { messages, ..Conversation::default() };
-            counts.use_row(&Place::new("f", line), &conversation, &mut seen);
+            counts.use_row(&Place::new("f", line), &conversation, Some(&mut seen));
         }
         let duplicates = counts.duplicates.as_ref().unwrap();
         assert_eq!((duplicates.rows, duplicates.first[0].line), (2, 3));

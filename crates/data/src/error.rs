@@ -49,6 +49,14 @@ pub enum Error {
         /// What is wrong with it and what was expected.
         message: String,
     },
+    /// From here on a file cannot be read: there is no telling where the next row starts.
+    #[error("{place}: {message}")]
+    Broken {
+        /// File and line.
+        place: Place,
+        /// What is wrong and what was expected.
+        message: String,
+    },
     /// A data set as a whole cannot be used: not found, empty, of an unknown form.
     #[error("{0}")]
     Dataset(String),

@@ -4,8 +4,8 @@
 //! file ─ source ─► Row ─ formats ─► Conversation ─ template ─► text ─ spans, tokenizer ─► Sample ─ batch ─► Batch
 //! ```
 //!
-//! - [`load`] reads a file (or an entry of `dataset_info.json`) into [`Row`]s, and a [`Format`] turns each into a
-//!   [`Conversation`].
+//! - [`DataSet`] finds files (or an entry of `dataset_info.json`), [`readers`] make [`Row`]s of them, and a [`Format`]
+//!   turns each into a [`Conversation`].
 //! - [`Template`] renders a conversation byte by byte as transformers does; [`assistant_spans`] finds in the text
 //!   what the model generated, for any template.
 //! - [`encode_all`] makes tokens and marks together ([`Sample`]), with a [`Report`] of what was cut and left out.
@@ -21,10 +21,14 @@ pub mod formats;
 mod gguf_vocabulary;
 mod jinja;
 mod marked;
+mod mixing;
 mod prompt;
+pub mod readers;
+mod registry;
 mod report;
 mod source;
 mod spans;
+mod substitute;
 mod template;
 #[cfg(test)]
 mod test_support;
@@ -40,9 +44,11 @@ pub use jinja::Now;
 pub use marked::{
     MarkOptions, MarkedText, Sample, check_template, encode_all, encode_conversation, mark_conversation,
 };
+pub use mixing::{MixStrategy, order, split};
 pub use prompt::encode_prompt;
+pub use registry::HubSet;
 pub use report::{Bar, Report};
-pub use source::{Dropped, Loaded, OnBadRow, SourceOptions, load, load_path, read_rows};
+pub use source::{DataSet, Dropped, Fetch, Loaded, OnBadRow, SetReader, SourceOptions};
 pub use spans::{RenderedConversation, Spans, Turn, assistant_spans, render_conversation};
 pub use template::{Rendered, Template};
 pub use tokenizer::{Encoded, TokenStream, Tokenizer};

@@ -1,5 +1,8 @@
 //! A byte-level tokenizer of 256 bytes and a few control tokens, for the tests of this crate.
 
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use crate::gguf_vocabulary::GgufVocabulary;
 use crate::tokenizer::Tokenizer;
 
@@ -30,4 +33,27 @@ pub(crate) fn vocabulary() -> GgufVocabulary {
 
 pub(crate) fn tokenizer() -> Tokenizer {
     Tokenizer::from_gguf(&vocabulary()).unwrap()
+}
+
+/// A folder of its own, taken away at the end.
+pub(crate) struct Scratch(PathBuf);
+
+impl Scratch {
+    pub(crate) fn new() -> Scratch {
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let name = format!("ferrotune-data-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let folder = std::env::temp_dir().join(name);
+        std::fs::create_dir_all(&folder).unwrap();
+        Scratch(folder)
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
 }

@@ -2,14 +2,17 @@
 
 use serde_json::{Map, Value};
 
+use super::turns::{ToolResults, check_turns, insert_system, push_pair};
 use super::{Format, Mapping, Row, kind};
 use crate::conversation::{Conversation, Message, Role};
+use crate::counts::Purpose;
 use crate::error::Result;
 
 /// The messages form, with its column and tag names.
 #[derive(Debug)]
 pub struct Messages {
     messages: String,
+    pair: Option<[String; 2]>,
     system: Option<String>,
     tools: String,
     role: String,
@@ -28,12 +31,30 @@ impl Messages {
         ];
         Messages {
             messages: mapping.column("messages", "messages"),
+            pair: None,
             system: mapping.columns.get("system").cloned(),
             tools: mapping.column("tools", "tools"),
             role: mapping.tag("role_tag", "role"),
             content: mapping.tag("content_tag", "content"),
             roles: roles.map(|(tag, default, role)| (mapping.tag(tag, default), role)).into(),
         }
+    }
+
+    /// The same with a chosen and a rejected answer.
+    pub fn pairs(mapping: &Mapping) -> Messages {
+        let pair = ["chosen", "rejected"].map(|name| mapping.column(name, name));
+        Messages { pair: Some(pair), ..Messages::new(mapping) }
+    }
+
+    /// The messages in a column.
+    pub(super) fn turns(&self, row: &Row, column: &str) -> Result<Vec<Message>> {
+        let turns = row.list(column)?;
+        turns.iter().enumerate().map(|(index, turn)| self.message(row, index, turn)).collect()
+    }
+
+    /// Checks the order of turns.
+    pub(super) fn check(&self, row: &Row, messages: &[Message]) -> Result<()> {
+        check_turns(row, messages, ["user/tool", "assistant"], ToolResults::Several)
     }
 
     fn message(&self, row: &Row, index: usize, turn: &Value) -> Result<Message> {
@@ -68,12 +89,8 @@ impl Messages {
             Some(Value::Array(calls)) if calls.is_empty() => None,
             Some(calls) => Some(parsed_arguments(calls)),
         };
-        message.trained = match fields.get("train").or_else(|| fields.get("weight")) {
-            Some(Value::Bool(trained)) => Some(*trained),
-            Some(Value::Number(weight)) => Some(weight.as_f64() != Some(0.0)),
-            _ => None,
-        };
-        let known = [self.role.as_str(), self.content.as_str(), "tool_calls", "train", "weight"];
+        message.trained = super::turns::trained(turn);
+        let known = [self.role.as_str(), &self.content, "tool_calls", "train", "weight", "loss_weight"];
         let extra = fields.iter().filter(|(key, value)| !known.contains(&key.as_str()) && !value.is_null());
         message.extra = extra.map(|(key, value)| (key.clone(), value.clone())).collect::<Map<_, _>>();
         Ok(message)
@@ -85,25 +102,24 @@ impl Format for Messages {
         "openai"
     }
 
+    fn purpose(&self) -> Purpose {
+        if self.pair.is_some() { Purpose::Preference } else { Purpose::Supervised }
+    }
+
     fn conversation(&self, row: &Row) -> Result<Conversation> {
-        let turns = row.list(&self.messages)?;
-        let mut messages = Vec::with_capacity(turns.len() + 1);
-        for (index, turn) in turns.iter().enumerate() {
-            messages.push(self.message(row, index, turn)?);
-        }
-        if messages.is_empty() {
-            return Err(row.error(format!("column `{}` is an empty list", self.messages)));
-        }
+        let mut messages = self.turns(row, &self.messages)?;
         let system = self.system.as_deref().map_or(Ok(""), |column| row.optional_text(column))?;
-        if !system.is_empty() && messages[0].role != Role::System {
-            messages.insert(0, Message::new(Role::System, system));
-        }
-        Ok(Conversation { messages, tools: row.tools(&self.tools)?, ..Conversation::default() })
+        insert_system(&mut messages, system);
+        let rejected =
+            push_pair(row, &mut messages, self.pair.as_ref(), |index, turn| self.message(row, index, turn))?;
+        self.check(row, &messages)?;
+        Ok(Conversation { messages, tools: row.tools(&self.tools)?, rejected, label: None })
     }
 }
 
 fn part_text(part: &Value) -> Option<&str> {
-    part.as_str().or_else(|| part.get("text")?.as_str())
+    let text = || part.get("text").or_else(|| part.get("value").filter(|_| part["type"] == "text"));
+    part.as_str().or_else(|| text()?.as_str())
 }
 
 /// Calls with their arguments as objects: OpenAI's API writes them as JSON in a text, templates want them read.

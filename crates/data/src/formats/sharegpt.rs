@@ -5,14 +5,17 @@
 
 use serde_json::{Value, json};
 
+use super::turns::{ToolResults, check_turns, insert_system, push_pair};
 use super::{Format, Mapping, Row, kind};
 use crate::conversation::{Conversation, Message, Role};
+use crate::counts::Purpose;
 use crate::error::Result;
 
 /// The sharegpt form, with its column and tag names.
 #[derive(Debug)]
 pub struct ShareGpt {
     messages: String,
+    pair: Option<[String; 2]>,
     system: Option<String>,
     tools: Option<String>,
     role: String,
@@ -29,6 +32,7 @@ impl ShareGpt {
     pub fn new(mapping: &Mapping) -> ShareGpt {
         ShareGpt {
             messages: mapping.column("messages", "conversations"),
+            pair: None,
             system: mapping.columns.get("system").cloned(),
             tools: mapping.columns.get("tools").cloned(),
             role: mapping.tag("role_tag", "from"),
@@ -39,6 +43,12 @@ impl ShareGpt {
             function: mapping.tag("function_tag", "function_call"),
             system_tag: mapping.tag("system_tag", "system"),
         }
+    }
+
+    /// The same with a chosen and a rejected answer.
+    pub fn pairs(mapping: &Mapping) -> ShareGpt {
+        let pair = ["chosen", "rejected"].map(|name| mapping.column(name, name));
+        ShareGpt { pair: Some(pair), ..ShareGpt::new(mapping) }
     }
 
     fn message(&self, row: &Row, index: usize, turn: &Value) -> Result<Message> {
@@ -78,10 +88,7 @@ impl ShareGpt {
             message.tool_calls = Some(super::messages::parsed_arguments(&Value::Array(calls)));
             message.content = String::new();
         }
-        message.trained = turn
-            .get("train")
-            .or_else(|| turn.get("weight"))
-            .and_then(|trained| trained.as_bool().or_else(|| Some(trained.as_f64()? != 0.0)));
+        message.trained = super::turns::trained(turn);
         Ok(message)
     }
 }
@@ -91,40 +98,23 @@ impl Format for ShareGpt {
         "sharegpt"
     }
 
+    fn purpose(&self) -> Purpose {
+        if self.pair.is_some() { Purpose::Preference } else { Purpose::Supervised }
+    }
+
     fn conversation(&self, row: &Row) -> Result<Conversation> {
         let mut messages = Vec::new();
         for (index, turn) in row.list(&self.messages)?.iter().enumerate() {
             messages.push(self.message(row, index, turn)?);
         }
-        let has_system = messages.first().is_some_and(|message| message.role == Role::System);
         let system = self.system.as_deref().map_or(Ok(""), |column| row.optional_text(column))?;
-        if !has_system && !system.is_empty() {
-            messages.insert(0, Message::new(Role::System, system));
-        }
-        let first = usize::from(messages.first().is_some_and(|message| message.role == Role::System));
-        for (index, message) in messages.iter().enumerate().skip(first) {
-            let answer = (index - first) % 2 == 1;
-            if answer != (message.role == Role::Assistant) || message.role == Role::System {
-                return Err(row.error(format!(
-                    "turn {index} is {}, expected {}; {}/{} and {}/{} must take turns",
-                    message.role.name(),
-                    if answer { "an answer" } else { "a question" },
-                    self.user,
-                    self.observation,
-                    self.assistant,
-                    self.function
-                )));
-            }
-        }
-        if messages.len() < first + 2 || (messages.len() - first) % 2 == 1 {
-            return Err(row.error(format!(
-                "the conversation has {} turns and must end with an answer ({} or {})",
-                messages.len() - first,
-                self.assistant,
-                self.function
-            )));
-        }
+        insert_system(&mut messages, system);
+        let rejected =
+            push_pair(row, &mut messages, self.pair.as_ref(), |index, turn| self.message(row, index, turn))?;
+        let questions = format!("{}/{}", self.user, self.observation);
+        let answers = format!("{}/{}", self.assistant, self.function);
+        check_turns(row, &messages, [&questions, &answers], ToolResults::OneAtATime)?;
         let tools = self.tools.as_deref().map_or(Ok(None), |column| row.tools(column))?;
-        Ok(Conversation { messages, tools, ..Conversation::default() })
+        Ok(Conversation { messages, tools, rejected, label: None })
     }
 }

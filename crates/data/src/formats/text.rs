@@ -2,6 +2,7 @@
 
 use super::{Format, Row};
 use crate::conversation::{Conversation, Message, Role};
+use crate::counts::Purpose;
 use crate::error::Result;
 
 /// Plain texts, with their column's name.
@@ -22,8 +23,15 @@ impl Format for Text {
         "text"
     }
 
+    fn purpose(&self) -> Purpose {
+        Purpose::Text
+    }
+
     fn conversation(&self, row: &Row) -> Result<Conversation> {
         let text = row.text(&self.column)?;
+        if text.is_empty() {
+            return Err(row.error("the text is empty: there is nothing to train on"));
+        }
         Ok(Conversation { messages: vec![Message::new(Role::Text, text)], ..Conversation::default() })
     }
 }
