@@ -179,7 +179,7 @@ impl BatchSource for Batches {
 }
 
 /// Bins of at most `size` tokens: longest sample first, each into the fullest bin it fits.
-fn packed(samples: &[Sample], size: usize) -> Result<Vec<Vec<usize>>> {
+pub(crate) fn packed(samples: &[Sample], size: usize) -> Result<Vec<Vec<usize>>> {
     let mut by_length: Vec<usize> = (0..samples.len()).collect();
     by_length.sort_by_key(|index| (std::cmp::Reverse(samples[*index].tokens.len()), *index));
     let mut bins: Vec<Vec<usize>> = Vec::new();
@@ -208,7 +208,7 @@ fn packed(samples: &[Sample], size: usize) -> Result<Vec<Vec<usize>>> {
     Ok(bins)
 }
 
-pub(crate) fn shuffle(order: &mut [usize], seed: u64, epoch: u64) {
+pub(crate) fn shuffle<T>(order: &mut [T], seed: u64, epoch: u64) {
     let key = mix(mix(seed) ^ epoch);
     for last in (1..order.len()).rev() {
         // The high half of a 64 × 64 bit product is a uniform number below `last + 1`, up to 2^-64 · last.

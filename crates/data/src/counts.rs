@@ -85,6 +85,12 @@ impl SetCounts {
         notice(&mut self.skipped, place, reason);
     }
 
+    /// Counts a row as left out that was counted as used.
+    pub(crate) fn leave_out(&mut self, place: &Place, reason: &str) {
+        self.used -= 1;
+        notice(&mut self.skipped, place, reason);
+    }
+
     /// Counts a row that is used.
     pub(crate) fn use_row(&mut self, place: &Place, conversation: &Conversation, seen: Option<&mut Seen>) {
         self.rows += 1;

@@ -14,6 +14,7 @@
 //! Invariants: this crate knows no device and none of our other crates; plain vectors come out. It prints nothing.
 
 mod batch;
+pub mod cache;
 mod conversation;
 mod counts;
 mod error;
@@ -22,12 +23,14 @@ mod gguf_vocabulary;
 mod jinja;
 mod marked;
 mod mixing;
+mod prepare;
 mod prompt;
 pub mod readers;
 mod registry;
 mod report;
 mod source;
 mod spans;
+mod stream;
 mod substitute;
 mod template;
 #[cfg(test)]
@@ -45,10 +48,12 @@ pub use marked::{
     MarkOptions, MarkedText, Sample, check_template, encode_all, encode_conversation, mark_conversation,
 };
 pub use mixing::{MixStrategy, order, split};
+pub use prepare::{Encode, PreparedSet, encode_set, split_long};
 pub use prompt::encode_prompt;
 pub use registry::HubSet;
 pub use report::{Bar, Report};
 pub use source::{DataSet, Dropped, Fetch, Loaded, OnBadRow, SetReader, SourceOptions};
 pub use spans::{RenderedConversation, Spans, Turn, assistant_spans, render_conversation};
+pub use stream::{Long, StreamOptions, StreamedBatches};
 pub use template::{Rendered, Template};
 pub use tokenizer::{Encoded, TokenStream, Tokenizer};

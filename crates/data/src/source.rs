@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use crate::conversation::Conversation;
 use crate::counts::{Seen, SetCounts};
 use crate::error::{Error, Place, Result};
@@ -36,7 +38,7 @@ pub struct SourceOptions {
 }
 
 /// A row or a sample that was left out, and why.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Dropped {
     /// File and line.
     pub place: Place,
@@ -118,6 +120,11 @@ impl DataSet {
             "no data set `{name}`: there is no such file{here} or in `{}`, and it isn't a registered name: {known}",
             folder.display()
         )))
+    }
+
+    /// What its conversations depend on, beside the files and the options.
+    pub fn form(&self) -> String {
+        format!("{:?} {:?}", self.form, self.num_samples)
     }
 
     /// Starts reading.
@@ -240,6 +247,11 @@ impl SetReader {
         let format = self.format.as_ref().ok_or_else(|| row.error("its format is not known"))?;
         let conversation = format.conversation(&row)?;
         Ok((row.place, conversation))
+    }
+
+    /// Counts a conversation that was given out and turned out to give nothing.
+    pub(crate) fn leave_out(&mut self, place: &Place, reason: &str) {
+        self.counts.leave_out(place, reason);
     }
 
     /// An error unless a row could be used.

@@ -145,6 +145,18 @@ impl Tokenizer {
         &self.name
     }
 
+    /// What differs where two tokenizers give different tokens; a key for what is made with one.
+    ///
+    /// # Errors
+    /// When the tokenizer can't be written.
+    pub fn identity(&self) -> Result<String> {
+        let inner = self
+            .inner
+            .to_string(false)
+            .map_err(|error| Error::Tokenizer { name: self.name.clone(), message: error.to_string() })?;
+        Ok(format!("{inner} {:?} {:?} {:?}", self.prefix, self.suffix, self.special_tokens))
+    }
+
     /// Number of tokens, added ones included; the model's embedding may have more rows.
     pub fn vocabulary_size(&self) -> usize {
         self.inner.get_vocab_size(true)
