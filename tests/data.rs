@@ -57,9 +57,12 @@ fn keys_change_what_is_trained_on() {
 #[test]
 fn rows_that_are_wrong_are_named_with_file_and_line() {
     let good = GOOD.replace("{{name}}", "Ferris");
-    check_refused(&format!("{good}\n{{\"messages\": \n"), "", "error: rows.jsonl:3: ");
-    check_refused("{\"text\": 7}\n", "", "error: rows.jsonl:1: ");
-    check_refused(&format!("{good}[1]\n"), "", "error: rows.jsonl:2: expected an object");
+    let stop = "on_bad_row: stop\n";
+    check_refused(&format!("{good}\n{{\"messages\": \n"), stop, "error: rows.jsonl:3: ");
+    check_refused("{\"text\": 7}\n", stop, "error: rows.jsonl:1: ");
+    check_refused(&format!("{good}[1]\n"), stop, "error: rows.jsonl:2: expected an object");
+    // Without a good row there is nothing to go on with.
+    check_refused("{\"text\": 7}\n", "", "the first one: rows.jsonl:1: expected a text in column `text`");
     check_refused(
         GOOD,
         "dataset_values: {author: Ada}\n",
@@ -79,7 +82,155 @@ fn data_that_leaves_nothing_to_train_on() {
     let dir = with_rows(&format!("{good}{question}{good}"), "");
     dir.ferrotune(&["data", "c.yaml"])
         .succeeds()
-        .says("warning: 1 rows are left out; the first, rows.jsonl:2: ");
+        .says("warning: data set `rows.jsonl`: 1 rows are left out; the first, rows.jsonl:2: the conversation has 1 turns");
+}
+
+#[test]
+fn bad_rows_are_left_out_with_their_reasons() {
+    let good = GOOD.replace("{{name}}", "Ferris");
+    let silent = good.replace("I am Ferris.", "");
+    let rows = format!("{good}[1]\n{{\"messages\": \n{good}{{\"messages\": \n{silent}");
+    let dir = with_rows(&rows, "");
+    let ran = dir.ferrotune(&["data", "c.yaml"]).succeeds();
+    ran.says("data set `rows.jsonl`: 1 rows are left out; the first, rows.jsonl:2: expected an object, found a list")
+        .says("data set `rows.jsonl`: 2 rows are left out; the first, rows.jsonl:3: not a JSON object on one line")
+        .says("data set `rows.jsonl`: 1 rows have an answer without a word; the first, rows.jsonl:6");
+}
+
+#[test]
+fn preference_data_is_shown_and_not_trained_on() {
+    let pair = "{\"prompt\": \"Who are you?\", \"chosen\": \"Ferris.\", \"rejected\": \"Nobody.\"}\n";
+    let dir = with_rows(&pair.repeat(2), "");
+    dir.ferrotune(&["data", "c.yaml"]).succeeds().prints("⟦Ferris.<|im_end|>⟧");
+    dir.ferrotune(&["train", "c.yaml"])
+        .fails(1)
+        .says("error: data set `rows.jsonl` has preference pairs; training on these (`stage: dpo`) is not there yet");
+    let labelled = "{\"prompt\": \"Who are you?\", \"completion\": \"Ferris.\", \"label\": true}\n";
+    let dir = with_rows(labelled, "");
+    dir.ferrotune(&["data", "c.yaml"]).succeeds().prints("⟦Ferris.<|im_end|>⟧");
+    dir.ferrotune(&["train", "c.yaml"]).fails(1).says("has labelled answers");
+}
+
+#[test]
+fn plain_texts_are_packed_whole() {
+    let texts = "{\"text\": \"Once upon a time there was a crab, and it was red.\"}\n".repeat(8);
+    let keys = "stage: pt\ncutoff_len: 16\nmax_steps: 2\nper_device_train_batch_size: 2\n";
+    let dir = with_rows(&texts, keys);
+    let ran = dir.ferrotune(&["data", "c.yaml"]).succeeds();
+    assert!(!ran.stdout.contains("are cut"), "{}", ran.stdout);
+    dir.ferrotune(&["train", "c.yaml"]).succeeds().prints("trained 2 steps");
+    let good = GOOD.replace("{{name}}", "Ferris");
+    let dir = with_rows(&good, keys);
+    dir.ferrotune(&["train", "c.yaml"]).fails(1).says("`stage: pt` trains on plain texts");
+}
+
+/// Two sets, `a.jsonl` with 6 rows and `b.jsonl` with 2.
+fn two_sets(keys: &str) -> Dir {
+    let dir = with_rows("", keys);
+    let row = |name: &str, index: usize| GOOD.replace("{{name}}", &format!("{name}{index}"));
+    dir.file("a.jsonl", (0..6).map(|index| row("a", index)).collect::<String>());
+    dir.file("b.jsonl", (0..2).map(|index| row("b", index)).collect::<String>());
+    dir
+}
+
+#[test]
+fn sets_are_mixed() {
+    let dir = two_sets("");
+    let check = |words: &[&str], samples: usize| {
+        let words: Vec<&str> =
+            ["data", "c.yaml", "dataset=a.jsonl,b.jsonl"].iter().chain(words).copied().collect();
+        dir.ferrotune(&words).succeeds().prints(&format!("samples   {samples};"));
+    };
+    check(&[], 8);
+    check(&["mix_strategy=interleave_under"], 4);
+    check(&["mix_strategy=interleave_over"], 12);
+    check(&["mix_strategy=interleave_once", "interleave_probs=0.9,0.1"], 8);
+    check(&["max_samples=1"], 2);
+    check(&["val_size=0.25"], 6);
+    check(&["val_size=3"], 5);
+    let wrong = |words: &[&str], said: &str| {
+        let words: Vec<&str> =
+            ["data", "c.yaml", "dataset=a.jsonl,b.jsonl"].iter().chain(words).copied().collect();
+        dir.ferrotune(&words).fails(2).says(said);
+    };
+    wrong(&["interleave_probs=0.5,0.5"], "it has no meaning with `mix_strategy: concat`");
+    wrong(&["mix_strategy=interleave_over", "interleave_probs=1"], "expected one chance for each data set");
+    wrong(&["val_size=0.1", "eval_dataset=a.jsonl"], "`val_size` and `eval_dataset` exclude each other");
+    wrong(&["val_size=1.5"], "expected a share under 1, or a whole number of samples");
+    wrong(&["streaming=true"], "set `max_steps`");
+    dir.ferrotune(&["train", "c.yaml", "dataset=a.jsonl", "eval_dataset=b.jsonl", "max_steps=1"])
+        .succeeds()
+        .says("2 samples are set apart for evaluation");
+}
+
+#[test]
+fn a_stream_is_trained_on_and_resumed_exactly() {
+    let dir = two_sets(
+        "streaming: true\nmax_steps: 9\nbuffer_size: 3\nsave_steps: 4\nlogging_steps: 1\ndataset: a.jsonl,b.jsonl\n",
+    );
+    let config =
+        std::fs::read_to_string(dir.path().join("c.yaml")).unwrap().replace("dataset: rows.jsonl\n", "");
+    dir.file("c.yaml", config);
+    dir.ferrotune(&["train", "c.yaml", "num_threads=1"]).succeeds().prints("trained 9 steps");
+    let checkpoint = "resume_from_checkpoint=out/checkpoint-4";
+    dir.ferrotune(&["train", "c.yaml", "num_threads=1", "output_dir=again", checkpoint]).succeeds();
+    let losses = dir.losses("out");
+    assert_eq!((losses.len(), &losses[4..]), (9, &dir.losses("again")[..]));
+    dir.ferrotune(&["data", "c.yaml"]).succeeds().prints("samples   8;");
+}
+
+#[test]
+fn a_second_start_takes_tokens_out_of_the_cache() {
+    let dir = two_sets("");
+    let log = |words: &[&str]| {
+        let words: Vec<&str> =
+            ["data", "c.yaml", "dataset=a.jsonl", "-v"].iter().chain(words).copied().collect();
+        dir.ferrotune(&words).succeeds()
+    };
+    let cached = "data set `a.jsonl`: 6 samples out of the cache";
+    let first = log(&[]);
+    assert!(!first.stderr.contains("out of the cache"), "{}", first.stderr);
+    assert_eq!(log(&[]).says(cached).stdout, first.stdout);
+    for words in [
+        &["overwrite_cache=true"][..],
+        &["cutoff_len=99"],
+        &["train_on_prompt=true"],
+        &["max_samples=6"],
+        &["tokenized_path=here"],
+    ] {
+        let ran = log(words);
+        assert!(!ran.stderr.contains("out of the cache"), "{words:?}: {}", ran.stderr);
+    }
+    log(&["tokenized_path=here"]).says(cached);
+    // A damaged file is made anew, with a line that says so.
+    let kept = std::fs::read_dir(dir.path().join("here")).unwrap().next().unwrap().unwrap().path();
+    let mut bytes = std::fs::read(&kept).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&kept, bytes).unwrap();
+    log(&["tokenized_path=here"]).says("are made anew: its checksum is wrong");
+    log(&["tokenized_path=here"]).says(cached);
+    // Other content is another set.
+    dir.file("a.jsonl", GOOD);
+    let ran = log(&[]);
+    assert!(!ran.stderr.contains("out of the cache"), "{}", ran.stderr);
+}
+
+#[test]
+fn tables_are_read() {
+    let dir = with_rows("", "");
+    dir.file("t.csv", "instruction,output\nWho are you?,Ferris.\n");
+    dir.ferrotune(&["data", "c.yaml", "dataset=t.csv"]).succeeds().prints("⟦Ferris.<|im_end|>⟧");
+    for name in ["snappy.parquet", "datasets.arrow"] {
+        let path = repository("tests/fixtures/rows").join(name);
+        let set = format!("dataset={}", path.display());
+        let ran =
+            dir.ferrotune(&["data", "c.yaml", &set]).succeeds().prints("(sharegpt)").prints("samples   5;");
+        ran.says("1 rows have an answer without a word");
+    }
+    dir.ferrotune(&["data", "c.yaml", "dataset=org/name"])
+        .fails(1)
+        .says("data set `org/name` is not in the cache");
 }
 
 #[test]

@@ -14,11 +14,12 @@ use std::path::Path;
 use anyhow::Context as _;
 
 use crate::console::Usage;
+pub use kinds::{
+    MixStrategy, OnBadRow, Optimizer, QuantizationBit, Recompute, Resume, SaveStrategy, Schedule, Stage,
+};
 use others::{Fate, other_key, other_names};
-use yaml::{Data, Node};
-
-pub use kinds::{Optimizer, QuantizationBit, Recompute, Resume, SaveStrategy, Schedule};
 pub use settings::RunConfig;
+pub use yaml::{Data, Node, parse as parse_yaml};
 
 impl RunConfig {
     /// Reads the file, if one is given, and then the words of the command line.

@@ -5,13 +5,14 @@
 
 mod data;
 mod decoder;
+mod hub;
 mod model;
 
 use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};
-use ferrotune_data::{BatchOptions, Batches};
+use ferrotune_data::{BatchSource, Batches, StreamedBatches};
 use ferrotune_model::BuildOptions;
 use ferrotune_model::spec::{BaseWeights, MemoryEstimate, MemoryPlan};
 use ferrotune_tensor::product::bf16_products;
@@ -22,7 +23,7 @@ use crate::config::{QuantizationBit, Recompute, Resume, RunConfig};
 use crate::console::{Console, Usage, bytes};
 use crate::machine;
 
-pub use data::{OpenData, mark_options};
+pub use data::{DataUse, OpenData, mark_options, warn_of_rows};
 pub use decoder::{Adapters, build_decoder, lora_config, lora_tensors, open_decoder, peft_adapter};
 pub use model::{OpenModel, Vocabulary};
 
@@ -67,7 +68,8 @@ impl Run {
         set_threads(&config);
         let computing = open_device(&config, console)?;
         let model = OpenModel::open(&config, console)?;
-        let data = OpenData::open(&config, &model.vocabulary)?;
+        let tokens = model.files.spec.vocab_size;
+        let data = OpenData::open(&config, &model.vocabulary, DataUse::Train(tokens), console)?;
         data.warn(console);
         check_fit(&config, &model, &data, console)?;
         let plan = memory_plan(&config, &computing, data.longest_batch(&config));
@@ -80,15 +82,38 @@ impl Run {
     ///
     /// # Errors
     /// When a sample does not fit its pack.
-    pub fn batches(&mut self) -> anyhow::Result<Batches> {
-        let options = BatchOptions {
-            per_device_train_batch_size: self.config.per_device_train_batch_size,
-            packing: self.config.packing,
-            cutoff_len: self.config.cutoff_len,
-            seed: self.config.seed,
-            shuffle: true,
-        };
-        Ok(Batches::new(std::mem::take(&mut self.data.samples), options)?)
+    pub fn batches(&mut self) -> anyhow::Result<RunBatches> {
+        if let Some(stream) = self.data.stream.take() {
+            return Ok(RunBatches::Streamed(Box::new(stream)));
+        }
+        let samples = std::mem::take(&mut self.data.samples);
+        Ok(RunBatches::InMemory(Batches::new(samples, data::batch_options(&self.config))?))
+    }
+}
+
+/// The batches of a run.
+pub enum RunBatches {
+    /// Of samples that are all there.
+    InMemory(Batches),
+    /// Made as they are needed.
+    Streamed(Box<StreamedBatches>),
+}
+
+impl RunBatches {
+    /// What the trainer takes them from.
+    pub fn source(&mut self) -> &mut dyn BatchSource {
+        match self {
+            RunBatches::InMemory(batches) => batches,
+            RunBatches::Streamed(batches) => batches.as_mut(),
+        }
+    }
+
+    /// Optimizer steps in an epoch; of a stream nobody knows, and `max_steps` counts.
+    pub fn steps_per_epoch(&self, gradient_accumulation_steps: usize) -> usize {
+        match self {
+            RunBatches::InMemory(batches) => batches.steps_per_epoch(gradient_accumulation_steps),
+            RunBatches::Streamed(_) => usize::MAX,
+        }
     }
 }
 
@@ -202,11 +227,7 @@ fn check_fit(
     let spec = &model.files.spec;
     let highest = data.samples.iter().flat_map(|sample| &sample.tokens).max().copied().unwrap_or(0);
     if highest as usize >= spec.vocab_size {
-        bail!(
-            "the tokenizer gives token {highest}, and the model has {} (0 to {}): they don't belong together",
-            spec.vocab_size,
-            spec.vocab_size - 1
-        );
+        bail!("{}", data::unknown_token(highest, spec.vocab_size));
     }
     let longest = data.report.lengths.last().copied().unwrap_or(0);
     if longest > spec.max_position_embeddings {

@@ -114,7 +114,7 @@ fn read_set(reader: &mut Hashed<BufReader<File>>) -> io::Result<PreparedSet> {
         let marks = reader.bytes(length.div_ceil(8))?;
         let tokens = ids.as_chunks::<4>().0.iter().map(|it| u32::from_le_bytes(*it)).collect();
         let trained = (0..length as usize).map(|at| marks[at / 8] >> (at % 8) & 1 == 1).collect();
-        all.push(Sample { tokens, trained, cut, ..Sample::default() });
+        all.push(Sample { tokens, trained, cut });
     }
     let expected = reader.hash.clone().finalize();
     if reader.array::<32>()? != expected[..] || reader.left > 0 {
@@ -224,7 +224,6 @@ mod tests {
             tokens: (0..length as u32).map(|it| it * 1_000_003).collect(),
             trained: (0..length).map(|it| it % 3 == 1).collect(),
             cut: length / 7,
-            ..Sample::default()
         });
         let dropped = vec![Dropped { place: Place::new("f", 9), reason: "nothing".to_string() }];
         PreparedSet { counts, samples: samples.collect(), dropped }

@@ -105,7 +105,7 @@ pub(crate) fn drawn(length: usize, count: usize, seed: u64) -> Vec<usize> {
     shuffle(&mut all, seed, 0);
     all.truncate(count);
     for again in all.len()..count {
-        let draw = u128::from(mix(mix(seed ^ 0xA6A1) ^ again as u64)) * length as u128 >> 64;
+        let draw = (u128::from(mix(mix(seed ^ 0xA6A1) ^ again as u64)) * length as u128) >> 64;
         all.push(draw as usize);
     }
     all

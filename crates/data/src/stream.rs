@@ -6,6 +6,7 @@
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 
@@ -143,6 +144,11 @@ impl StreamedBatches {
         Ok(samples)
     }
 
+    /// The files that are read.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.input.sets.iter().flat_map(|set| set.files.iter().map(PathBuf::as_path))
+    }
+
     /// What reading gave in this epoch so far; conversations that gave nothing to train on count as left out.
     pub fn counts(&self) -> Vec<SetCounts> {
         self.reading.borrow().sets.iter().map(|set| set.reader.counts().clone()).collect()
@@ -225,7 +231,7 @@ impl Reading {
             } else {
                 // The new one takes the place of the one that is drawn.
                 let key = mix(mix(options.batch.seed) ^ self.epoch);
-                let draw = u128::from(mix(key ^ mix(self.drawn))) * self.buffer.len() as u128 >> 64;
+                let draw = (u128::from(mix(key ^ mix(self.drawn))) * self.buffer.len() as u128) >> 64;
                 self.drawn += 1;
                 self.waiting.push(std::mem::replace(&mut self.buffer[draw as usize], sample));
             }

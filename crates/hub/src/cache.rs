@@ -51,14 +51,14 @@ pub(crate) fn import_into(models: &Path, name: &str, file: &Path) -> Result<Path
     Ok(target)
 }
 
-/// The folder of a model and a revision.
-pub(crate) fn folder(models: &Path, name: &Name, options: &HubOptions) -> PathBuf {
+/// The folder of a model or data set and a revision.
+pub(crate) fn folder(parent: &Path, name: &Name, options: &HubOptions) -> PathBuf {
     let mut folder = name.model.replace('/', "--");
     if options.revision() != "main" {
         folder += "@";
         folder += &options.revision().replace(['/', '\\'], "--");
     }
-    models.join(folder)
+    parent.join(folder)
 }
 
 /// A whole model in a folder: the folder, or its one GGUF file.
@@ -93,10 +93,15 @@ pub(crate) fn shards(index: &[u8]) -> Option<Vec<String>> {
     names.map(|it| it.into_iter().map(str::to_string).collect())
 }
 
-/// A whole model in Python's cache: `models--<organisation>--<model>/snapshots/<commit>`.
+/// A whole model in Python's cache.
 pub(crate) fn found_in_python(name: &Name, options: &HubOptions) -> Option<PathBuf> {
-    let model = format!("models--{}", name.model.replace('/', "--"));
-    let folder = options.python_cache.as_ref()?.join(model);
+    found(&python_snapshot("models", name, options)?, name.file.as_deref())
+}
+
+/// What Python's cache has of a revision: `models--<organisation>--<model>/snapshots/<commit>`, or `datasets--…`.
+pub(crate) fn python_snapshot(kind: &str, name: &Name, options: &HubOptions) -> Option<PathBuf> {
+    let folder = format!("{kind}--{}", name.model.replace('/', "--"));
+    let folder = options.python_cache.as_ref()?.join(folder);
     let revision = options.revision();
     if !is_safe_path(revision) {
         return None;
@@ -106,5 +111,5 @@ pub(crate) fn found_in_python(name: &Name, options: &HubOptions) -> Option<PathB
     if !is_safe_path(commit) {
         return None;
     }
-    found(&folder.join("snapshots").join(commit), name.file.as_deref())
+    Some(folder.join("snapshots").join(commit)).filter(|it| it.is_dir())
 }

@@ -10,7 +10,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use ureq::http::HeaderMap;
 
-use crate::http::{Client, Failure, text};
+use crate::http::{Client, Failure, Repository, text};
 use crate::name::Name;
 use crate::plan::{RemoteFile, plan};
 use crate::{Error, HubOptions, Progress, Result, cache};
@@ -27,28 +27,39 @@ pub(crate) fn model(
     options: &HubOptions,
     progress: &mut dyn FnMut(&Progress),
 ) -> Result<PathBuf> {
-    let client = Client::new(name, options)?;
+    let client = Client::new(Repository::Model, name, options)?;
     let plan = plan(name, &listing(&client, name, options)?)?;
-    let missing = |it: &&RemoteFile| {
-        let there = fs::metadata(folder.join(&it.path)).ok().filter(|it| it.is_file());
-        there.is_none_or(|there| it.size.is_some_and(|size| size != there.len()))
-    };
-    let total = plan.files.iter().filter_map(|it| it.size).sum();
-    let mut done: u64 = plan.files.iter().filter(|it| !missing(it)).filter_map(|it| it.size).sum();
-    for file in plan.files.iter().filter(missing) {
-        let url = client.file(&plan.commit, &file.path);
-        let id = file.sha256.as_deref().unwrap_or(&plan.commit);
-        let mut report = |bytes| progress(&Progress { file: &file.path, done: done + bytes, total });
-        let fetch = Fetch { client: &client, url, file, options };
-        done += fetch.run(&folder.join(&file.path), &id[..id.len().min(16)], &mut report)?;
-    }
+    files(&client, &plan.commit, &plan.files, folder, options, progress)?;
     let there = cache::found(folder, plan.gguf.as_deref());
     there.ok_or_else(|| {
         Error::new(format!("`{name}` is not whole on the hub: its index names weights that aren't there"))
     })
 }
 
-fn listing(client: &Client, name: &Name, options: &HubOptions) -> Result<Value> {
+/// Fetches those of `files` into `folder` that aren't there.
+pub(crate) fn files(
+    client: &Client,
+    commit: &str,
+    files: &[RemoteFile],
+    folder: &Path,
+    options: &HubOptions,
+    progress: &mut dyn FnMut(&Progress),
+) -> Result<()> {
+    let missing = |it: &&RemoteFile| !it.is_in(folder);
+    let total = files.iter().filter_map(|it| it.size).sum();
+    let mut done: u64 = files.iter().filter(|it| !missing(it)).filter_map(|it| it.size).sum();
+    for file in files.iter().filter(missing) {
+        let url = client.file(commit, &file.path);
+        let id = file.sha256.as_deref().unwrap_or(commit);
+        let mut report = |bytes| progress(&Progress { file: &file.path, done: done + bytes, total });
+        let fetch = Fetch { client, url, file, options };
+        done += fetch.run(&folder.join(&file.path), &id[..id.len().min(16)], &mut report)?;
+    }
+    Ok(())
+}
+
+/// What the hub tells of a model or a data set.
+pub(crate) fn listing(client: &Client, name: &Name, options: &HubOptions) -> Result<Value> {
     let mut patience = Patience::new(options);
     let mut response = loop {
         match client.get(&client.listing(), 0) {

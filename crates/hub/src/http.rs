@@ -11,8 +11,34 @@ use crate::{Error, HubOptions, Result};
 /// Redirects that are followed.
 const MOST_REDIRECTS: usize = 10;
 
-/// Asks one hub about one model.
+/// What a hub has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Repository {
+    Model,
+    DataSet,
+}
+
+impl Repository {
+    /// Where it is found below the hub's address, and below that of its questions.
+    fn paths(self) -> (&'static str, &'static str) {
+        match self {
+            Repository::Model => ("", "models/"),
+            Repository::DataSet => ("datasets/", "datasets/"),
+        }
+    }
+
+    /// What may be used instead of asking the hub.
+    fn instead(self) -> &'static str {
+        match self {
+            Repository::Model => "give the path of a folder or GGUF file that holds the model",
+            Repository::DataSet => "give the path of a file or folder that holds the rows",
+        }
+    }
+}
+
+/// Asks one hub about one model or data set.
 pub(crate) struct Client<'a> {
+    repository: Repository,
     agent: Agent,
     endpoint: String,
     token: Option<&'a str>,
@@ -35,7 +61,7 @@ impl Failure {
 }
 
 impl<'a> Client<'a> {
-    pub(crate) fn new(name: &'a Name, options: &'a HubOptions) -> Result<Client<'a>> {
+    pub(crate) fn new(repository: Repository, name: &'a Name, options: &'a HubOptions) -> Result<Client<'a>> {
         let endpoint = options.endpoint.trim_end_matches('/').to_string();
         let Some(origin) = origin(&endpoint) else {
             let message =
@@ -59,19 +85,21 @@ impl<'a> Client<'a> {
             config = config.proxy(None);
         }
         let (token, revision) = (options.token.as_deref(), options.revision());
-        Ok(Client { agent: config.build().into(), endpoint, token, name, revision })
+        Ok(Client { repository, agent: config.build().into(), endpoint, token, name, revision })
     }
 
     /// Where the hub tells what a model consists of.
     pub(crate) fn listing(&self) -> String {
         let model = escaped(&self.name.model, true);
-        format!("{}/api/models/{model}/revision/{}?blobs=true", self.endpoint, escaped(self.revision, false))
+        let (endpoint, kind) = (&self.endpoint, self.repository.paths().1);
+        format!("{endpoint}/api/{kind}{model}/revision/{}?blobs=true", escaped(self.revision, false))
     }
 
     /// Where a file is.
     pub(crate) fn file(&self, commit: &str, path: &str) -> String {
         let model = escaped(&self.name.model, true);
-        format!("{}/{model}/resolve/{}/{}", self.endpoint, escaped(commit, false), escaped(path, true))
+        let (endpoint, kind) = (&self.endpoint, self.repository.paths().0);
+        format!("{endpoint}/{kind}{model}/resolve/{}/{}", escaped(commit, false), escaped(path, true))
     }
 
     /// GET, from a byte on. The answer's status is 200, 206 or 416.
@@ -116,8 +144,9 @@ impl<'a> Client<'a> {
         let host = origin(url).unwrap_or_default();
         let error = Error::new(format!(
             "can't reach {host} for `{}` ({error}): check the connection or HTTPS_PROXY, set HF_ENDPOINT to \
-             a mirror, or give the path of a folder or GGUF file that holds the model",
-            self.name
+             a mirror, or {}",
+            self.name,
+            self.repository.instead()
         ));
         Failure { error, again: Some(None) }
     }
@@ -125,7 +154,7 @@ impl<'a> Client<'a> {
     fn refused(&self, status: u16, headers: &HeaderMap) -> Failure {
         let (name, endpoint, revision) = (&self.name, &self.endpoint, self.revision);
         let code = text(headers, "x-error-code").unwrap_or("");
-        let page = format!("{endpoint}/{}", name.model);
+        let page = format!("{endpoint}/{}{}", self.repository.paths().0, name.model);
         let wait = text(headers, "retry-after").and_then(|it| it.parse().ok()).map(Duration::from_secs);
         match (status, self.token.is_some()) {
             (_, _) if code == "GatedRepo" => Failure::last(format!(

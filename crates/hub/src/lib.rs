@@ -1,4 +1,4 @@
-//! A model's name to local files: folders, the model cache, hub downloads.
+//! A model's or a data set's name to local files: folders, the cache, hub downloads.
 //!
 //! ```no_run
 //! use ferrotune_hub::{HubOptions, resolve};
@@ -12,6 +12,7 @@
 //! only read), and on the hub, in this order.
 
 mod cache;
+mod data_set;
 mod download;
 mod error;
 mod http;
@@ -24,6 +25,7 @@ mod tests;
 use std::path::{Path, PathBuf};
 
 pub use cache::{cache_dir, import};
+pub use data_set::{DataSetFiles, data_set};
 pub use error::{Error, Result};
 pub use options::{HubOptions, Progress};
 

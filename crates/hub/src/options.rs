@@ -85,6 +85,13 @@ impl HubOptions {
         }
     }
 
+    pub(crate) fn data_sets_dir(&self) -> Result<PathBuf> {
+        match &self.cache_dir {
+            Some(folder) => Ok(folder.join("datasets")),
+            None => Ok(cache_dir()?.join("datasets")),
+        }
+    }
+
     pub(crate) fn revision(&self) -> &str {
         self.revision.as_deref().unwrap_or("main")
     }

@@ -1,5 +1,8 @@
 //! Which of a model's files are fetched.
 
+use std::fs;
+use std::path::Path;
+
 use serde_json::Value;
 
 use crate::name::{Name, is_safe_path};
@@ -40,8 +43,17 @@ const BESIDE: &[&str] = &[
     "generation_config.json",
 ];
 
-/// Reads the hub's answer about a model and chooses.
-pub(crate) fn plan(name: &Name, answer: &Value) -> Result<Plan> {
+impl RemoteFile {
+    /// Whether it lies in `folder` with its whole length.
+    pub(crate) fn is_in(&self, folder: &Path) -> bool {
+        let there = fs::metadata(folder.join(&self.path)).ok().filter(fs::Metadata::is_file);
+        there.is_some_and(|there| self.size.is_none_or(|size| size == there.len()))
+    }
+}
+
+/// Reads the hub's answer about a model or a data set: the commit and its files. What would lie outside of the
+/// folder isn't among them.
+pub(crate) fn listed(name: &Name, answer: &Value) -> Result<(String, Vec<RemoteFile>)> {
     let commit = answer.get("sha").and_then(Value::as_str).filter(|it| is_safe_path(it));
     let siblings = answer.get("siblings").and_then(Value::as_array);
     let (Some(commit), Some(siblings)) = (commit, siblings) else {
@@ -49,11 +61,15 @@ pub(crate) fn plan(name: &Name, answer: &Value) -> Result<Plan> {
             "`{name}`: the hub's answer lists no files: is HF_ENDPOINT a model hub?"
         )));
     };
-    // What would lie outside of the folder isn't fetched.
-    let all: Vec<RemoteFile> =
-        siblings.iter().filter_map(remote_file).filter(|it| is_safe_path(&it.path)).collect();
+    let files = siblings.iter().filter_map(remote_file).filter(|it| is_safe_path(&it.path));
+    Ok((commit.to_string(), files.collect()))
+}
+
+/// Reads the hub's answer about a model and chooses.
+pub(crate) fn plan(name: &Name, answer: &Value) -> Result<Plan> {
+    let (commit, all) = listed(name, answer)?;
     let find = |path: &str| all.iter().find(|it| it.path == path).cloned();
-    let plan = |files, gguf| Ok(Plan { commit: commit.to_string(), files, gguf });
+    let plan = |files, gguf| Ok(Plan { commit: commit.clone(), files, gguf });
     if let Some(wanted) = &name.file {
         let Some(file) = find(wanted) else {
             return Err(Error::new(format!("`{}` has no file `{wanted}`{}", name.model, among(&all))));

@@ -1,6 +1,7 @@
 //! `ferrotune data`: what the model will see, before it is trained on.
 
 use std::io::Write;
+use std::sync::Arc;
 
 use anyhow::Context as _;
 use ferrotune_data::{Conversation, Role, encode_conversation, mark_conversation};
@@ -9,7 +10,7 @@ use crate::Outcome;
 use crate::args::DataArgs;
 use crate::config::RunConfig;
 use crate::console::{Color, Console, thousands};
-use crate::run::{OpenData, Vocabulary, mark_options, mistake, set_threads};
+use crate::run::{DataUse, OpenData, Vocabulary, mark_options, mistake, set_threads};
 
 /// Widest bar of the histogram, in characters.
 const BAR: usize = 40;
@@ -26,8 +27,8 @@ pub fn run(args: &DataArgs, console: &Console) -> anyhow::Result<Outcome> {
         ));
     }
     set_threads(&config);
-    let vocabulary = Vocabulary::open(&config, console)?;
-    let data = OpenData::open(&config, &vocabulary)?;
+    let vocabulary = Arc::new(Vocabulary::open(&config, console)?);
+    let data = OpenData::open(&config, &vocabulary, DataUse::Show, console)?;
     let mut out = console.out();
     let shown = data.conversations.iter().take(args.samples);
     for (index, (place, conversation)) in shown.enumerate() {
@@ -126,16 +127,16 @@ fn statistics(out: &mut impl Write, data: &OpenData, config: &RunConfig) -> anyh
         samples => format!("{} are cut, {} tokens in all", count(samples), count(report.cut_tokens)),
     };
     writeln!(out, "cutoff    {}; {cut}", count(config.cutoff_len))?;
-    let rows = if config.packing { report.tokens.div_ceil(config.cutoff_len) } else { report.samples };
+    let rows = if config.packs() { report.tokens.div_ceil(config.cutoff_len) } else { report.samples };
     let step = config.per_device_train_batch_size * config.gradient_accumulation_steps;
     let steps_per_epoch =
         rows.div_ceil(config.per_device_train_batch_size).div_ceil(config.gradient_accumulation_steps);
-    let about = if config.packing { "about " } else { "" };
+    let about = if config.packs() { "about " } else { "" };
     writeln!(
         out,
         "steps     {about}{} of {step} {}",
         thousands(config.total_steps(steps_per_epoch)),
-        if config.packing { "packed rows" } else { "samples" }
+        if config.packs() { "packed rows" } else { "samples" }
     )?;
     let quantile = |share: f64| count(report.quantile(share));
     writeln!(

@@ -209,7 +209,7 @@ fn conversation(text: &str) -> anyhow::Result<(Conversation, BTreeMap<String, St
         None => BTreeMap::new(),
     };
     let rows = [Row { place: Place::new("conversation", 1), fields }];
-    Ok((formats::recognise(&rows)?.conversation(&rows[0])?, special_tokens))
+    Ok((formats::as_written(&rows[0])?, special_tokens))
 }
 
 fn print(console: &Console, value: &Value) -> anyhow::Result<Outcome> {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context as _;
-use ferrotune_data::{BatchSource as _, Batches};
+use ferrotune_data::BatchSource as _;
 use ferrotune_export::{ModelCard, PeftAdapter};
 use ferrotune_model::spec::MemoryPlan;
 use ferrotune_model::{BuildOptions, Decoder, Recompute};
@@ -25,10 +25,15 @@ use crate::args::TrainArgs;
 use crate::config::{self, RunConfig, SaveStrategy};
 use crate::console::{Console, bytes, thousands};
 use crate::machine::write_kernel_times;
-use crate::run::{Adapters, Run, available_memory, build_decoder, lora_config, memory_plan, peft_adapter};
+use crate::run::{
+    Adapters, Run, RunBatches, available_memory, build_decoder, lora_config, memory_plan, peft_adapter,
+    warn_of_rows,
+};
 
 /// Keys that a resumed run may change.
-const FREE_KEYS: [&str; 22] = [
+const FREE_KEYS: [&str; 24] = [
+    "overwrite_cache",
+    "tokenized_path",
     "cache_dir",
     "output_dir",
     "overwrite_output_dir",
@@ -92,9 +97,12 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
         interrupted: interrupted()?,
     };
     let summary =
-        train(&settings, resumed, &mut model, &mut batches, &NextToken, optimizer.as_mut(), &mut hooks);
+        train(&settings, resumed, &mut model, batches.source(), &NextToken, optimizer.as_mut(), &mut hooks);
     hooks.bar.finish_and_clear();
     let summary = summary.map_err(|error| out_of_memory(error, &run, longest_batch))?;
+    if let RunBatches::Streamed(batches) = &batches {
+        batches.counts().iter().for_each(|counts| warn_of_rows(counts, console));
+    }
     if let Ending::Stopped(checkpoint) = &summary.ending {
         console.warn(format!(
             "interrupted after step {} of {total_steps}; saved to {}. Go on with: ferrotune train {}{} resume_from_checkpoint=true",
@@ -126,7 +134,7 @@ fn out_of_memory(error: Error, run: &Run, longest_batch: usize) -> anyhow::Error
     )
 }
 
-fn settings(run: &Run, batches: &Batches, total_steps: u64, steps_per_epoch: u64) -> Settings {
+fn settings(run: &Run, batches: &RunBatches, total_steps: u64, steps_per_epoch: u64) -> Settings {
     let config = &run.config;
     let save_steps = match config.save_strategy {
         SaveStrategy::No => 0,
@@ -172,9 +180,18 @@ fn schedule_kind(kind: config::Schedule) -> ScheduleKind {
 }
 
 /// What must be the same for a run to go on: base model, data, and every key that changes the numbers.
-fn identity(run: &Run, batches: &Batches) -> Vec<(String, String)> {
+fn identity(run: &Run, batches: &RunBatches) -> Vec<(String, String)> {
     let mut hash = DefaultHasher::new();
-    batches.samples().iter().for_each(|it| (&it.tokens, &it.trained).hash(&mut hash));
+    match batches {
+        RunBatches::InMemory(batches) => {
+            batches.samples().iter().for_each(|it| (&it.tokens, &it.trained).hash(&mut hash));
+        }
+        // Of a stream: its files, which are too large to be read for this.
+        RunBatches::Streamed(batches) => batches.files().for_each(|file| {
+            let metadata = fs::metadata(file).ok();
+            (file, metadata.map(|it| (it.len(), it.modified().ok()))).hash(&mut hash);
+        }),
+    }
     let mut all = vec![
         ("the base model".to_string(), run.model.files.fingerprint()),
         ("the data".to_string(), format!("{:016x}", hash.finish())),
@@ -213,7 +230,7 @@ fn recompute(run: &Run, longest_batch: usize) -> Vec<Recompute> {
 fn describe(
     run: &Run,
     model: &mut Decoder,
-    batches: &Batches,
+    batches: &RunBatches,
     total_steps: u64,
     console: &Console,
 ) -> anyhow::Result<()> {
@@ -227,11 +244,23 @@ fn describe(
     ));
     let config = &run.config;
     let step = config.per_device_train_batch_size * config.gradient_accumulation_steps;
+    let samples = match batches {
+        RunBatches::InMemory(batches) => format!(
+            "{} samples, {:.0} % of their tokens trained; {} batches in an epoch",
+            thousands(batches.samples().len() as u64),
+            100.0 * run.data.report.trained_share(),
+            thousands(batches.batches_per_epoch() as u64),
+        ),
+        RunBatches::Streamed(_) => "samples as they are read".to_string(),
+    };
+    if !run.data.evaluation.is_empty() {
+        console.note(format!(
+            "{} samples are set apart for evaluation, which is not there yet",
+            thousands(run.data.evaluation.len() as u64)
+        ));
+    }
     console.note(format!(
-        "{} samples, {:.0} % of their tokens trained; {} batches in an epoch, {step} samples in a step, {total_steps} steps on {}; weights {} in memory",
-        thousands(batches.samples().len() as u64),
-        100.0 * run.data.report.trained_share(),
-        thousands(batches.batches_per_epoch() as u64),
+        "{samples}, {step} samples in a step, {total_steps} steps on {}; weights {} in memory",
         device_name(&run.computing),
         bytes(model.weight_bytes() as u64),
     ));

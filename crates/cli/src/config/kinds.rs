@@ -178,6 +178,28 @@ impl Setting for BTreeMap<String, String> {
     }
 }
 
+/// Numbers in a list, or separated by commas.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Numbers(pub Vec<f64>);
+
+impl Setting for Numbers {
+    fn expected() -> String {
+        "numbers separated by commas, or a list of numbers".to_string()
+    }
+    fn read(node: &Node) -> Result<Numbers, String> {
+        let parts = Vec::<String>::read(node).map_err(|_| mismatch::<Numbers>(node))?;
+        let numbers: Result<Vec<f64>, String> = parts
+            .iter()
+            .map(|part| f64::read(&Node::plain(node.line, part)).map_err(|_| mismatch::<Numbers>(node)))
+            .collect();
+        numbers.map(Numbers)
+    }
+    fn shown(&self) -> String {
+        let shown: Vec<String> = self.0.iter().map(f64::to_string).collect();
+        shown.shown()
+    }
+}
+
 /// A number of steps, or a share of all of them when it is less than 1.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Steps {
@@ -308,8 +330,10 @@ choice! {
     Stage {
         /// Supervised: answers to prompts.
         Sft = "sft",
+        /// Pretraining: plain texts.
+        Pt = "pt",
     }
-    later { "pt", "dpo", "kto", "orpo", "simpo", "rm", "ppo" } wrong {}
+    later { "dpo", "kto", "orpo", "simpo", "rm", "ppo" } wrong {}
 }
 
 choice! {
@@ -433,4 +457,30 @@ choice! {
         No = "no" | "false" | "off",
     }
     later { "best" } wrong {}
+}
+
+choice! {
+    /// `on_bad_row`
+    OnBadRow {
+        /// Left out, and counted with its reason.
+        Skip = "skip",
+        /// The run stops at the first one.
+        Stop = "stop",
+    }
+    later {} wrong {}
+}
+
+choice! {
+    /// `mix_strategy`
+    MixStrategy {
+        /// One set after another.
+        Concat = "concat",
+        /// In turns until the first is used up.
+        InterleaveUnder = "interleave_under",
+        /// In turns until all are used up; shorter ones begin again.
+        InterleaveOver = "interleave_over",
+        /// In turns until all are used up, each row once.
+        InterleaveOnce = "interleave_once",
+    }
+    later {} wrong {}
 }

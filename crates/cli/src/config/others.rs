@@ -63,8 +63,7 @@ pub fn other_names() -> impl Iterator<Item = &'static str> {
 #[rustfmt::skip]
 const LATER: &[&str] = &[
     // Data.
-    "eval_dataset", "media_dir", "streaming", "interleave_probs", "val_size", "eval_on_each_dataset",
-    "tool_format", "preserve_thinking", "tokenized_path", "eval_num_beams",
+    "media_dir", "eval_on_each_dataset", "tool_format", "preserve_thinking", "eval_num_beams",
     // Adapters and what is trained.
     "additional_target", "loraplus_lr_ratio", "use_dora", "pissa_init", "pissa_convert", "create_new_adapter",
     "module_dropout", "oft_rank", "freeze_extra_modules", "modules_to_save", "layers_to_transform",
@@ -77,7 +76,7 @@ const LATER: &[&str] = &[
     // Optimizers and losses.
     "use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon", "use_dft_loss", "use_asft_loss",
     "use_eaft_loss", "neftune_noise_alpha", "label_smoothing_factor", "optim_args", "optim_target_modules",
-    "lr_scheduler_kwargs", "early_stopping_steps", "compute_accuracy", "disable_shuffling", "data_seed",
+    "lr_scheduler_kwargs", "early_stopping_steps", "compute_accuracy", "data_seed",
     "group_by_length", "auto_find_batch_size", "dataloader_drop_last", "ignore_data_skip", "max_time",
     // Evaluation.
     "do_eval", "do_predict", "predict_with_generate", "eval_steps", "eval_strategy", "evaluation_strategy",
@@ -100,11 +99,9 @@ const LATER: &[&str] = &[
 
 /// Planned; LLaMA-Factory's defaults and the like ask for nothing.
 const LATER_WITH_DEFAULT: &[(&str, &[&str])] = &[
-    ("mix_strategy", &["concat"]),
     ("enable_thinking", &["true"]),
     ("ignore_pad_token_for_loss", &["true"]),
     ("neat_packing", &[]),
-    ("buffer_size", &["16384"]),
     ("loraplus_lr_embedding", &["1e-6"]),
     ("pissa_iter", &["16"]),
     ("init_special_tokens", &["noise_init"]),
@@ -139,7 +136,6 @@ const IGNORED: &[(&str, &str)] = &[
     ("trust_remote_code", "no code of a model is ever run"),
     ("use_fast_tokenizer", "there is one tokenizer, a fast one"),
     ("low_cpu_mem_usage", "weights are always read layer by layer"),
-    ("overwrite_cache", "nothing is cached"),
     ("preprocessing_num_workers", "data is prepared on all cores; `num_threads` limits them"),
     ("preprocessing_batch_size", "data is prepared on all cores"),
     ("dataloader_num_workers", "batches are made in the program itself"),
@@ -280,10 +276,10 @@ mod tests {
     #[test]
     fn values_that_ask_for_nothing() {
         let off = |name: &str, value: &str| other_key(name).expect(name).is_off(&Node::plain(1, value));
-        assert!(off("val_size", "0.0"));
-        assert!(!off("val_size", "0.1"));
-        assert!(off("mix_strategy", "concat"));
-        assert!(!off("mix_strategy", "interleave_under"));
+        assert!(off("pissa_iter", "16"));
+        assert!(!off("pissa_iter", "8"));
+        assert!(off("bias", "none"));
+        assert!(!off("bias", "all"));
         assert!(off("repetition_penalty", "1.0"));
         assert!(off("ppo_target", "6.0"));
         assert!(off("report_to", "none"));

@@ -84,7 +84,7 @@ settings! {
         template: TemplateName = TemplateName::Auto,
     }
     "Method" {
-        /// What is trained for: sft.
+        /// What is trained for: sft (answers) or pt (plain texts, as a whole).
         stage: Stage = Stage::Sft,
         /// Whether to train.
         do_train: bool = true,
@@ -116,6 +116,26 @@ settings! {
         dataset: Vec<String> = Vec::new(),
         /// Folder of dataset_info.json and of the files it names.
         dataset_dir: PathBuf = PathBuf::from("data"),
+        /// Data sets to evaluate on.
+        eval_dataset: Vec<String> = Vec::new(),
+        /// Set apart for evaluation: a share of the samples under 1, or so many.
+        val_size: f64 = 0.0,
+        /// What becomes of a row that can't be used: skip (it is counted, with its reason) or stop.
+        on_bad_row: OnBadRow = OnBadRow::Skip,
+        /// How several data sets become one: concat, interleave_under, interleave_over or interleave_once.
+        mix_strategy: MixStrategy = MixStrategy::Concat,
+        /// Chances of the data sets when they are interleaved, in their order.
+        interleave_probs: Numbers = Numbers(Vec::new()),
+        /// Read data as it is needed, for files larger than memory; needs max_steps.
+        streaming: bool = false,
+        /// Samples among which a stream is shuffled.
+        buffer_size: usize = 16384,
+        /// Where tokens are kept for the next start, instead of the model cache's folder.
+        tokenized_path: Option<PathBuf> = None,
+        /// Make tokens anew even where they are kept.
+        overwrite_cache: bool = false,
+        /// Keep the order of the data in every epoch.
+        disable_shuffling: bool = false,
         /// Text that replaces `{{name}}` in the data set, by name.
         dataset_values: BTreeMap<String, String> = BTreeMap::new(),
         /// Longest sample in tokens; what is over it is cut.
@@ -217,6 +237,11 @@ impl RunConfig {
         self.places.get(key).map_or("", String::as_str)
     }
 
+    /// Whether several samples share a row: pretraining packs unless it is told not to.
+    pub fn packs(&self) -> bool {
+        self.packing || (self.stage == Stage::Pt && !self.places.contains_key("packing"))
+    }
+
     /// What `lora_alpha` comes to.
     pub fn alpha(&self) -> f64 {
         self.lora_alpha.unwrap_or(2.0 * self.lora_rank as f64)
@@ -256,6 +281,44 @@ impl RunConfig {
         check(!self.lora_target.is_empty(), "lora_target", "expected `all` or names of linear layers");
         check(self.cutoff_len > 1, "cutoff_len", "expected 2 or more tokens");
         check(self.max_samples != Some(0), "max_samples", "expected 1 or more");
+        check(
+            self.val_size >= 0.0 && (self.val_size < 1.0 || self.val_size.fract() == 0.0),
+            "val_size",
+            "expected a share under 1, or a whole number of samples",
+        );
+        check(
+            self.val_size == 0.0 || self.eval_dataset.is_empty(),
+            "val_size",
+            "`val_size` and `eval_dataset` exclude each other; choose one",
+        );
+        let chances = &self.interleave_probs.0;
+        check(
+            chances.is_empty() || chances.len() == self.dataset.len(),
+            "interleave_probs",
+            "expected one chance for each data set",
+        );
+        check(chances.iter().all(|chance| *chance > 0.0), "interleave_probs", "expected chances over 0");
+        check(
+            chances.is_empty() || self.mix_strategy != MixStrategy::Concat,
+            "interleave_probs",
+            "it has no meaning with `mix_strategy: concat`; name one that interleaves",
+        );
+        check(
+            !self.streaming || self.max_steps.0.is_some(),
+            "streaming",
+            "nobody knows how long a stream is; set `max_steps`",
+        );
+        check(
+            !self.streaming || self.val_size == 0.0 || self.val_size >= 1.0,
+            "val_size",
+            "a stream has no share; give a number of samples",
+        );
+        check(
+            !self.streaming || self.tokenized_path.is_none(),
+            "tokenized_path",
+            "a stream is never kept; leave out one of the two",
+        );
+        check(self.buffer_size > 0, "buffer_size", "expected 1 or more");
         check(self.save_total_limit != Some(0), "save_total_limit", "expected 1 or more");
         check(self.logging_steps != Steps::Count(0), "logging_steps", "expected 1 or more");
         check(

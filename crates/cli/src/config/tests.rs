@@ -117,14 +117,13 @@ fn later_keys_are_refused_by_name() {
          quantization_bit: 8\ndevice: cuda:0,1\ndevice_map: auto\nval_size: 0.1\n",
         &[],
         &[
-            "c.yaml:1: `stage`: `dpo` is not there yet; there is sft",
+            "c.yaml:1: `stage`: `dpo` is not there yet; there is sft, pt",
             "c.yaml:2: `use_dora` is not there yet; leave it out",
             "c.yaml:3: `deepspeed` is not there yet; leave it out",
             "c.yaml:4: `template`: templates by name, here `llama3`, are not there yet; leave the key out to use the chat template that comes with the model",
             "c.yaml:5: `optim`: `paged_adamw_8bit` is not there yet; there is adamw_torch, adamw_8bit",
             "c.yaml:6: `quantization_bit`: `8` is not there yet; there is 4",
             "c.yaml:8: `device_map` is not there yet; leave it out",
-            "c.yaml:9: `val_size` is not there yet; leave it out",
             "c.yaml:7: `device`: several GPUs are not there yet; name one, as in `cuda:0`",
         ],
     );
@@ -191,7 +190,6 @@ fn llama_factorys_example_says_which_keys_do_not_run() {
         config.notes,
         [
             "c.yaml:3: `trust_remote_code` does nothing: no code of a model is ever run",
-            "c.yaml:15: `overwrite_cache` does nothing: nothing is cached",
             "c.yaml:16: `preprocessing_num_workers` does nothing: data is prepared on all cores; `num_threads` limits them",
             "c.yaml:17: `dataloader_num_workers` does nothing: batches are made in the program itself",
             "c.yaml:22: `plot_loss` does nothing: no plots yet; the losses are in trainer_log.jsonl",

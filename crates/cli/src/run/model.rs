@@ -1,6 +1,7 @@
 //! The model: its name to files, the files to tokenizer and chat template.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use ferrotune_data::{GgufVocabulary, Template, Tokenizer, check_template};
 use ferrotune_hub::{HubOptions, resolve};
@@ -17,7 +18,7 @@ pub struct OpenModel {
     /// Spec and weights; the weights are mapped, not read.
     pub files: ModelFiles,
     /// Tokenizer and chat template.
-    pub vocabulary: Vocabulary,
+    pub vocabulary: Arc<Vocabulary>,
 }
 
 /// What turns text into tokens; no weights are needed for it.
@@ -38,7 +39,7 @@ impl OpenModel {
         let path = find(config, &name, console)?;
         tracing::info!("model files: {}", path.display());
         let files = ModelFiles::open(&path)?;
-        let vocabulary = Vocabulary::of(&files)?;
+        let vocabulary = Arc::new(Vocabulary::of(&files)?);
         Ok(OpenModel { name, files, vocabulary })
     }
 }

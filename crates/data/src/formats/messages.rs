@@ -46,6 +46,15 @@ impl Messages {
         Messages { pair: Some(pair), ..Messages::new(mapping) }
     }
 
+    /// The conversation of a row whatever the order of its turns: to be looked at, not to be trained on.
+    ///
+    /// # Errors
+    /// When a message isn't one.
+    pub fn as_written(&self, row: &Row) -> Result<Conversation> {
+        let messages = self.turns(row, &self.messages)?;
+        Ok(Conversation { messages, tools: row.tools(&self.tools)?, ..Conversation::default() })
+    }
+
     /// The messages in a column.
     pub(super) fn turns(&self, row: &Row, column: &str) -> Result<Vec<Message>> {
         let turns = row.list(column)?;

@@ -236,6 +236,18 @@ pub fn recognise(row: &Row) -> Result<Box<dyn Format>> {
     }
 }
 
+/// The conversation of a row in a form that is found by looking; messages may come in any order.
+///
+/// # Errors
+/// As [`recognise`] and [`Format::conversation`].
+pub fn as_written(row: &Row) -> Result<Conversation> {
+    let turns = row.fields.get("messages").and_then(Value::as_array);
+    if turns.is_some_and(|turns| turns.first().is_some_and(|turn| turn.get("role").is_some())) {
+        return Messages::new(&Mapping::default()).as_written(row);
+    }
+    recognise(row)?.conversation(row)
+}
+
 fn supervised_or_pairs(row: &Row) -> Result<Box<dyn Format>> {
     let has = |column: &str| row.fields.contains_key(column);
     let mut mapping = Mapping::default();

@@ -1,3 +1,4 @@
+mod data_sets;
 mod names;
 mod server;
 
