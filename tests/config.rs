@@ -26,7 +26,7 @@ fn every_mistake_has_its_line() {
         &["device=cuda:0,1"],
         "error: c.yaml:1: `lora_rank`: expected a whole number, 0 or more, found `many`\n\
          error: c.yaml:3: `bf16`: expected true or false, found `7`\n\
-         error: c.yaml:4: `stage`: `dpo` is not there yet; there is sft\n\
+         error: c.yaml:4: `stage`: `dpo` is not there yet; there is sft, pt\n\
          error: c.yaml:5: `deepspeed` is not there yet; leave it out\n\
          error: command line: `device`: several GPUs are not there yet; name one, as in `cuda:0`",
     );

@@ -36,6 +36,7 @@ mod template;
 #[cfg(test)]
 mod test_support;
 mod tokenizer;
+mod words;
 
 pub use batch::{Batch, BatchOptions, BatchSource, Batches, Cursor};
 pub use conversation::{Conversation, Message, Role};

@@ -17,6 +17,7 @@ use tokenizers::pre_tokenizers::metaspace::PrependScheme;
 use crate::error::{Error, Result, read_file, write_file};
 use crate::gguf_vocabulary::{self, GgufVocabulary};
 use crate::template::Template;
+use crate::words::Words;
 
 /// A tokenizer with its special tokens and chat template.
 pub struct Tokenizer {
@@ -24,6 +25,7 @@ pub struct Tokenizer {
     /// Without its post-processor: what that adds is in `prefix` and `suffix`.
     inner: tokenizers::Tokenizer,
     plain: OnceLock<Plain>,
+    words: OnceLock<Option<Words>>,
     control: OnceLock<Vec<String>>,
     prefix: Vec<u32>,
     suffix: Vec<u32>,
@@ -92,12 +94,13 @@ impl Tokenizer {
         } else {
             config.get("chat_template").filter(|template| !template.is_null()).cloned()
         };
-        let (plain, control) = (OnceLock::new(), OnceLock::new());
+        let (plain, words, control) = (OnceLock::new(), OnceLock::new(), OnceLock::new());
         let original = Some(bytes);
         Ok(Tokenizer {
             name,
             inner,
             plain,
+            words,
             control,
             prefix,
             suffix,
@@ -130,6 +133,7 @@ impl Tokenizer {
             name: format!("{}/{}", vocabulary.model, vocabulary.pre),
             inner,
             plain: OnceLock::new(),
+            words: OnceLock::new(),
             control: OnceLock::new(),
             prefix,
             suffix: Vec::new(),
@@ -261,7 +265,12 @@ impl Tokenizer {
     /// Ids of `text` with their byte ranges. Control tokens are recognised, except where they touch `typed`:
     /// byte ranges, in order, that a person wrote.
     pub fn encode_segments(&self, text: &str, typed: &[Range<usize>]) -> Result<Encoded> {
-        let whole = encoded(&self.inner, text, 0).map_err(|error| self.error(error.to_string()))?;
+        let words = self.words.get_or_init(|| Words::of(&self.inner));
+        let whole = match words {
+            Some(words) => words.encode(&self.inner, text),
+            None => encoded(&self.inner, text, 0),
+        };
+        let whole = whole.map_err(|error| self.error(error.to_string()))?;
         let touches = |range: &Range<usize>| {
             typed.iter().any(|typed| typed.start < range.end && range.start < typed.end)
         };
@@ -532,6 +541,40 @@ mod tests {
         check("a<s>b", 3, 5);
         check("é", 2, 2);
         check("", 0, 0);
+    }
+
+    /// Word by word is the same as the whole, for every tokenizer of which that is believed.
+    #[test]
+    fn texts_in_pieces_give_the_same_tokens() {
+        let tokenizer = tokenizer();
+        let words = Words::of(&tokenizer.inner).expect("a known pattern");
+        let shapes = [
+            "one two",
+            "  x",
+            " (a b)",
+            "don't we 're",
+            "a\nb c\n\n d",
+            "é ü",
+            "1 a 2b",
+            "<|im_start|>user x",
+            "I.e. a, b; c",
+            "\u{a0}a b",
+            "ß a's b",
+        ];
+        let mut text = String::new();
+        for round in 0..400u64 {
+            let shape = shapes[(crate::batch::mix(round) % shapes.len() as u64) as usize];
+            text.push_str(shape);
+            if round % 3 == 0 {
+                text.push(' ');
+            }
+            let (whole, pieces) =
+                (encoded(&tokenizer.inner, &text, 0), words.encode(&tokenizer.inner, &text));
+            assert_eq!(pieces.unwrap(), whole.unwrap(), "{text}");
+            if text.len() > 200 {
+                text.clear();
+            }
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::bail;
 use ferrotune_data::cache::{self, CacheKey, Cached};
@@ -212,10 +213,21 @@ impl Opener<'_> {
                 Ok((conversations, *prepared))
             }
             Cached::Nothing | Cached::Broken(_) => {
+                let start = Instant::now();
                 let loaded = set.load(&options)?;
-                tracing::info!("data set `{name}`: {} rows of {}", loaded.counts.rows, loaded.counts.format);
+                let (read, counts) = (start.elapsed().as_secs_f64(), &loaded.counts);
+                tracing::info!(
+                    "data set `{name}`: {} rows of {} read in {read:.3} s",
+                    counts.rows,
+                    counts.format
+                );
                 check_purpose(config, self.wanted, &loaded.counts)?;
                 let prepared = self.encode(loaded.counts, &loaded.conversations)?;
+                let encoded = start.elapsed().as_secs_f64() - read;
+                tracing::info!(
+                    "data set `{name}`: {} samples encoded in {encoded:.3} s",
+                    prepared.samples.len()
+                );
                 if let Some(path) = &path
                     && let Err(error) = cache::write(path, &prepared)
                 {
