@@ -3,6 +3,7 @@
 mod arrows;
 mod bench;
 mod check;
+mod fuzz;
 mod gpu_test;
 mod kernels;
 mod python;
@@ -25,6 +26,7 @@ const USAGE: &str = "cargo xtask <verb>
   quickstart           builds, fetches SmolLM2, fine-tunes it, shows its answers before and after
   gpu-test             builds what tests/gpu/run.py needs on a machine with a GPU, into target/gpu-test
   bench cpu            speed and memory of training on this machine's cores
+  fuzz [kind] [--runs N]   damaged files for the readers of data: json, jsonl, csv, tsv, txt, parquet, arrow
   fetch-model          only brings SmolLM2 into the model cache, and prints where it is";
 
 /// What went wrong, in one line.
@@ -45,6 +47,7 @@ fn main() -> ExitCode {
         ["quickstart"] => quickstart::run_all(),
         ["gpu-test"] => gpu_test::prepare(),
         ["bench", "cpu"] => bench::cpu(),
+        ["fuzz", words @ ..] => fuzz::run_all(words),
         ["fetch-model"] => test_model::fetch().map(|path| println!("{}", path.display())),
         _ => {
             eprintln!("{USAGE}");

@@ -1,11 +1,12 @@
 //! Arrow: files and streams, as `datasets` saves them, a batch of rows at a time.
 
-use std::io::{BufRead, Seek};
+use std::io::BufRead;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use arrow_array::cast::AsArray as _;
 use arrow_array::{Array, RecordBatch, types};
-use arrow_ipc::reader::{FileReader, StreamReader};
+use arrow_buffer::Buffer;
+use arrow_ipc::reader::StreamDecoder;
 use arrow_schema::{ArrowError, DataType};
 use serde_json::{Map, Value};
 
@@ -13,10 +14,8 @@ use super::Rows;
 use crate::error::{Error, Place, Result};
 use crate::formats::Row;
 
-type Batches = Box<dyn Iterator<Item = Result<RecordBatch, ArrowError>> + Send>;
-
-struct ArrowRows {
-    batches: Batches,
+struct ArrowRows<R> {
+    batches: Batches<R>,
     batch: Option<RecordBatch>,
     /// The next row within `batch`.
     next: usize,
@@ -25,17 +24,46 @@ struct ArrowRows {
 }
 
 /// The rows of an Arrow file or stream; a row's line is its number.
-pub(super) fn rows(mut file: impl BufRead + Seek + Send + 'static, place: Place) -> Result<Rows> {
+///
+/// Behind its first eight bytes a file is a stream, and its footer, which isn't needed, comes after the stream's end.
+pub(super) fn rows(mut file: impl BufRead + Send + 'static, place: Place) -> Result<Rows> {
     let read = |source| Error::File { action: "read", path: place.file.to_path_buf(), source };
-    let is_file = file.fill_buf().map_err(read)?.starts_with(b"ARROW1");
-    let open = || -> Result<Batches, ArrowError> {
-        Ok(match is_file {
-            true => Box::new(FileReader::try_new(file, None)?),
-            false => Box::new(StreamReader::try_new(file, None)?),
-        })
-    };
-    let batches = guarded(&place, open)?;
+    if file.fill_buf().map_err(read)?.starts_with(b"ARROW1") {
+        file.read_exact(&mut [0; 8]).map_err(read)?;
+    }
+    let batches = Batches { file, decoder: StreamDecoder::new(), chunk: Buffer::default() };
     Ok(Box::new(ArrowRows { batches, batch: None, next: 0, place, over: false }))
+}
+
+/// The batches of a stream. The decoder holds no more than the bytes that came, whatever lengths the file claims.
+struct Batches<R> {
+    file: R,
+    decoder: StreamDecoder,
+    chunk: Buffer,
+}
+
+impl<R: BufRead> Batches<R> {
+    fn next(&mut self) -> Result<Option<RecordBatch>, ArrowError> {
+        loop {
+            if self.chunk.is_empty() {
+                let bytes = self.file.fill_buf()?;
+                if bytes.is_empty() {
+                    self.decoder.finish()?;
+                    return Ok(None);
+                }
+                self.chunk = Buffer::from(bytes);
+                let count = bytes.len();
+                self.file.consume(count);
+            }
+            match self.decoder.decode(&mut self.chunk) {
+                Ok(Some(batch)) => return Ok(Some(batch)),
+                Ok(None) => {}
+                // What comes after the stream's end is a file's footer.
+                Err(ArrowError::IpcError(message)) if message == "Unexpected EOS" => return Ok(None),
+                Err(error) => return Err(error),
+            }
+        }
+    }
 }
 
 /// What the crate says, as our error; where it panics on a damaged file, that too.
@@ -48,7 +76,7 @@ fn guarded<T>(place: &Place, read: impl FnOnce() -> Result<T, ArrowError>) -> Re
     Err(Error::Broken { place: place.clone(), message: format!("can't read Arrow: {message}") })
 }
 
-impl ArrowRows {
+impl<R: BufRead> ArrowRows<R> {
     fn read(&mut self) -> Result<Option<Row>> {
         loop {
             if let Some(batch) = self.batch.as_ref().filter(|batch| self.next < batch.num_rows()) {
@@ -67,7 +95,7 @@ impl ArrowRows {
                 return Ok(Some(Row { place: self.place.clone(), fields }));
             }
             let batches = &mut self.batches;
-            self.batch = guarded(&self.place, || batches.next().transpose())?;
+            self.batch = guarded(&self.place, || batches.next())?;
             self.next = 0;
             if self.batch.is_none() {
                 return Ok(None);
@@ -76,7 +104,7 @@ impl ArrowRows {
     }
 }
 
-impl Iterator for ArrowRows {
+impl<R: BufRead> Iterator for ArrowRows<R> {
     type Item = Result<Row>;
 
     fn next(&mut self) -> Option<Result<Row>> {

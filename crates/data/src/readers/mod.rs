@@ -126,15 +126,34 @@ pub fn open(path: &Path) -> Result<Rows> {
     Ok(text_rows(kind, reader, place))
 }
 
-/// The rows in bytes of this kind, without compression: what the fuzz targets feed.
-#[doc(hidden)]
-pub fn rows_of_bytes(kind: Kind, bytes: Vec<u8>, path: &Path) -> Result<Rows> {
+/// The rows in bytes of this kind, without compression.
+fn rows_of_bytes(kind: Kind, bytes: Vec<u8>, path: &Path) -> Result<Rows> {
     let place = Place::new(path, 0);
     match kind {
         Kind::Parquet => parquet::rows(bytes::Bytes::from(bytes), place),
         Kind::Arrow => arrow::rows(std::io::Cursor::new(bytes), place),
         _ => Ok(text_rows(kind, Box::new(std::io::Cursor::new(bytes)), place)),
     }
+}
+
+/// What the fuzz targets run: the bytes to rows, as the kind of file of this name, and the rows to conversations. Gives
+/// how many rows were read; at most 1,000 are.
+#[doc(hidden)]
+pub fn read_through(name: &str, bytes: &[u8]) -> usize {
+    let Some((kind, _)) = kind_of_ending(name) else { return 0 };
+    let Ok(rows) = rows_of_bytes(kind, bytes.to_vec(), Path::new(name)) else { return 0 };
+    let mut format = None;
+    let mut count = 0;
+    for row in rows.take(1000).flatten() {
+        count += 1;
+        if format.is_none() {
+            format = crate::formats::recognise(&row).ok();
+        }
+        if let Some(format) = &format {
+            let _ = format.conversation(&row);
+        }
+    }
+    count
 }
 
 fn text_rows(kind: Kind, reader: Box<dyn BufRead + Send>, place: Place) -> Rows {

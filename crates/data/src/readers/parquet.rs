@@ -4,6 +4,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use parquet::errors::ParquetError;
 use parquet::file::reader::{ChunkReader, FileReader as _, SerializedFileReader};
 use parquet::record::reader::RowIter;
 use parquet::record::{Field, Row as Record};
@@ -23,6 +24,10 @@ struct ParquetRows {
 pub(super) fn rows<R: ChunkReader + 'static>(file: R, place: Place) -> Result<Rows> {
     let open = || {
         let reader = SerializedFileReader::new(file)?;
+        let columns = reader.metadata().file_metadata().schema_descr().num_columns();
+        if columns == 0 {
+            return Err(ParquetError::General("it has no columns".to_string()));
+        }
         reader.metadata().row_groups().iter().try_for_each(check_sizes)?;
         Ok(RowIter::from_file_into(Box::new(reader)))
     };
@@ -35,7 +40,7 @@ fn check_sizes(group: &parquet::file::metadata::RowGroupMetaData) -> parquet::er
     let negative = group.num_rows() < 0
         || group.columns().iter().any(|it| it.num_values() < 0 || it.uncompressed_size() < 0);
     match negative {
-        true => Err(parquet::errors::ParquetError::General("a negative size".to_string())),
+        true => Err(ParquetError::General("a negative size".to_string())),
         false => Ok(()),
     }
 }

@@ -1,0 +1,65 @@
+//! Fuzzing the readers of data: with cargo-fuzz where it is installed, else by mutations within a test.
+
+use std::fs;
+use std::process::{Command, Stdio};
+
+use crate::{Result, cargo, root, run};
+
+/// The kinds of files, each a target of its own.
+const TARGETS: [&str; 7] = ["json", "jsonl", "csv", "tsv", "txt", "parquet", "arrow"];
+
+/// `cargo xtask fuzz [target] [--runs N]`
+pub fn run_all(words: &[&str]) -> Result<()> {
+    let (mut targets, mut runs) = (TARGETS.to_vec(), "100000".to_string());
+    let mut words = words.iter();
+    while let Some(word) = words.next() {
+        match *word {
+            "--runs" => runs = words.next().ok_or("`--runs`: expected a number")?.to_string(),
+            target if TARGETS.contains(&target) => targets = vec![target],
+            other => return Err(format!("`{other}` is no target; expected one of {}", TARGETS.join(", "))),
+        }
+    }
+    runs.parse::<u64>().map_err(|_| format!("`--runs`: expected a number, found `{runs}`"))?;
+    let fuzzer = Command::new("cargo")
+        .args(["+nightly", "fuzz", "--version"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+    let with_fuzzer = fuzzer.is_ok_and(|status| status.success());
+    for target in targets {
+        if with_fuzzer {
+            seed(target)?;
+            let limit = "-rss_limit_mb=2048";
+            let words = ["+nightly", "fuzz", "run", target, "--", limit, "-timeout=20"];
+            run(Command::new("cargo").args(words).arg(format!("-runs={runs}")).current_dir(root()))?;
+        } else {
+            eprintln!("{target}: by mutations; `cargo install cargo-fuzz` and a nightly Rust look deeper");
+            let words = [
+                "test",
+                "--release",
+                "--package",
+                "ferrotune-data",
+                "--test",
+                "fuzz_readers",
+                "--",
+                "--nocapture",
+            ];
+            run(cargo(&words).env("FUZZ_TARGET", target).env("FUZZ_RUNS", &runs))?;
+        }
+    }
+    Ok(())
+}
+
+/// Puts the small files of the tests where cargo-fuzz begins.
+fn seed(target: &str) -> Result<()> {
+    let corpus = root().join("fuzz/corpus").join(target);
+    let wrong = |error: std::io::Error| format!("{}: {error}", corpus.display());
+    fs::create_dir_all(&corpus).map_err(wrong)?;
+    for entry in fs::read_dir(root().join("tests/fixtures/rows")).map_err(wrong)?.flatten() {
+        let path = entry.path();
+        if path.extension().is_some_and(|it| it == target) {
+            fs::copy(&path, corpus.join(entry.file_name())).map_err(wrong)?;
+        }
+    }
+    Ok(())
+}
