@@ -121,7 +121,7 @@ fn damaged_files_are_read_without_a_panic() {
             rows += check(format!("{kind} run {run}"), &bytes);
         }
         assert!(rows > 0, "{kind}: mutations are read to some rows");
-        println!("{kind}: {runs} runs, {rows} rows");
+        eprintln!("{kind}: {runs} runs, {rows} rows");
     }
     let _ = std::panic::take_hook();
     assert!(failed.is_empty(), "{failed:?}");

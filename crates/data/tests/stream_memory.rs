@@ -62,7 +62,7 @@ fn a_long_file_takes_no_more_memory() {
     let end = peak_mib();
     std::fs::remove_dir_all(&folder).unwrap();
     assert_eq!(sequences, rows);
-    println!("{size} MiB in {rows} rows: peak {start:?} MiB after the first batch, {end:?} MiB at the end");
+    eprintln!("{size} MiB in {rows} rows: peak {start:?} MiB after the first batch, {end:?} MiB at the end");
     if let (Some(start), Some(end)) = (start, end) {
         assert!(end < start + 24, "from {start} to {end} MiB");
     }
