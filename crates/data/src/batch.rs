@@ -231,7 +231,7 @@ mod tests {
 
     fn sample(length: usize, first: u32) -> Sample {
         let tokens: Vec<u32> = (0..length as u32).map(|at| first + at).collect();
-        Sample { trained: tokens.iter().map(|token| token % 2 == 0).collect(), tokens, cut: 0 }
+        Sample { trained: tokens.iter().map(|token| token % 2 == 0).collect(), tokens, ..Sample::default() }
     }
 
     fn options() -> BatchOptions {

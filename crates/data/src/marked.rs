@@ -4,25 +4,23 @@
 //! lies in a turn of the assistant ([`crate::spans`]). BOS is the template's business: what it renders is what
 //! there is, and nothing is added, so it is never there twice.
 //!
-//! Control tokens that somebody typed inside a message stay text. To know them from the template's own after
-//! rendering, a non-character is put into each before, and taken out after.
+//! Control tokens that somebody typed inside a message stay text ([`crate::typed`]).
 
-use std::collections::HashSet;
 use std::ops::Range;
 
 use rayon::prelude::*;
 use serde_json::{Map, Value};
 
+use crate::check::check_template;
 use crate::conversation::{Conversation, Role};
-use crate::error::{Error, Place, Result, SampleError};
+use crate::cut::{Keep, Pair, cut};
+use crate::error::{Error, Place, Result};
 use crate::report::Report;
 use crate::source::Dropped;
-use crate::spans::{Spans, assistant_spans};
+use crate::spans::assistant_spans;
 use crate::template::Template;
-use crate::tokenizer::Tokenizer;
-
-/// Stands in a control token that was typed, so that it comes out of the template recognisably; a non-character.
-const TYPED: char = '\u{FDD2}';
+use crate::tokenizer::{Encoded, Tokenizer};
+use crate::typed::{Escape, escaped, typed_in, without_typed};
 
 /// How conversations are marked and cut.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,7 +29,7 @@ pub struct MarkOptions {
     pub train_on_prompt: bool,
     /// Train on the last turn of the assistant only.
     pub mask_history: bool,
-    /// Longest sample, in tokens; a longer one is cut at its end.
+    /// Longest sample, in tokens; a longer one is cut, prompts and answers in proportion ([`crate::cut`]).
     pub cutoff_len: usize,
     /// The system turn of conversations that have none.
     pub default_system: Option<String>,
@@ -75,13 +73,34 @@ impl Sample {
 
 /// Renders, tokenises and marks one conversation.
 ///
-/// Errors: the template's own; [`SampleError`] where there is nothing to train on (also after cutting).
+/// Errors: the template's own; [`SampleError`](crate::SampleError) where there is nothing to train on (also after cutting).
 pub fn encode_conversation(
     conversation: &Conversation,
     template: &Template,
     tokenizer: &Tokenizer,
     options: &MarkOptions,
 ) -> Result<Sample> {
+    Ok(encode_with_text(conversation, template, tokenizer, options)?.sample)
+}
+
+/// A sample with what it was made of.
+pub(crate) struct WithText {
+    pub(crate) sample: Sample,
+    pub(crate) text: String,
+    /// All tokens, those that are cut off included.
+    pub(crate) encoded: Encoded,
+    /// For each of these, whether it is trained.
+    pub(crate) trained: Vec<bool>,
+    /// Which of these were kept.
+    pub(crate) kept: Vec<Range<usize>>,
+}
+
+pub(crate) fn encode_with_text(
+    conversation: &Conversation,
+    template: &Template,
+    tokenizer: &Tokenizer,
+    options: &MarkOptions,
+) -> Result<WithText> {
     if let Some(text) = conversation.messages.iter().find(|message| message.role == Role::Text) {
         return encode_text(&text.content, tokenizer, options);
     }
@@ -95,7 +114,9 @@ pub fn encode_conversation(
         }
         *mark |= turns.peek().is_some_and(|turn| turn.start < range.end && range.start < turn.end);
     }
-    cut(Sample { tokens: encoded.ids, trained, cut: 0 }, options, || {
+    let pairs = pairs(&marked, &encoded);
+    let keep = if options.mask_history { Keep::Last } else { Keep::First };
+    let (sample, kept) = cut(&encoded.ids, &trained, &pairs, options.cutoff_len, keep, || {
         let has_assistant = conversation.messages.iter().any(|message| message.role == Role::Assistant);
         let why = if has_assistant {
             "the template renders none of the assistant's turns, or all are excluded"
@@ -103,35 +124,36 @@ pub fn encode_conversation(
             "the conversation has no assistant turn"
         };
         why.to_string()
-    })
+    })?;
+    Ok(WithText { sample, text: marked.text, encoded, trained, kept })
 }
 
-fn encode_text(text: &str, tokenizer: &Tokenizer, options: &MarkOptions) -> Result<Sample> {
-    let mut tokens = tokenizer.encode_document(text)?;
-    if let Some(eos) = tokenizer.eos().filter(|eos| tokens.last() != Some(eos)) {
-        tokens.push(eos);
-    }
-    let trained = vec![true; tokens.len()];
-    cut(Sample { tokens, trained, cut: 0 }, options, || "the text is empty".to_string())
-}
-
-/// Cuts the end off a sample that is too long; an error where nothing to train on is left.
-fn cut(mut sample: Sample, options: &MarkOptions, why_none: impl Fn() -> String) -> Result<Sample> {
-    let trained = sample.trained_tokens();
-    if trained == 0 {
-        return Err(SampleError::NothingTrained(why_none()).into());
-    }
-    if sample.tokens.len() > options.cutoff_len {
-        let first = sample.trained.iter().skip(1).position(|trained| *trained).map_or(0, |at| at + 1);
-        sample.cut = sample.tokens.len() - options.cutoff_len;
-        sample.tokens.truncate(options.cutoff_len);
-        sample.trained.truncate(options.cutoff_len);
-        if sample.trained_tokens() == 0 {
-            let cutoff_len = options.cutoff_len;
-            return Err(SampleError::CutAway { cutoff_len, trained, first }.into());
+/// What is read and what is answered, in tokens; the whitespace behind an answer belongs to it.
+fn pairs(marked: &MarkedText, encoded: &Encoded) -> Vec<Pair> {
+    let mut pairs: Vec<Pair> = Vec::with_capacity(marked.turns.len());
+    for turn in &marked.turns {
+        let rest = &marked.text[turn.end..];
+        let end = turn.end + rest.len() - rest.trim_start().len();
+        let from = pairs.last().map_or(0, |pair| pair.2);
+        let ranges = &encoded.ranges[from..];
+        let target = from + ranges.partition_point(|range| range.end <= turn.start);
+        let after = from + ranges.partition_point(|range| range.start < end);
+        match pairs.last_mut() {
+            // Marks that touch, or a turn marked in pieces, are one answer.
+            Some(last) if last.2 == target => last.2 = after.max(target),
+            _ => pairs.push((from, target, after.max(target))),
         }
     }
-    Ok(sample)
+    pairs
+}
+
+fn encode_text(text: &str, tokenizer: &Tokenizer, options: &MarkOptions) -> Result<WithText> {
+    let encoded = tokenizer.encode_document(text)?;
+    let trained = vec![true; encoded.ids.len()];
+    let (sample, kept) = cut(&encoded.ids, &trained, &[], options.cutoff_len, Keep::First, || {
+        "the text is empty".to_string()
+    })?;
+    Ok(WithText { sample, text: text.to_string(), encoded, trained, kept })
 }
 
 /// A rendered conversation with what is trained in it and what was typed.
@@ -141,6 +163,8 @@ pub struct MarkedText {
     pub text: String,
     /// Byte ranges trained on, in order, disjoint.
     pub trained: Vec<Range<usize>>,
+    /// Byte ranges of all turns of the assistant, those that aren't trained on included.
+    pub turns: Vec<Range<usize>>,
     /// Byte ranges of control tokens that somebody typed: text, not control tokens.
     pub typed: Vec<Range<usize>>,
 }
@@ -158,36 +182,38 @@ pub fn mark_conversation(
         assistant_spans(template, messages, tools, &options.template_variables)
     };
     let control = if options.split_control_tokens { tokenizer.control_tokens() } else { &[] };
-    let spans = match escaped(&messages, conversation.tools.as_ref(), control, Escape::Everything) {
-        None => render(&messages, conversation.tools.as_ref())?,
-        Some((whole, tools)) => {
-            // A template may look for such tokens in what the model said (to strip a thought): there they are
-            // the training data's own, so they stay; everybody else's are escaped in any case.
-            let plain = render(&messages, conversation.tools.as_ref())?;
-            let spans = render(&whole, tools.as_ref())?;
-            if spans.text.replace(TYPED, "") == plain.text {
-                spans
-            } else {
-                match escaped(&messages, conversation.tools.as_ref(), control, Escape::NotAssistant) {
-                    Some((others, tools)) => render(&others, tools.as_ref())?,
-                    None => plain,
-                }
+    let plain = render(&messages, conversation.tools.as_ref())?;
+    let mut found = None;
+    // A template may look for such tokens in what the model said (to strip a thought): there they are the training
+    // data's own, so they stay; everybody else's are escaped in any case.
+    for escape in [Escape::Everything, Escape::NotAssistant] {
+        let Some((messages, tools)) = escaped(&messages, conversation.tools.as_ref(), control, escape) else {
+            break;
+        };
+        let spans = render(&messages, tools.as_ref())?;
+        match typed_in(&plain.text, &spans.text, control) {
+            Some(typed) => {
+                found = Some((plain.clone(), typed));
+                break;
             }
+            // Where the template makes something else of escaped messages, safety goes before equality.
+            None => found = Some(without_typed(&spans, control)),
         }
-    };
-    let mut marked = without_typed(&spans, control);
+    }
+    let (spans, typed) = found.unwrap_or((plain, Vec::new()));
     // The last turn, with the marks that touch it where a template marks a turn in pieces.
     let mut last = spans.turns.len().saturating_sub(1);
     while last > 0 && spans.turns[last - 1].range.end == spans.turns[last].range.start {
         last -= 1;
     }
-    let mut kept = Vec::with_capacity(marked.trained.len());
-    for (index, range) in marked.trained.into_iter().enumerate() {
+    let turns: Vec<Range<usize>> = spans.turns.iter().map(|turn| turn.range.clone()).collect();
+    let mut trained = Vec::with_capacity(turns.len());
+    for (index, range) in turns.iter().enumerate() {
         let message = spans.turns[index].message.map(|at| at.checked_sub(inserted));
         let message = message.flatten().and_then(|at| conversation.messages.get(at));
         let excluded = message.is_some_and(|message| message.trained == Some(false));
         if !excluded && !range.is_empty() && (!options.mask_history || index >= last) {
-            kept.push(range);
+            trained.push(range.clone());
         }
     }
     let some_excluded = conversation.messages.iter().any(|message| message.trained == Some(false));
@@ -199,147 +225,7 @@ pub fn mark_conversation(
                 .to_string(),
         });
     }
-    marked.trained = kept;
-    Ok(marked)
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Escape {
-    Everything,
-    NotAssistant,
-}
-
-/// Messages and tools with [`TYPED`] in every control token inside them; none where there are no such tokens.
-pub(crate) fn escaped(
-    messages: &[Value],
-    tools: Option<&Value>,
-    control: &[String],
-    escape: Escape,
-) -> Option<(Vec<Value>, Option<Value>)> {
-    let firsts: HashSet<char> = control.iter().filter_map(|token| token.chars().next()).collect();
-    let may_hold = |value: &Value| holds_any(value, &firsts);
-    if !messages.iter().chain(tools).any(may_hold) {
-        return None;
-    }
-    let mut found = false;
-    let mut messages = messages.to_vec();
-    for message in &mut messages {
-        if escape == Escape::NotAssistant && message["role"] == "assistant" {
-            continue;
-        }
-        for (key, value) in message.as_object_mut().into_iter().flatten() {
-            if key != "role" {
-                found |= escape_value(value, control);
-            }
-        }
-    }
-    let mut tools = tools.cloned();
-    found |= tools.as_mut().is_some_and(|tools| escape_value(tools, control));
-    found.then_some((messages, tools))
-}
-
-/// Whether a text inside `value` has one of these characters: most have none, and need no closer look.
-fn holds_any(value: &Value, characters: &HashSet<char>) -> bool {
-    match value {
-        Value::String(text) => text.contains(|c| characters.contains(&c)),
-        Value::Array(items) => items.iter().any(|item| holds_any(item, characters)),
-        Value::Object(fields) => fields.values().any(|item| holds_any(item, characters)),
-        _ => false,
-    }
-}
-
-fn escape_value(value: &mut Value, control: &[String]) -> bool {
-    match value {
-        Value::String(text) => {
-            let mut found = false;
-            for token in control.iter().filter(|token| token.chars().count() > 1) {
-                if text.contains(token.as_str()) {
-                    found = true;
-                    let first = token.chars().next().map_or(0, char::len_utf8);
-                    *text = text
-                        .replace(token.as_str(), &format!("{}{TYPED}{}", &token[..first], &token[first..]));
-                }
-            }
-            found
-        }
-        Value::Array(items) => {
-            items.iter_mut().fold(false, |found, item| escape_value(item, control) | found)
-        }
-        Value::Object(fields) => {
-            fields.values_mut().fold(false, |found, item| escape_value(item, control) | found)
-        }
-        _ => false,
-    }
-}
-
-/// Takes [`TYPED`] out again and says where it was; the ranges of the turns move with it.
-pub(crate) fn without_typed(spans: &Spans, control: &[String]) -> MarkedText {
-    let mut marked = MarkedText::default();
-    let mut removed = Vec::new();
-    for (at, c) in spans.text.char_indices() {
-        if c == TYPED {
-            removed.push(at);
-        } else {
-            marked.text.push(c);
-        }
-    }
-    let moved = |at: usize| at - removed.partition_point(|removed| *removed < at) * TYPED.len_utf8();
-    marked.trained = spans.turns.iter().map(|turn| moved(turn.range.start)..moved(turn.range.end)).collect();
-    for at in removed.iter().map(|at| moved(*at)) {
-        // The token begins one character before the place; the longest that fits is the one that was typed.
-        let start = marked.text[..at].char_indices().next_back().map_or(0, |(start, _)| start);
-        let fits = control.iter().filter(|token| marked.text[start..].starts_with(token.as_str()));
-        let length = fits.map(String::len).max().unwrap_or(at + 1 - start);
-        marked.typed.push(start..(start + length).min(marked.text.len()));
-    }
-    marked
-}
-
-/// Checks that `tokenizer` has the control tokens `template` writes; the error names those that are missing.
-///
-/// Looked at are tokens of the shape `<|name|>` (also `<｜name｜>`, `<start_of_turn>`, `<end_of_turn>`) in what
-/// the template renders of a short conversation, and `bos_token` and `eos_token` where it uses them.
-pub fn check_template(template: &Template, tokenizer: &Tokenizer) -> Result<()> {
-    let wrong = |message: String| Error::Template { name: template.name().to_string(), message };
-    for key in ["bos_token", "eos_token"] {
-        let used = template.source().to_string().contains(key);
-        if used && !template.special_tokens().contains_key(key) {
-            return Err(wrong(format!(
-                "it uses `{key}`, which tokenizer `{}` does not name",
-                tokenizer.name()
-            )));
-        }
-    }
-    let turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")];
-    let messages: Vec<Value> =
-        turns.iter().map(|(role, content)| serde_json::json!({"role": role, "content": content})).collect();
-    // A template that wants something else in a conversation is not judged by this one.
-    let Ok(rendered) = template.render(&messages, None, false, &Map::new()) else { return Ok(()) };
-    let text = rendered.text;
-    let mut missing: Vec<&str> = token_shapes(&text).filter(|token| !tokenizer.is_added(token)).collect();
-    missing.sort_unstable();
-    missing.dedup();
-    if missing.is_empty() {
-        return Ok(());
-    }
-    Err(wrong(format!(
-        "it writes {}, which tokenizer `{}` does not have as single tokens; use the template that belongs to \
-         this model",
-        missing.iter().map(|token| format!("`{token}`")).collect::<Vec<_>>().join(", "),
-        tokenizer.name()
-    )))
-}
-
-fn token_shapes(text: &str) -> impl Iterator<Item = &str> {
-    text.match_indices('<').filter_map(|(at, _)| {
-        let token = &text[at..at + text[at..].find('>')? + 1];
-        let inner = &token[1..token.len() - 1];
-        let barred =
-            |bar: char| inner.len() > 2 * bar.len_utf8() && inner.starts_with(bar) && inner.ends_with(bar);
-        let named = matches!(inner, "start_of_turn" | "end_of_turn");
-        let whole = !inner.contains(char::is_whitespace) && !inner.contains('<');
-        (whole && (named || barred('|') || barred('｜'))).then_some(token)
-    })
+    Ok(MarkedText { text: spans.text, trained, turns, typed })
 }
 
 /// Encodes all conversations on all cores, in order. Those that give nothing to train on, and those the template
@@ -480,10 +366,11 @@ mod tests {
         let chat = conversation(&[(User, "q"), (Assistant, "abcdef")]);
         let cut =
             |length: usize, expected: &str| check_with(CHATML, &chat, &MarkOptions::new(length), expected);
-        cut(24, "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[abcd]");
+        cut(24, "<|im_start|>user\nq<|im_end|>\n<|im_start|>assist[abcdef<|im_end|>]\n");
+        cut(10, "<|im_start|>user\nq<|im_end|>[ab]");
         cut(
-            10,
-            "cutoff_len 10 cuts off everything to train on (7 trained tokens start at token 20); raise cutoff_len",
+            3,
+            "cutoff_len 3 cuts off everything to train on (7 trained tokens start at token 20); raise cutoff_len",
         );
         check(&[(User, "q")], "nothing to train on: the conversation has no assistant turn");
         check(&[(Text, "")], "nothing to train on: the text is empty");

@@ -87,7 +87,11 @@ mod tests {
         let check = |lengths: &[usize], bars: usize, expected: &[(usize, usize, usize)]| {
             let samples: Vec<Sample> = lengths
                 .iter()
-                .map(|length| Sample { tokens: vec![0; *length], trained: vec![true; *length], cut: 0 })
+                .map(|length| Sample {
+                    tokens: vec![0; *length],
+                    trained: vec![true; *length],
+                    ..Sample::default()
+                })
                 .collect();
             let report = Report::new(&samples, Vec::new());
             let bars = report.histogram(bars).iter().map(|b| (b.from, b.to, b.samples)).collect::<Vec<_>>();

@@ -16,7 +16,7 @@ use std::ops::Range;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result, SampleError};
-use crate::template::Template;
+use crate::template::{Ending, Template};
 
 /// Put into a content to see where it comes out; a non-character.
 const PROBE: char = '\u{FDD3}';
@@ -59,7 +59,7 @@ pub fn assistant_spans(
 ) -> Result<Spans> {
     let assistants: Vec<usize> =
         (0..messages.len()).filter(|index| messages[*index]["role"] == "assistant").collect();
-    let rendered = template.render(messages, tools, false, extra)?;
+    let rendered = template.render(messages, tools, Ending::Complete, extra)?;
     if template.marks_generation() {
         let mut bytes: Vec<usize> = rendered.text.char_indices().map(|(at, _)| at).collect();
         bytes.push(rendered.text.len());
@@ -97,31 +97,34 @@ pub struct RenderedConversation {
     pub why_no_spans: Option<String>,
 }
 
-/// Renders `{"messages": […], "tools": […]}` with its trained spans. Fails with the template's own error.
+/// Renders messages with their trained spans; a turn that is to be continued is none. Fails with the template's own
+/// error.
 pub fn render_conversation(
     template: &Template,
-    conversation: &Value,
-    add_generation_prompt: bool,
+    messages: &[Value],
+    tools: Option<&Value>,
+    ending: Ending,
     extra: &Map<String, Value>,
 ) -> Result<RenderedConversation> {
-    let messages = conversation.get("messages").and_then(Value::as_array).ok_or_else(|| {
-        Error::Dataset("expected a conversation as {\"messages\": […], \"tools\": […]}".to_string())
-    })?;
-    let tools = conversation.get("tools");
-    let rendered = template.render(messages, tools, add_generation_prompt, extra)?;
-    if template.marks_generation() {
+    let rendered = template.render(messages, tools, ending, extra)?;
+    if template.marks_generation() && ending != Ending::ContinueFinalMessage {
         let spans = Some(rendered.generation_spans);
         return Ok(RenderedConversation { rendered: rendered.text, spans, why_no_spans: None });
     }
-    let found = assistant_spans(template, messages, tools, extra).and_then(|spans| {
+    let found = assistant_spans(template, messages, tools, extra).and_then(|mut spans| {
+        if ending == Ending::ContinueFinalMessage {
+            let whole = |turn: &Turn| match turn.message {
+                Some(message) => message + 1 < messages.len(),
+                None => turn.range.end <= rendered.text.len(),
+            };
+            spans.turns.retain(whole);
+        }
         let end = spans.turns.last().map_or(0, |turn| turn.range.end);
         if rendered.text.starts_with(&spans.text[..end]) {
             return Ok(spans.in_code_points());
         }
-        Err(Error::Template {
-            name: template.name().to_string(),
-            message: "with the generation prompt the turns before it are rendered differently".to_string(),
-        })
+        let message = "what follows the last turn changes how those before it are rendered".to_string();
+        Err(Error::Template { name: template.name().to_string(), message })
     });
     let rendered = rendered.text;
     Ok(match found {
@@ -145,9 +148,9 @@ impl Search<'_> {
     }
 
     /// The conversation up to message `count`; none where the template refuses so short a one.
-    fn part(&self, count: usize, add_generation_prompt: bool) -> Option<String> {
+    fn part(&self, count: usize, ending: Ending) -> Option<String> {
         let messages = self.messages.get(..count)?;
-        self.template.render(messages, self.tools, add_generation_prompt, self.extra).ok().map(|r| r.text)
+        self.template.render(messages, self.tools, ending, self.extra).ok().map(|r| r.text)
     }
 
     /// Where the content of message `index` begins (or ends) in the first `count` messages' text.
@@ -157,14 +160,13 @@ impl Search<'_> {
         count: usize,
         index: usize,
         after: bool,
-        add_generation_prompt: bool,
+        ending: Ending,
     ) -> Option<usize> {
         let mut messages = self.messages.get(..count)?.to_vec();
         let content = messages.get(index)?.get("content")?.as_str()?;
         let probed = if after { format!("{content}{PROBE}") } else { format!("{PROBE}{content}") };
         messages[index]["content"] = Value::from(probed);
-        let probed =
-            self.template.render(&messages, self.tools, add_generation_prompt, self.extra).ok()?.text;
+        let probed = self.template.render(&messages, self.tools, ending, self.extra).ok()?.text;
         // A probe that was dropped, or came out changed (as an escape), shows nothing.
         let at = common_prefix(text, &probed);
         probed[at..].starts_with(PROBE).then_some(at).or_else(|| {
@@ -176,27 +178,36 @@ impl Search<'_> {
 
     fn start(&self, index: usize) -> Result<usize> {
         let full = &self.full;
-        let content = || self.content_edge(full, self.messages.len(), index, false, false);
-        let Some(prompt) = self.part(index, true).filter(|prompt| index > 0 && !prompt.is_empty()) else {
+        let content = || self.content_edge(full, self.messages.len(), index, false, Ending::Complete);
+        let Some(prompt) =
+            self.part(index, Ending::GenerationPrompt).filter(|prompt| index > 0 && !prompt.is_empty())
+        else {
             return content()
                 .ok_or_else(|| self.not_found(index, "the template does not render what comes before it"));
         };
+        let plain = || {
+            let message = &self.messages[index];
+            let has = |key: &&str| message.get(*key).is_some_and(|value| !value.is_null());
+            !["tool_calls", "reasoning_content", "thinking", "reasoning"].iter().any(has)
+        };
+        // A template that ignores add_generation_prompt leaves the header out of the prompt.
+        let ignored = self.part(index, Ending::Complete).as_deref() == Some(prompt.as_str());
         if full.starts_with(&prompt) {
-            // A template that ignores add_generation_prompt leaves the header out of the prompt.
-            if self.part(index, false).as_deref() == Some(prompt.as_str()) {
+            if ignored {
                 let header = content().filter(|at| *at > prompt.len());
                 let header = header.filter(|at| !full[prompt.len()..*at].trim().is_empty());
-                let plain = ["tool_calls", "reasoning_content", "thinking", "reasoning"]
-                    .iter()
-                    .all(|key| self.messages[index].get(key).is_none_or(Value::is_null));
-                return Ok(header.filter(|_| plain).unwrap_or(prompt.len()));
+                return Ok(header.filter(|_| plain()).unwrap_or(prompt.len()));
             }
             return Ok(prompt.len());
         }
+        // It says nothing at all, then, where it also writes something at the very end.
+        if let Some(at) = content().filter(|_| ignored && plain()) {
+            return Ok(at);
+        }
         // The prompt differs somewhere before: compare from the end of the message before, in both.
         let before = index - 1;
-        let in_full = self.content_edge(full, self.messages.len(), before, true, false);
-        let in_prompt = self.content_edge(&prompt, index, before, true, true);
+        let in_full = self.content_edge(full, self.messages.len(), before, true, Ending::Complete);
+        let in_prompt = self.content_edge(&prompt, index, before, true, Ending::GenerationPrompt);
         let (from, header) = match (in_full, in_prompt) {
             (Some(from), Some(at)) => (from, &prompt[at..]),
             _ => {
@@ -226,7 +237,7 @@ impl Search<'_> {
     fn end(&self, index: usize, start: usize) -> Result<usize> {
         let full = &self.full;
         let last = index + 1 == self.messages.len();
-        let upto = if last { Some(full.clone()) } else { self.part(index + 1, false) };
+        let upto = if last { Some(full.clone()) } else { self.part(index + 1, Ending::Complete) };
         let trimmed = |end: usize| start + full[start..end].trim_end().len();
         let upto = upto.ok_or_else(|| {
             self.not_found(index, "the template does not render a conversation that ends with it")
@@ -237,8 +248,8 @@ impl Search<'_> {
             return Ok(if ended || last { end } else { self.end_in_next_header(index, end).unwrap_or(end) });
         }
         // The turn is rendered differently when it is the last: compare from the end of its content, in both.
-        let in_full = self.content_edge(full, self.messages.len(), index, true, false);
-        let in_part = self.content_edge(&upto, index + 1, index, true, false);
+        let in_full = self.content_edge(full, self.messages.len(), index, true, Ending::Complete);
+        let in_part = self.content_edge(&upto, index + 1, index, true, Ending::Complete);
         let edges = in_full.zip(in_part).filter(|(from, _)| *from >= start);
         // A turn of tool calls may not show its content; then its beginning is what both have.
         let edges = edges.or_else(|| Some((start, self.start_in(&upto, index, start)?)));
@@ -274,8 +285,8 @@ impl Search<'_> {
     /// Where turn `index`, which begins at `start` of the full text, begins in the text of a shorter conversation.
     fn start_in(&self, text: &str, index: usize, start: usize) -> Option<usize> {
         let before = index.checked_sub(1)?;
-        let in_full = self.content_edge(&self.full, self.messages.len(), before, true, false)?;
-        let in_text = self.content_edge(text, index + 1, before, true, false)?;
+        let in_full = self.content_edge(&self.full, self.messages.len(), before, true, Ending::Complete)?;
+        let in_text = self.content_edge(text, index + 1, before, true, Ending::Complete)?;
         let header = self.full.get(in_full..start)?;
         text[in_text..].starts_with(header).then_some(in_text + header.len())
     }
@@ -290,8 +301,8 @@ impl Search<'_> {
             .find(user)
             .filter(|first| *first == 0 || self.messages[first - 1]["role"] == "system")?;
         let count = self.messages.len();
-        let between = full.get(end..self.content_edge(full, count, next, false, false)?)?;
-        let before_first = &full[..self.content_edge(full, count, first, false, false)?];
+        let between = full.get(end..self.content_edge(full, count, next, false, Ending::Complete)?)?;
+        let before_first = &full[..self.content_edge(full, count, first, false, Ending::Complete)?];
         let same = before_first.bytes().rev().zip(between.bytes().rev()).take_while(|(a, b)| a == b).count();
         // The header begins at a tag.
         let header = between.match_indices('<').map(|(at, _)| at).find(|at| *at >= between.len() - same)?;
@@ -354,7 +365,7 @@ mod tests {
         let messages: Vec<Value> =
             turns.iter().map(|(role, content)| json!({"role": role, "content": content})).collect();
         let rendered =
-            render_conversation(&template, &json!({ "messages": messages }), false, &Map::new()).unwrap();
+            render_conversation(&template, &messages, None, Ending::Complete, &Map::new()).unwrap();
         let characters: Vec<char> = rendered.rendered.chars().collect();
         let spans = rendered.spans.map(|spans| {
             spans.into_iter().map(|span| characters[span].iter().collect::<String>()).collect::<Vec<_>>()

@@ -11,6 +11,12 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result};
 use crate::jinja::{self, GENERATION_END, GENERATION_START, Now};
 
+/// What transformers puts behind a message that is to be continued, to see where it comes out.
+const CONTINUE_TAG: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
+
+/// Longest tag, in tokens: what is parsed by recursion must not end the program. Real ones have some hundreds.
+const LONGEST_TAG: usize = 2000;
+
 /// A parsed chat template with the special tokens it may name.
 #[derive(Debug)]
 pub struct Template {
@@ -20,6 +26,17 @@ pub struct Template {
     marks_generation: bool,
     has_tool_use: bool,
     source: Value,
+}
+
+/// How a rendered conversation ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// After its last turn.
+    Complete,
+    /// With what opens a turn of the assistant (`add_generation_prompt`).
+    GenerationPrompt,
+    /// Inside its last turn, which the model goes on with (`continue_final_message`).
+    ContinueFinalMessage,
 }
 
 /// What a template made of a conversation.
@@ -65,12 +82,18 @@ impl Template {
             source: source.clone(),
         };
         for (key, text) in named_texts(name, source)? {
-            let (text, marks) = jinja::rewrite(text);
-            template.marks_generation |= marks;
+            let rewritten = jinja::rewrite(text);
+            if rewritten.longest_tag > LONGEST_TAG {
+                let length = rewritten.longest_tag;
+                return Err(
+                    template.error(&format!("a tag of {length} tokens is too long (at most {LONGEST_TAG})"))
+                );
+            }
+            template.marks_generation |= rewritten.marks_generation;
             template.has_tool_use |= key == "tool_use";
             template
                 .env
-                .add_template_owned(key.to_string(), text)
+                .add_template_owned(key.to_string(), rewritten.source)
                 .map_err(|error| template_error(name, &error))?;
         }
         Ok(template)
@@ -96,26 +119,63 @@ impl Template {
         &self.special_tokens
     }
 
-    /// Renders `messages` (objects with `role`, `content` …) and `tools`.
+    /// Renders `messages` (objects with `role`, `content` …) and `tools`, as transformers' `apply_chat_template` does:
+    /// keys that are null are left out, and a thought is there under each of its three names.
     ///
     /// `extra` are further variables (`enable_thinking` …); they win over everything else. Fails with the
-    /// template's own message where it raises.
+    /// template's own message where it raises, and where it would take too long or too much memory.
     pub fn render(
         &self,
         messages: &[Value],
         tools: Option<&Value>,
-        add_generation_prompt: bool,
+        ending: Ending,
         extra: &Map<String, Value>,
     ) -> Result<Rendered> {
-        let marked = self.render_marked(messages, tools, add_generation_prompt, extra)?;
-        Ok(take_marks(&marked))
+        let mut messages: Vec<Value> = messages.iter().map(normalized).collect();
+        if ending != Ending::ContinueFinalMessage {
+            let marked = self.render_marked(&messages, tools, ending, extra)?;
+            return Ok(take_marks(&marked));
+        }
+        let content = self.tag_final(&mut messages)?;
+        let text = take_marks(&self.render_marked(&messages, tools, Ending::Complete, extra)?).text;
+        let at = text.rfind(CONTINUE_TAG.trim_end()).filter(|_| text.contains(python_strip(&content)));
+        let Some(at) = at else {
+            return Err(self.error(
+                "continue_final_message: the final message does not appear in what the template renders",
+            ));
+        };
+        // Where the template trims the message, the space of the tag is gone, and so is any before it.
+        let kept = &text[..at];
+        let kept = if text[at..].starts_with(CONTINUE_TAG) { kept } else { python_strip_end(kept) };
+        Ok(Rendered { text: kept.to_string(), generation_spans: Vec::new() })
+    }
+
+    /// Puts [`CONTINUE_TAG`] behind the text of the last message, and returns that text.
+    fn tag_final(&self, messages: &mut [Value]) -> Result<String> {
+        let last = messages.last_mut().and_then(|message| message.get_mut("content"));
+        let text = match last {
+            Some(Value::Array(parts)) => parts.iter_mut().rev().find_map(|part| part.get_mut("text")),
+            content => content,
+        };
+        match text {
+            Some(Value::String(text)) if self.source.to_string().contains("content") => {
+                let content = text.clone();
+                text.push_str(CONTINUE_TAG);
+                Ok(content)
+            }
+            _ => Err(self.error("continue_final_message: the final message has no content to continue")),
+        }
+    }
+
+    fn error(&self, message: &str) -> Error {
+        Error::Template { name: self.name.clone(), message: message.to_string() }
     }
 
     fn render_marked(
         &self,
         messages: &[Value],
         tools: Option<&Value>,
-        add_generation_prompt: bool,
+        ending: Ending,
         extra: &Map<String, Value>,
     ) -> Result<String> {
         let mut variables: BTreeMap<&str, minijinja::Value> = BTreeMap::new();
@@ -125,7 +185,7 @@ impl Template {
         variables.insert("messages", messages.iter().map(jinja::from_json).collect());
         variables.insert("tools", tools.map_or_else(|| minijinja::Value::from(()), jinja::from_json));
         variables.insert("documents", minijinja::Value::from(()));
-        variables.insert("add_generation_prompt", minijinja::Value::from(add_generation_prompt));
+        variables.insert("add_generation_prompt", minijinja::Value::from(ending == Ending::GenerationPrompt));
         for (key, value) in extra {
             variables.insert(key, jinja::from_json(value));
         }
@@ -134,6 +194,36 @@ impl Template {
         let template = self.env.get_template(key).map_err(|error| template_error(&self.name, &error))?;
         template.render(variables).map_err(|error| template_error(&self.name, &error))
     }
+}
+
+/// A message without keys that are null, and with its thought under every name that templates read.
+fn normalized(message: &Value) -> Value {
+    let Some(fields) = message.as_object() else { return message.clone() };
+    let fields = fields.iter().filter(|(_, value)| !value.is_null());
+    let mut fields: Map<String, Value> = fields.map(|(key, value)| (key.clone(), value.clone())).collect();
+    let thought =
+        ["reasoning_content", "thinking", "reasoning"].iter().find_map(|key| fields.get(*key)).cloned();
+    if let Some(thought) = thought {
+        // Its place is the first, whatever its value: as in Python's `{"thinking": …, **message}`.
+        let alias = fields.shift_remove("thinking").unwrap_or_else(|| thought.clone());
+        fields.shift_insert(0, "thinking".to_string(), alias);
+        fields.insert("reasoning_content".to_string(), thought);
+    }
+    Value::Object(fields)
+}
+
+/// As Python's `str.strip`.
+fn python_strip(text: &str) -> &str {
+    python_strip_end(text).trim_start_matches(is_python_space)
+}
+
+fn python_strip_end(text: &str) -> &str {
+    text.trim_end_matches(is_python_space)
+}
+
+/// Python's `str.isspace`, which also counts the four information separators.
+pub(crate) fn is_python_space(c: char) -> bool {
+    c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
 }
 
 /// The named texts of a `chat_template` value; a `default` among them.
@@ -200,7 +290,7 @@ mod tests {
         let template = Template::from_value("t", &source, &BTreeMap::new()).unwrap();
         let messages = [json!({"role": "user", "content": "hi"})];
         let check = |tools: Option<Value>, expected: &str| {
-            let rendered = template.render(&messages, tools.as_ref(), false, &Map::new()).unwrap();
+            let rendered = template.render(&messages, tools.as_ref(), Ending::Complete, &Map::new()).unwrap();
             assert_eq!(rendered.text, expected);
         };
         check(None, "plain hi");
@@ -212,7 +302,7 @@ mod tests {
     fn errors_say_what_and_where() {
         let check = |source: &str, expected: &str| {
             let error = Template::new("t", source, &BTreeMap::new())
-                .and_then(|template| template.render(&[], None, false, &Map::new()))
+                .and_then(|template| template.render(&[], None, Ending::Complete, &Map::new()))
                 .unwrap_err();
             assert_eq!(error.to_string(), expected);
         };
@@ -227,7 +317,7 @@ mod tests {
         let source = "é{% generation %}ü😀{% endgeneration %}{{ x }}";
         let template = Template::new("t", source, &BTreeMap::new()).unwrap();
         let extra = Map::from_iter([("x".to_string(), json!("z"))]);
-        let rendered = template.render(&[], None, false, &extra).unwrap();
+        let rendered = template.render(&[], None, Ending::Complete, &extra).unwrap();
         assert_eq!(
             (rendered.text.as_str(), rendered.generation_spans.as_slice()),
             ("éü😀z", Some(1..3).as_slice())

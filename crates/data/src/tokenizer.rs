@@ -4,20 +4,24 @@
 //! transformers does; [`Tokenizer::encode_plain`] does not, so that what a person typed stays text. *Control*
 //! means special; other added tokens (runs of spaces, `<think>`) are part of the vocabulary in both.
 
+mod save;
+
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::OnceLock;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use tokenizers::decoders::DecoderWrapper;
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::metaspace::PrependScheme;
 
-use crate::error::{Error, Result, read_file, write_file};
+use crate::error::{Error, Result, read_file};
 use crate::gguf_vocabulary::{self, GgufVocabulary};
 use crate::template::Template;
 use crate::words::Words;
+
+pub use save::Added;
 
 /// A tokenizer with its special tokens and chat template.
 pub struct Tokenizer {
@@ -34,6 +38,8 @@ pub struct Tokenizer {
     /// `tokenizer.json` as it was read, to be saved unchanged.
     original: Option<Vec<u8>>,
     config: Map<String, Value>,
+    /// Added tokens that the vocabulary didn't have.
+    new_tokens: Vec<String>,
 }
 
 /// Encoders that take control tokens for text: at the start of a text, and after something else.
@@ -108,6 +114,7 @@ impl Tokenizer {
             chat_template,
             original,
             config,
+            new_tokens: Vec::new(),
         })
     }
 
@@ -141,6 +148,7 @@ impl Tokenizer {
             chat_template: vocabulary.chat_template.clone().map(Value::from),
             original: None,
             config: Map::new(),
+            new_tokens: Vec::new(),
         })
     }
 
@@ -252,13 +260,20 @@ impl Tokenizer {
         Ok(encoding.map_err(|error| self.error(error.to_string()))?.get_ids().to_vec())
     }
 
-    /// As transformers' `tokenizer(text)`: control tokens recognised, and BOS (or whatever the tokenizer adds)
-    /// around it, unless the text already starts with it.
-    pub fn encode_document(&self, text: &str) -> Result<Vec<u32>> {
-        let ids = self.encode_with_control(text)?;
-        let mut all = if ids.starts_with(&self.prefix) { Vec::new() } else { self.prefix.clone() };
-        all.extend(ids);
-        all.extend(&self.suffix);
+    /// A text by itself, as transformers' `tokenizer(text)` has it: control tokens recognised, BOS (or whatever the
+    /// tokenizer adds) around it unless the text already starts with it; and EOS at the end, once. Tokens that are added
+    /// stand for no byte of the text.
+    pub fn encode_document(&self, text: &str) -> Result<Encoded> {
+        let mut all = encoded(&self.inner, text, 0).map_err(|error| self.error(error.to_string()))?;
+        if !all.ids.starts_with(&self.prefix) {
+            all.ids.splice(0..0, self.prefix.iter().copied());
+            all.ranges.splice(0..0, self.prefix.iter().map(|_| 0..0));
+        }
+        all.ids.extend(&self.suffix);
+        if let Some(eos) = self.eos().filter(|eos| all.ids.last() != Some(eos)) {
+            all.ids.push(eos);
+        }
+        all.ranges.resize(all.ids.len(), text.len()..text.len());
         Ok(all)
     }
 
@@ -361,76 +376,6 @@ impl Tokenizer {
             return Some(vec![byte]);
         }
         Some(piece.replace('▁', " ").into_bytes())
-    }
-
-    /// Writes `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json` and `chat_template.jinja`,
-    /// for transformers' `AutoTokenizer` and for [`Tokenizer::from_folder`].
-    pub fn save(&self, folder: &Path) -> Result<()> {
-        let json_error = |error: serde_json::Error| self.error(error.to_string());
-        match &self.original {
-            Some(bytes) => write_file(&folder.join("tokenizer.json"), bytes)?,
-            None => {
-                let text = self.inner.to_string(false).map_err(|error| self.error(error.to_string()))?;
-                let mut value: Value = serde_json::from_str(&text).map_err(json_error)?;
-                value["post_processor"] = self.post_processor();
-                let bytes = serde_json::to_vec(&value).map_err(json_error)?;
-                write_file(&folder.join("tokenizer.json"), &bytes)?;
-            }
-        }
-        let mut config = self.config.clone();
-        if self.original.is_none() {
-            config.insert("added_tokens_decoder".to_string(), self.added_tokens());
-            config.insert("add_bos_token".to_string(), json!(!self.prefix.is_empty()));
-            config.insert("clean_up_tokenization_spaces".to_string(), json!(false));
-            config.insert("tokenizer_class".to_string(), json!("PreTrainedTokenizerFast"));
-        }
-        let mut special = Map::new();
-        for (key, token) in &self.special_tokens {
-            config.entry(key.clone()).or_insert_with(|| json!(token));
-            special.insert(key.clone(), json!(token));
-        }
-        if let Some(template) = &self.chat_template {
-            config.insert("chat_template".to_string(), template.clone());
-            if let Some(text) = template.as_str() {
-                write_file(&folder.join("chat_template.jinja"), text.as_bytes())?;
-            }
-        }
-        for (file, value) in [("tokenizer_config.json", config), ("special_tokens_map.json", special)] {
-            let mut bytes = serde_json::to_vec_pretty(&value).map_err(json_error)?;
-            bytes.push(b'\n');
-            write_file(&folder.join(file), &bytes)?;
-        }
-        Ok(())
-    }
-
-    fn post_processor(&self) -> Value {
-        let Some((&bos, token)) = self.prefix.first().zip(self.special_tokens.get("bos_token")) else {
-            return Value::Null;
-        };
-        let special = json!({"SpecialToken": {"id": token, "type_id": 0}});
-        let (first, second) =
-            (json!({"Sequence": {"id": "A", "type_id": 0}}), json!({"Sequence": {"id": "B", "type_id": 1}}));
-        let again = json!({"SpecialToken": {"id": token, "type_id": 1}});
-        json!({
-            "type": "TemplateProcessing",
-            "single": [special, first],
-            "pair": [special, first, again, second],
-            "special_tokens": {token: {"id": token, "ids": [bos], "tokens": [token]}},
-        })
-    }
-
-    fn added_tokens(&self) -> Value {
-        let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
-        let sorted: BTreeMap<u32, &tokenizers::AddedToken> =
-            added.iter().map(|(id, token)| (*id, token)).collect();
-        let entries = sorted.into_iter().map(|(id, token)| {
-            let entry = json!({
-                "content": token.content, "lstrip": token.lstrip, "normalized": token.normalized,
-                "rstrip": token.rstrip, "single_word": token.single_word, "special": token.special,
-            });
-            (id.to_string(), entry)
-        });
-        Value::Object(entries.collect())
     }
 
     fn error(&self, message: String) -> Error {
@@ -643,9 +588,39 @@ mod tests {
         let text = "<|im_start|>x 1234\né<|im_end|>";
         assert_eq!(first.encode_with_control(text).unwrap(), second.encode_with_control(text).unwrap());
         assert_eq!(first.encode_document("x").unwrap(), second.encode_document("x").unwrap());
-        assert_eq!(second.encode_document("<|im_start|>x").unwrap().len(), 2);
+        assert_eq!(second.encode_document("<|im_start|>x").unwrap().ids.len(), 3);
         assert_eq!((second.bos(), second.eos(), second.pad()), (Some(256), Some(257), None));
         assert_eq!(first.chat_template(), second.chat_template());
+    }
+
+    #[test]
+    fn tokens_can_be_added() {
+        let mut tokenizer = tokenizer();
+        let before = tokenizer.vocabulary_size();
+        tokenizer.add_tokens(&["<|im_end|>".to_string(), "<x>".to_string()], Added::Control).unwrap();
+        tokenizer.add_tokens(&["word".to_string()], Added::Plain).unwrap();
+        assert_eq!(tokenizer.new_tokens(), ["<x>", "word"]);
+        let ids = tokenizer.encode_with_control("<x>a word").unwrap();
+        assert_eq!((ids[0], *ids.last().unwrap()), (before as u32, before as u32 + 1));
+        assert!(tokenizer.is_control(ids[0]) && !tokenizer.is_control(ids[3]));
+        assert_eq!(tokenizer.encode_plain("<x>").unwrap().len(), 3);
+        let folder = std::env::temp_dir().join(format!("ferrotune-data-{}-added", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        tokenizer.save(&folder).unwrap();
+        let mut read = Tokenizer::from_folder(&folder).unwrap();
+        assert_eq!(read.encode_with_control("<x>a word").unwrap(), ids);
+        // Once more, with a file to keep.
+        read.add_tokens(&["<y>".to_string()], Added::Control).unwrap();
+        read.set_special_token("eos_token", "<y>").unwrap();
+        read.save(&folder).unwrap();
+        let read = Tokenizer::from_folder(&folder).unwrap();
+        assert_eq!(
+            (read.eos(), read.encode_with_control("<y>").unwrap()),
+            (Some(before as u32 + 2), vec![before as u32 + 2])
+        );
+        std::fs::remove_dir_all(&folder).unwrap();
+        let error = tokenizer.set_special_token("eos_token", "<none>").unwrap_err().to_string();
+        assert!(error.contains("has no token `<none>`"), "{error}");
     }
 
     #[test]

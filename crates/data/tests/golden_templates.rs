@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use ferrotune_data::{Now, Template};
+use ferrotune_data::{Ending, Now, Template};
 use serde_json::{Map, Value};
 
 fn shared() -> Option<PathBuf> {
@@ -41,9 +41,10 @@ fn renders_equal_transformers() {
         let case = &cases["cases"][expected["case"].as_str().unwrap()];
         let messages = case["messages"].as_array().unwrap();
         let prompt = expected["add_generation_prompt"].as_bool().unwrap();
+        let ending = if prompt { Ending::GenerationPrompt } else { Ending::Complete };
         let rendered = match template {
             Ok(template) => template
-                .render(messages, case.get("tools"), prompt, &Map::new())
+                .render(messages, case.get("tools"), ending, &Map::new())
                 .map_err(|error| error.to_string()),
             Err(error) => Err(format!("does not parse: {error}")),
         };
@@ -78,4 +79,112 @@ fn renders_equal_transformers() {
         }
     }
     assert_eq!((passed, total), (1520, 1520));
+}
+
+/// What transformers renders of our own templates, one for each construct, and hashes of what it renders of the
+/// public ones: each with every conversation of the suite, and every ending.
+mod suite {
+    use super::*;
+
+    const ENDINGS: [Ending; 3] = [Ending::Complete, Ending::GenerationPrompt, Ending::ContinueFinalMessage];
+
+    fn fixture(name: &str) -> Value {
+        let file =
+            PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/templates").join(name);
+        serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap()
+    }
+
+    /// Renders a template with the whole suite; `check` says what is wrong with each, if anything.
+    fn run(
+        golden: &Value,
+        name: &str,
+        source: &str,
+        mut check: impl FnMut(usize, Result<ferrotune_data::Rendered, String>) -> Option<String>,
+    ) -> Vec<String> {
+        let special = serde_json::from_value(golden["special_tokens"].clone()).unwrap();
+        let now = Now::parse("2026-01-01").unwrap();
+        let template = Template::from_value_at(name, &Value::from(source), &special, now);
+        let mut failures = Vec::new();
+        let mut index = 0;
+        for (case, conversation) in golden["conversations"].as_object().unwrap() {
+            for ending in ENDINGS {
+                let messages = conversation["messages"].as_array().unwrap();
+                let rendered = match &template {
+                    // transformers refuses an empty conversation before it looks at the template.
+                    Ok(_) if messages.is_empty() => Err("nothing".to_string()),
+                    Ok(template) => template
+                        .render(messages, conversation.get("tools"), ending, &Map::new())
+                        .map_err(|error| error.to_string()),
+                    Err(error) => Err(error.to_string()),
+                };
+                failures
+                    .extend(check(index, rendered).map(|wrong| format!("{name} {case} {ending:?}: {wrong}")));
+                index += 1;
+            }
+        }
+        failures
+    }
+
+    fn report(failures: &[String], total: usize) {
+        for failure in failures.iter().take(if std::env::var_os("SHOW").is_some() { usize::MAX } else { 20 })
+        {
+            eprintln!("{failure}");
+        }
+        assert_eq!(failures.len(), 0, "of {total} renders");
+        eprintln!("{total} renders equal transformers'");
+    }
+
+    #[test]
+    fn our_templates_render_as_in_transformers() {
+        let golden = fixture("golden.json");
+        let (mut failures, mut total) = (Vec::new(), 0);
+        for (name, source) in golden["templates"].as_object().unwrap() {
+            let rows: Vec<Value> = serde_json::from_str(golden["renders"][name].as_str().unwrap()).unwrap();
+            total += rows.len();
+            failures.extend(run(&golden, name, source.as_str().unwrap(), |index, rendered| {
+                let (text, spans) = match &rows[index] {
+                    Value::Array(pair) => (&pair[0], Some(&pair[1])),
+                    text => (text, None),
+                };
+                let expected = text.as_u64().map(|at| &golden["texts"][at as usize]);
+                let right = match &rendered {
+                    Err(_) => expected.is_none(),
+                    Ok(rendered) => {
+                        let ours = rendered.generation_spans.iter().map(|span| vec![span.start, span.end]);
+                        let ours = serde_json::json!(ours.collect::<Vec<_>>());
+                        expected.is_some_and(|text| text == rendered.text.as_str())
+                            && spans.is_none_or(|spans| *spans == ours)
+                    }
+                };
+                (!right).then(|| format!("\n  ours {rendered:?}\n  want {expected:?}"))
+            }));
+        }
+        report(&failures, total);
+    }
+
+    /// 64-bit FNV-1a, the high half folded in.
+    fn fnv(text: &str) -> String {
+        let hash = text.bytes().fold(0xCBF2_9CE4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01B3)
+        });
+        format!("{:08x}", (hash ^ hash >> 32) as u32)
+    }
+
+    #[test]
+    fn public_templates_render_as_in_transformers() {
+        let Some(shared) = shared() else { return };
+        let (golden, public) = (fixture("golden.json"), fixture("public.json"));
+        let (mut failures, mut total) = (Vec::new(), 0);
+        for (name, hashes) in public.as_object().unwrap() {
+            let hashes = hashes.as_str().unwrap();
+            total += hashes.len() / 8;
+            let source = std::fs::read_to_string(shared.join(name)).unwrap();
+            failures.extend(run(&golden, name, &source, |index, rendered| {
+                let expected = &hashes[8 * index..8 * index + 8];
+                let ours = rendered.as_ref().map_or_else(|_| "-".repeat(8), |rendered| fnv(&rendered.text));
+                (ours != expected).then(|| format!("ours {rendered:?}, want {expected}"))
+            }));
+        }
+        report(&failures, total);
+    }
 }

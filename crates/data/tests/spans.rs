@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use ferrotune_data::{Template, assistant_spans};
+use ferrotune_data::{Ending, Template, assistant_spans};
 use serde_json::{Map, Value};
 
 #[test]
@@ -50,7 +50,7 @@ fn differences_agree_with_marks() {
                 let messages = conversation["messages"].as_array().unwrap();
                 let tools = conversation.get("tools");
                 let empty = Map::new();
-                if marked.render(messages, tools, false, &empty).is_err() {
+                if marked.render(messages, tools, Ending::Complete, &empty).is_err() {
                     refused += 1;
                     continue;
                 }
