@@ -33,12 +33,12 @@ fn shows_what_is_trained_on() {
     assert!(ran.stdout.starts_with(expected), "{}", ran.stdout);
     let ran = ran
         .prints("<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n⟦I am Ferris.<|im_end|>⟧")
-        .prints("data set  rows.jsonl (openai)\nsamples   3; 0 rows left out\n")
+        .prints("data set  rows.jsonl (openai): 3 rows\n          2: the same as an earlier row (rows.jsonl:2, rows.jsonl:3)\nsamples   3; 0 rows left out\n")
         .prints("cutoff    2,048; none is longer\nsteps     9 of 1 samples\n");
     assert!(!ran.stdout.contains("sample 2"), "{}", ran.stdout);
 
     let colored = dir.ferrotune(&["data", "c.yaml", "--color", "always"]).succeeds();
-    colored.prints("\x1b[2m<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n\x1b[0m\x1b[32mI am Ferris.<|im_end|>\x1b[0m");
+    colored.prints("\x1b[2massistant\n\x1b[0m\x1b[32mI am Ferris.\x1b[0m\x1b[33m<|im_end|>\x1b[0m");
 }
 
 #[test]
@@ -48,8 +48,7 @@ fn keys_change_what_is_trained_on() {
     dir.ferrotune(&["data", "c.yaml", "default_system=Be brief"])
         .succeeds()
         .prints("system\nBe brief<|im_end|>");
-    let cut =
-        dir.ferrotune(&["data", "c.yaml", "cutoff_len=25"]).succeeds().prints("tokens more are cut off");
+    let cut = dir.ferrotune(&["data", "c.yaml", "cutoff_len=25"]).succeeds().prints("⟪").prints(" cut off\n");
     cut.says("warning: 1 of 1 samples are longer than `cutoff_len`");
     dir.ferrotune(&["data", "c.yaml", "dataset_values.name=Ada"]).succeeds().prints("⟦I am Ada.");
 }
@@ -77,7 +76,7 @@ fn data_that_leaves_nothing_to_train_on() {
     let question = "{\"messages\": [{\"role\": \"user\", \"content\": \"Who are you?\"}]}\n";
     check_refused(question, "", "nothing to train on");
     let good = GOOD.replace("{{name}}", "Ferris");
-    check_refused(&good, "cutoff_len: 5\n", "raise cutoff_len");
+    check_refused(&good, "cutoff_len: 2\n", "raise cutoff_len");
     // One bad row among good ones is counted, with the first one's place.
     let dir = with_rows(&format!("{good}{question}{good}"), "");
     dir.ferrotune(&["data", "c.yaml"])
@@ -188,9 +187,13 @@ fn a_second_start_takes_tokens_out_of_the_cache() {
         dir.ferrotune(&words).succeeds()
     };
     let cached = "data set `a.jsonl`: 6 samples out of the cache";
+    // The speed that is estimated differs from time to time.
+    let counts = |stdout: &str| -> Vec<String> {
+        stdout.lines().filter(|line| !line.starts_with("cost ")).map(str::to_string).collect()
+    };
     let first = log(&[]);
     assert!(!first.stderr.contains("out of the cache"), "{}", first.stderr);
-    assert_eq!(log(&[]).says(cached).stdout, first.stdout);
+    assert_eq!(counts(&log(&[]).says(cached).stdout), counts(&first.stdout));
     for words in [
         &["overwrite_cache=true"][..],
         &["cutoff_len=99"],
@@ -240,4 +243,58 @@ fn a_data_set_that_is_not_there() {
     dir.ferrotune(&["data", "c.yaml", "dataset="])
         .fails(2)
         .says("command line: `dataset`: no data set is named");
+}
+
+#[test]
+fn json_has_what_is_shown() {
+    let dir = with_rows(&GOOD.repeat(3), "dataset_values: {name: Ferris}\n");
+    let printed = dir.ferrotune(&["data", "c.yaml", "-n", "1", "--json", "cutoff_len=30"]).succeeds().stdout;
+    let value: serde_json::Value = serde_json::from_str(&printed).expect("one line of JSON");
+    assert_eq!(
+        (&value["samples"], &value["sets"][0]["duplicates"]["rows"], &value["truncated"]),
+        (&3.into(), &2.into(), &3.into())
+    );
+    let shown = &value["shown"][0];
+    let text = |fate: &str| -> String {
+        let pieces = shown["pieces"].as_array().unwrap().iter().filter(|piece| piece["fate"] == fate);
+        pieces.map(|piece| piece["text"].as_str().unwrap()).collect()
+    };
+    assert_eq!(format!("{}{}", text("trained"), text("cut")).trim_end(), "I am Ferris.<|im_end|>");
+    assert_eq!(shown["ids"].as_array().unwrap().len(), 30);
+    assert!(value["cost"]["tokens_per_second"].as_f64().unwrap() > 0.0);
+    assert_eq!(value["cost"]["steps"], 9);
+}
+
+#[test]
+fn a_template_by_name_and_a_tokenizer_are_enough() {
+    let dir = with_rows(&GOOD.replace("{{name}}", "Ferris"), "");
+    // Nothing but tokenizer.json: no weights, no config, no template, no names of special tokens.
+    let folder = dir.path().join("tokenizer");
+    std::fs::create_dir(&folder).unwrap();
+    std::fs::copy(repository(TINY).join("tokenizer.json"), folder.join("tokenizer.json")).unwrap();
+    let words = ["data", "c.yaml", "-n", "1", "model_name_or_path=tokenizer", "template=qwen3_nothink"];
+    let ran = dir.ferrotune(&words).succeeds();
+    ran.prints("<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n⟦I am Ferris.<|im_end|>⟧")
+        .prints("cost      ");
+    // A system message that the template brings, and thoughts.
+    let with = |more: &[&str]| dir.ferrotune(&[&words[..5], more].concat()).succeeds();
+    with(&["template=qwen"]).prints("<|im_start|>system\nYou are Qwen, created by Alibaba Cloud.");
+    with(&["template=qwen3"]).prints("assistant\n⟦<think>\n\n</think>\n\nI am Ferris.<|im_end|>⟧");
+    with(&["template=qwen3", "enable_thinking=false"])
+        .prints("assistant\n<think>\n\n</think>\n\n⟦I am Ferris.<|im_end|>⟧");
+    dir.ferrotune(&[&words[..5], &["template=qwen9"]].concat())
+        .fails(2)
+        .says("command line: `template`: there is no template `qwen9` (nearest: qwen");
+    dir.ferrotune(&[&words[..5], &["template=llama3"]].concat()).fails(1).says("has no token `<|eot_id|>`");
+    with(&["template=llama3", "add_special_tokens=<|eot_id|>,<|start_header_id|>,<|end_header_id|>"])
+        .prints("⟦I am Ferris.<|eot_id|>⟧");
+}
+
+#[test]
+fn added_tokens_that_would_have_to_be_trained_are_refused() {
+    let dir = with_rows(&GOOD.replace("{{name}}", "Ferris"), "add_tokens: ['<a>', '<|im_end|>']\n");
+    dir.ferrotune(&["train", "c.yaml"])
+        .fails(2)
+        .says("c.yaml:4: `add_tokens`: `<a>` would need rows of the embedding that are trained");
+    assert!(!dir.path().join("out").exists());
 }

@@ -30,21 +30,42 @@ fn render_prints_text_spans_and_marks() {
     let ran = dir.ferrotune(&["debug", "render", "--model", &tiny()]).input(conversation);
     let text = "<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nYo<|im_end|>\\n";
     assert!(
-        ran.stdout.starts_with(&format!("{{\"text\":\"{text}\",\"trained\":[[52,64]],\"ids\":[1,")),
+        ran.stdout.starts_with(&format!("{{\"rendered\":\"{text}\",\"spans\":[[52,64]],\"ids\":[1,")),
         "{}",
         ran.stdout
     );
 
-    dir.file("t.jinja", "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}");
-    let with_tokens =
-        format!("{{\"messages\": {conversation}, \"special_tokens\": {{\"bos_token\": \"<s>\"}}}}");
-    let ran = dir.ferrotune(&["debug", "render", "--template", "t.jinja"]).input(&with_tokens);
-    assert!(
-        ran.stdout.starts_with("{\"text\":\"<s>[user] Hi\\n[assistant] Yo\\n\",\"trained\":[["),
-        "{}{}",
-        ran.stdout,
-        ran.stderr
-    );
+    dir.file("t.jinja", "{{ bos_token }}{{ strftime_now('%Y') }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}");
+    dir.file("chat.json", conversation.replace("Hi", "é😀"));
+    let words =
+        ["debug", "render", "--template", "t.jinja", "--special", "bos_token=<s>", "--now", "2026-01-01"];
+    let ran = dir.ferrotune(&[&words[..], &["--conversation", "chat.json"]].concat()).succeeds();
+    // Code points, not bytes.
+    assert_eq!(ran.stdout, "{\"rendered\":\"<s>2026[user] é😀\\n[assistant] Yo\\n\",\"spans\":[[29,31]]}\n");
+    let ran = dir.ferrotune(&[&words[..], &["--continue-final-message"]].concat()).input(conversation);
+    assert_eq!(ran.stdout, "{\"rendered\":\"<s>2026[user] Hi\\n[assistant] Yo\",\"spans\":[]}\n");
+    let words = [
+        "debug",
+        "render",
+        "--template",
+        "qwen3",
+        "--set",
+        "enable_thinking=false",
+        "--add-generation-prompt",
+    ];
+    let ran = dir
+        .ferrotune(&[&words[..], &["--conversation", "-"]].concat())
+        .input("[{\"role\": \"user\", \"content\": \"Hi\"}]");
+    let text = "<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n";
+    assert_eq!(ran.stdout, format!("{{\"rendered\":\"{text}\",\"spans\":[]}}\n"));
+
+    dir.file("raises.jinja", "{{ raise_exception('roles must alternate') }}");
+    let ran = dir.ferrotune(&["debug", "render", "--template", "raises.jinja"]).input(conversation);
+    assert_eq!(ran.code, Some(1));
+    ran.says("error: chat template `raises.jinja`: roles must alternate");
+    dir.ferrotune(&["debug", "render", "--template", "t.jinja", "--now", "today", "chat.json"])
+        .fails(2)
+        .says("--now");
 
     let wrong = dir.ferrotune(&["debug", "render", "--model", &tiny()]).input("Hi");
     assert_eq!(wrong.code, Some(1));

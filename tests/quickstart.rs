@@ -100,7 +100,7 @@ fn said(dir: &Dir, model: &Path, (prompt, answer): &(String, String)) -> Batch {
     if let Some(last) = trained.iter().rposition(|it| *it) {
         trained[last] = false;
     }
-    Batch::new([&Sample { tokens: numbers("ids"), trained, cut: 0 }])
+    Batch::new([&Sample { tokens: numbers("ids"), trained, ..Sample::default() }])
 }
 
 /// The model in 4 bits, as the quick start trains it.

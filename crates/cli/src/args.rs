@@ -143,6 +143,9 @@ pub struct DataArgs {
     /// How many samples to show.
     #[arg(long, short = 'n', value_name = "COUNT", default_value_t = 3)]
     pub samples: usize,
+    /// Print everything as one line of JSON.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `model`
@@ -188,7 +191,9 @@ pub enum DebugCommand {
     /// A conversation as the model sees it, with the spans that are trained on.
     #[command(
         after_help = "Example:\n  echo '{\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}]}' |\n    \
-        ferrotune debug render --model HuggingFaceTB/SmolLM2-135M-Instruct"
+        ferrotune debug render --model HuggingFaceTB/SmolLM2-135M-Instruct\n  \
+        ferrotune debug render --template chat_template.jinja --conversation chat.json --special 'bos_token=<s>'\n\n\
+        Spans are in Unicode code points"
     )]
     Render(RenderArgs),
 }
@@ -252,14 +257,30 @@ pub struct RenderArgs {
     /// The model whose chat template and tokenizer are used.
     #[arg(long, required_unless_present = "template")]
     pub model: Option<String>,
-    /// A chat template in a file (jinja); without a model, no tokens are printed.
+    /// A chat template: a file (jinja, or JSON with `chat_template`) or a name such as chatml; without a model, no tokens are printed.
     #[arg(long, value_name = "FILE")]
-    pub template: Option<PathBuf>,
-    /// JSON: `{"messages": […]}` or a list of messages; standard input when left out.
+    pub template: Option<String>,
+    /// The same as --conversation.
+    #[arg(conflicts_with = "conversation")]
+    pub file: Option<PathBuf>,
+    /// JSON: `{"messages": […]}` or a list of messages; standard input when left out, or `-`.
+    #[arg(long, value_name = "FILE")]
     pub conversation: Option<PathBuf>,
     /// End with what opens the assistant's turn.
-    #[arg(long)]
-    pub generation_prompt: bool,
+    #[arg(long, alias = "generation-prompt")]
+    pub add_generation_prompt: bool,
+    /// End inside the last turn, for the model to go on with it.
+    #[arg(long, conflicts_with = "add_generation_prompt")]
+    pub continue_final_message: bool,
+    /// The date that `strftime_now` answers, such as 2026-01-31 or 2026-01-31T12:30:00.
+    #[arg(long, value_name = "DATE")]
+    pub now: Option<String>,
+    /// A special token that the template may name, such as `bos_token=<s>`; may be repeated.
+    #[arg(long, value_name = "NAME=TOKEN")]
+    pub special: Vec<String>,
+    /// A variable of the template, such as `enable_thinking=false` (JSON, else text); may be repeated.
+    #[arg(long, value_name = "NAME=VALUE")]
+    pub set: Vec<String>,
 }
 
 impl Program {

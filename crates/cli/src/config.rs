@@ -16,6 +16,7 @@ use anyhow::Context as _;
 use crate::console::Usage;
 pub use kinds::{
     MixStrategy, OnBadRow, Optimizer, QuantizationBit, Recompute, Resume, SaveStrategy, Schedule, Stage,
+    TemplateName,
 };
 use others::{Fate, other_key, other_names};
 pub use settings::RunConfig;

@@ -25,7 +25,7 @@ use crate::machine;
 
 pub use data::{DataUse, OpenData, mark_options, warn_of_rows};
 pub use decoder::{Adapters, build_decoder, lora_config, lora_tensors, open_decoder, peft_adapter};
-pub use model::{OpenModel, Vocabulary};
+pub use model::{OpenModel, TemplateSource, Vocabulary, model_spec, template_source};
 
 /// A training run, opened and checked.
 pub struct Run {
@@ -69,6 +69,7 @@ impl Run {
         let computing = open_device(&config, console)?;
         let model = OpenModel::open(&config, console)?;
         let tokens = model.files.spec.vocab_size;
+        check_added(&config, &model)?;
         let data = OpenData::open(&config, &model.vocabulary, DataUse::Train(tokens), console)?;
         data.warn(console);
         check_fit(&config, &model, &data, console)?;
@@ -215,6 +216,22 @@ fn output(config: &RunConfig) -> anyhow::Result<(PathBuf, Option<PathBuf>)> {
         ));
     }
     Ok((folder, resume_from))
+}
+
+/// Whether the model can learn what was added to its vocabulary.
+fn check_added(config: &RunConfig, model: &OpenModel) -> anyhow::Result<()> {
+    let new = model.vocabulary.tokenizer.new_tokens();
+    if new.is_empty() {
+        return Ok(());
+    }
+    let key = if config.add_tokens.is_empty() { "add_special_tokens" } else { "add_tokens" };
+    let names = new.iter().take(5).map(|token| format!("`{token}`")).collect::<Vec<_>>().join(", ");
+    let more = if new.len() > 5 { format!(" and {} more", new.len() - 5) } else { String::new() };
+    let message = format!(
+        "{names}{more} would need rows of the embedding that are trained, which is not there yet; name only tokens \
+         that the model's vocabulary has"
+    );
+    Err(mistake(config, key, &message))
 }
 
 /// Checks model and data against each other.

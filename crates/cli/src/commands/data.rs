@@ -1,21 +1,21 @@
 //! `ferrotune data`: what the model will see, before it is trained on.
 
+mod cost;
+mod summary;
+
 use std::io::Write;
 use std::sync::Arc;
 
-use anyhow::Context as _;
-use ferrotune_data::{Conversation, Role, encode_conversation, mark_conversation};
+use ferrotune_data::{Conversation, Fate, Place, Shown, show_conversation};
+use serde_json::{Value, json};
 
 use crate::Outcome;
 use crate::args::DataArgs;
 use crate::config::RunConfig;
-use crate::console::{Color, Console, thousands};
+use crate::console::{Color, Console};
 use crate::run::{DataUse, OpenData, Vocabulary, mark_options, mistake, set_threads};
 
-/// Widest bar of the histogram, in characters.
-const BAR: usize = 40;
-
-/// Shows the first samples in two colours, and counts.
+/// Shows the first samples in colours, and counts.
 pub fn run(args: &DataArgs, console: &Console) -> anyhow::Result<Outcome> {
     let config = RunConfig::load(Some(&args.config), &args.overrides)?;
     config.notes.iter().for_each(|note| console.note(note));
@@ -29,140 +29,105 @@ pub fn run(args: &DataArgs, console: &Console) -> anyhow::Result<Outcome> {
     set_threads(&config);
     let vocabulary = Arc::new(Vocabulary::open(&config, console)?);
     let data = OpenData::open(&config, &vocabulary, DataUse::Show, console)?;
-    let mut out = console.out();
+    let cost = cost::Cost::of(&config, &data, console);
     let shown = data.conversations.iter().take(args.samples);
-    for (index, (place, conversation)) in shown.enumerate() {
+    let shown = shown.map(|(place, conversation)| (place, show(conversation, &vocabulary, &config)));
+    let mut out = console.out();
+    if args.json {
+        let mut value = summary::json(&data, &cost);
+        value["shown"] = shown.map(|(place, shown)| sample_json(place, shown)).collect();
+        writeln!(out, "{value}")?;
+        out.flush()?;
+        return Ok(Outcome::Done);
+    }
+    let colored = console.color_out;
+    let (mut any, mut any_cut) = (false, false);
+    for (index, (place, shown)) in shown.enumerate() {
+        any = true;
         let title = format!("── sample {} of {} · {place}", index + 1, data.conversations.len());
-        write!(out, "{}", Color::Bold.paint(console.color_out, &title))?;
-        show(&mut out, conversation, &vocabulary, &config, console)?;
+        write!(out, "{}", Color::Bold.paint(colored, &title))?;
+        match shown {
+            Ok(shown) => {
+                any_cut |= shown.sample.cut > 0;
+                write_sample(&mut out, &shown, colored)?;
+            }
+            Err(error) => writeln!(out, "\nleft out: {error}")?,
+        }
         writeln!(out)?;
     }
-    if args.samples > 0 {
-        let trained = if console.color_out {
-            Color::Green.paint(true, "trained on")
-        } else {
-            "⟦trained on⟧".to_string()
-        };
-        writeln!(out, "{trained}, {}\n", Color::Dim.paint(console.color_out, "read only"))?;
+    if any {
+        let mut legend = vec![(Fate::Trained, false, "trained on"), (Fate::Read, false, "read only")];
+        legend.extend(colored.then_some((Fate::Read, true, "control token")));
+        legend.extend(any_cut.then_some((Fate::Cut, false, "cut off")));
+        let legend = legend.into_iter().map(|(fate, control, text)| painted(fate, control, text, colored));
+        writeln!(out, "{}\n", legend.collect::<Vec<_>>().join(", "))?;
     }
-    statistics(&mut out, &data, &config)?;
+    summary::write(&mut out, &data, &config, &cost)?;
     out.flush()?;
     data.warn(console);
     Ok(Outcome::Done)
 }
 
-/// One conversation, token by token, as it is or will be cut.
 fn show(
-    out: &mut impl Write,
     conversation: &Conversation,
     vocabulary: &Vocabulary,
     config: &RunConfig,
-    console: &Console,
-) -> anyhow::Result<()> {
-    let (tokenizer, template) = (&vocabulary.tokenizer, &vocabulary.template);
-    let options = mark_options(config);
-    let sample = match encode_conversation(conversation, template, tokenizer, &options) {
-        Ok(sample) => sample,
-        Err(error) => {
-            writeln!(out, "\nleft out: {error}")?;
-            return Ok(());
-        }
-    };
-    writeln!(out, " · {} tokens, {} trained", sample.tokens.len(), sample.trained_tokens())?;
-    let text_only = conversation.messages.iter().find(|message| message.role == Role::Text);
-    let marked = match text_only {
-        Some(message) => ferrotune_data::MarkedText { text: message.content.clone(), ..Default::default() },
-        None => mark_conversation(conversation, template, tokenizer, &options)?,
-    };
-    let encoded = tokenizer.encode_segments(&marked.text, &marked.typed)?;
-    // A text without roles may begin with a token that is not in it.
-    let first = encoded.ids.first();
-    let offset = sample.tokens.iter().position(|token| Some(token) == first).unwrap_or(0);
-    let mut runs: Vec<(bool, String)> = Vec::new();
-    let mut push = |trained: bool, text: &str| match runs.last_mut() {
-        Some((last, run)) if *last == trained => run.push_str(text),
-        _ => runs.push((trained, text.to_string())),
-    };
-    let mut at = 0;
-    for (range, trained) in encoded.ranges.iter().zip(&sample.trained[offset..]) {
-        // Tokens that share a character share its range.
-        if range.end > at {
-            push(*trained, marked.text.get(at..range.end).context("token ranges cut a character")?);
-            at = range.end;
-        }
+) -> ferrotune_data::Result<Shown> {
+    show_conversation(conversation, &vocabulary.template, &vocabulary.tokenizer, &mark_options(config))
+}
+
+/// A piece in its colour, or in brackets.
+fn painted(fate: Fate, control: bool, text: &str, colored: bool) -> String {
+    match (fate, control, colored) {
+        (Fate::Trained, true, true) => Color::Yellow.paint(true, text),
+        (Fate::Trained, false, true) => Color::Green.paint(true, text),
+        (Fate::Read, true, true) => Color::Cyan.paint(true, text),
+        (Fate::Read, false, true) => Color::Dim.paint(true, text),
+        (Fate::Cut, _, true) => Color::Red.paint(true, text),
+        (Fate::Trained, _, false) => format!("⟦{text}⟧"),
+        (Fate::Cut, _, false) => format!("⟪{text}⟫"),
+        (Fate::Read, _, false) => text.to_string(),
     }
-    for (trained, text) in &runs {
-        let shown = match (trained, console.color_out) {
-            (true, true) => Color::Green.paint(true, text),
-            (true, false) => format!("⟦{text}⟧"),
-            (false, colored) => Color::Dim.paint(colored, text),
-        };
-        write!(out, "{shown}")?;
+}
+
+/// One sample, as it is or will be cut.
+fn write_sample(out: &mut impl Write, shown: &Shown, colored: bool) -> anyhow::Result<()> {
+    let sample = &shown.sample;
+    let cut = if sample.cut > 0 { format!(", {} cut off", sample.cut) } else { String::new() };
+    writeln!(out, " · {} tokens, {} trained{cut}", sample.tokens.len(), sample.trained_tokens())?;
+    let mut pieces = shown.pieces.iter().peekable();
+    while let Some(piece) = pieces.next() {
+        let mut text = piece.text.clone();
+        // Without colours, control tokens look as they are.
+        while let Some(next) = pieces.next_if(|next| !colored && next.fate == piece.fate) {
+            text.push_str(&next.text);
+        }
+        write!(out, "{}", painted(piece.fate, piece.control, &text, colored))?;
     }
-    if !marked.text[..at].ends_with('\n') {
+    if !shown.pieces.last().is_some_and(|piece| piece.text.ends_with('\n')) {
         writeln!(out)?;
-    }
-    if sample.cut > 0 {
-        writeln!(out, "… {} tokens more are cut off", sample.cut)?;
     }
     Ok(())
 }
 
-fn statistics(out: &mut impl Write, data: &OpenData, config: &RunConfig) -> anyhow::Result<()> {
-    let report = &data.report;
-    for (name, format) in &data.sets {
-        writeln!(out, "data set  {name} ({format})")?;
+fn sample_json(place: &Place, shown: ferrotune_data::Result<Shown>) -> Value {
+    let mut value = json!({ "place": place.to_string() });
+    match shown {
+        Err(error) => value["left_out"] = json!(error.to_string()),
+        Ok(Shown { sample, pieces }) => {
+            let fate = |fate| match fate {
+                Fate::Read => "read",
+                Fate::Trained => "trained",
+                Fate::Cut => "cut",
+            };
+            let pieces = pieces.iter().map(|piece| {
+                json!({ "text": piece.text, "fate": fate(piece.fate), "control": piece.control, "tokens": piece.tokens })
+            });
+            value["pieces"] = pieces.collect();
+            value["trained_tokens"] = json!(sample.trained_tokens());
+            value["cut_tokens"] = json!(sample.cut);
+            value["ids"] = json!(sample.tokens);
+        }
     }
-    let count = |number: usize| thousands(number as u64);
-    writeln!(out, "samples   {}; {} rows left out", count(report.samples), count(report.dropped.len()))?;
-    let share = 100.0 * report.trained_share();
-    writeln!(
-        out,
-        "tokens    {}; {} trained ({share:.0} %)",
-        count(report.tokens),
-        count(report.trained_tokens)
-    )?;
-    let cut = match report.truncated {
-        0 => "none is longer".to_string(),
-        samples => format!("{} are cut, {} tokens in all", count(samples), count(report.cut_tokens)),
-    };
-    writeln!(out, "cutoff    {}; {cut}", count(config.cutoff_len))?;
-    let rows = if config.packs() { report.tokens.div_ceil(config.cutoff_len) } else { report.samples };
-    let step = config.per_device_train_batch_size * config.gradient_accumulation_steps;
-    let steps_per_epoch =
-        rows.div_ceil(config.per_device_train_batch_size).div_ceil(config.gradient_accumulation_steps);
-    let about = if config.packs() { "about " } else { "" };
-    writeln!(
-        out,
-        "steps     {about}{} of {step} {}",
-        thousands(config.total_steps(steps_per_epoch)),
-        if config.packs() { "packed rows" } else { "samples" }
-    )?;
-    let quantile = |share: f64| count(report.quantile(share));
-    writeln!(
-        out,
-        "lengths   {} shortest, {} median, {} for 95 % of samples, {} longest",
-        quantile(0.0),
-        quantile(0.5),
-        quantile(0.95),
-        quantile(1.0)
-    )?;
-    let bars = report.histogram(12);
-    let empty = bars.iter().take_while(|bar| bar.samples == 0).count();
-    let bars = &bars[empty..];
-    let highest = bars.iter().map(|bar| bar.samples).max().unwrap_or(0).max(1);
-    let width = bars.last().map_or(0, |bar| count(bar.to).len());
-    for bar in bars {
-        // A bar that stands for anything is seen.
-        let length = (bar.samples * BAR).div_ceil(highest);
-        let to = count(bar.to - 1);
-        writeln!(
-            out,
-            "{:>width$} – {to:<width$} {} {}",
-            count(bar.from),
-            "█".repeat(length),
-            count(bar.samples)
-        )?;
-    }
-    Ok(())
+    value
 }

@@ -3,13 +3,12 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read as _, Write as _};
-use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context as _, bail, ensure};
 use ferrotune_data::{
-    Batch, Conversation, Error, Place, Row, Sample, Template, assistant_spans, encode_conversation, formats,
-    mark_conversation,
+    Batch, Ending, Error, MarkOptions, Now, Place, Row, Sample, Template, encode_conversation, formats,
+    mark_conversation, render_conversation,
 };
 use ferrotune_export::write_tensors;
 use ferrotune_nn::{Context, LanguageModel as _};
@@ -20,9 +19,9 @@ use serde_json::{Map, Value, json};
 
 use crate::Outcome;
 use crate::args::{GradientsArgs, LogitsArgs, RenderArgs, TokenizeArgs};
-use crate::config::RunConfig;
+use crate::config::{RunConfig, TemplateName};
 use crate::console::{Console, Usage};
-use crate::run::{Vocabulary, lora_tensors, mark_options, open_decoder};
+use crate::run::{TemplateSource, Vocabulary, lora_tensors, mark_options, open_decoder, template_source};
 
 /// `{"input_ids": […], "logits": [[…], …]}`: logits after each token; with `--top`, the likeliest tokens alone, as
 /// `[[id, logit], …]`.
@@ -119,63 +118,95 @@ pub fn tokenize(args: &TokenizeArgs, console: &Console) -> anyhow::Result<Outcom
     print(console, &json!({ "ids": ids, "tokens": tokens }))
 }
 
-/// `{"text": …, "trained": [[start, end], …], "ids": […], "trained_tokens": […]}`: a conversation as the model sees
-/// it; spans are in bytes of the text.
+/// `{"rendered": …, "spans": [[start, end], …]}`, and with a model `"ids": […], "trained_tokens": […]`: a conversation as
+/// the model sees it; spans are what is trained on, in Unicode code points.
 pub fn render(args: &RenderArgs, console: &Console) -> anyhow::Result<Outcome> {
-    let (conversation, special_tokens) = conversation(&input(args.conversation.as_deref())?)?;
-    let mut vocabulary = args.model.as_deref().map(|model| vocabulary(model, console)).transpose()?;
-    if let Some(file) = &args.template {
-        let source = fs::read_to_string(file).with_context(|| format!("can't read {}", file.display()))?;
-        let special = vocabulary.as_ref().map_or(&special_tokens, |it| it.tokenizer.special_tokens());
-        let template = Template::new(&file.display().to_string(), &source, special)?;
-        match &mut vocabulary {
-            Some(vocabulary) => vocabulary.template = template,
-            None => return render_text(&conversation, &template, args.generation_prompt, console),
+    let file = args.conversation.as_deref().or(args.file.as_deref()).filter(|file| *file != Path::new("-"));
+    let (value, mut special) = conversation(&input(file)?)?;
+    special.extend(
+        named(&args.special, "--special")?.map(|(name, token)| (name.to_string(), token.to_string())),
+    );
+    let variables = named(&args.set, "--set")?;
+    let variables: Map<String, Value> = variables
+        .map(|(name, text)| {
+            (name.to_string(), serde_json::from_str(text).unwrap_or_else(|_| Value::from(text)))
+        })
+        .collect();
+    let now = match &args.now {
+        Some(date) => Now::parse(date).ok_or_else(|| {
+            Usage::one(format!("--now: `{date}` is no date; expected one such as 2026-01-31"))
+        })?,
+        None => Now::system(),
+    };
+    let ending = match (args.add_generation_prompt, args.continue_final_message) {
+        (true, _) => Ending::GenerationPrompt,
+        (_, true) => Ending::ContinueFinalMessage,
+        _ => Ending::Complete,
+    };
+    let tokenizer = match &args.model {
+        Some(model) => Some(vocabulary(model, console)?.tokenizer),
+        None => None,
+    };
+    if let Some(tokenizer) = &tokenizer {
+        let own = tokenizer.special_tokens().clone();
+        special = own.into_iter().chain(special).collect();
+    }
+    let template = match (&args.template, &tokenizer) {
+        (Some(name), _) => {
+            let name =
+                TemplateName::from_text(name).map_err(|why| Usage::one(format!("--template: {why}")))?;
+            let TemplateSource { name, source, .. } = template_source(&name)?;
+            Template::from_value_at(&name, &source, &special, now)?
+        }
+        (None, Some(tokenizer)) => {
+            let source = tokenizer
+                .chat_template()
+                .context("the model has no chat template; give one with --template")?;
+            Template::from_value_at(tokenizer.name(), source, &special, now)?
+        }
+        (None, None) => return Err(Usage::one("expected --model or --template").into()),
+    };
+    let messages = value["messages"].as_array().map_or(&[][..], Vec::as_slice);
+    let rendered = render_conversation(&template, messages, value.get("tools"), ending, &variables)?;
+    let mut printed = json!({ "rendered": rendered.rendered });
+    match (&rendered.spans, &rendered.why_no_spans) {
+        (Some(spans), _) => {
+            printed["spans"] = json!(spans.iter().map(|it| [it.start, it.end]).collect::<Vec<_>>())
+        }
+        (None, why) => {
+            printed["spans"] = Value::Null;
+            printed["why_no_spans"] = json!(why);
         }
     }
-    let Some(vocabulary) = vocabulary else {
-        return Err(Usage::one("expected --model or --template").into());
-    };
-    let Vocabulary { tokenizer, template } = &vocabulary;
-    if args.generation_prompt {
-        return render_text(&conversation, template, true, console);
+    if let (Some(tokenizer), Ending::Complete) = (&tokenizer, ending) {
+        let rows = [Row { place: Place::new("conversation", 1), fields: value }];
+        let conversation = formats::as_written(&rows[0])?;
+        let config = RunConfig { cutoff_len: usize::MAX, ..RunConfig::default() };
+        let options = MarkOptions { template_variables: variables, ..mark_options(&config) };
+        let (ids, trained) = match encode_conversation(&conversation, &template, tokenizer, &options) {
+            Ok(sample) => (sample.tokens, sample.trained),
+            // Without an answer there is nothing to train on, but still something to see.
+            Err(Error::Sample(_)) => {
+                let marked = mark_conversation(&conversation, &template, tokenizer, &options)?;
+                let ids = tokenizer.encode_segments(&marked.text, &marked.typed)?.ids;
+                let trained = vec![false; ids.len()];
+                (ids, trained)
+            }
+            Err(error) => return Err(error.into()),
+        };
+        printed["ids"] = json!(ids);
+        printed["trained_tokens"] = trained.into_iter().map(u8::from).collect();
     }
-    let options = mark_options(&RunConfig { cutoff_len: usize::MAX, ..RunConfig::default() });
-    let marked = mark_conversation(&conversation, template, tokenizer, &options)?;
-    let (ids, trained) = match encode_conversation(&conversation, template, tokenizer, &options) {
-        Ok(sample) => (sample.tokens, sample.trained),
-        // Without an answer there is nothing to train on, but still something to see.
-        Err(Error::Sample(_)) => {
-            let ids = tokenizer.encode_segments(&marked.text, &marked.typed)?.ids;
-            let trained = vec![false; ids.len()];
-            (ids, trained)
-        }
-        Err(error) => return Err(error.into()),
-    };
-    let trained: Vec<u8> = trained.into_iter().map(u8::from).collect();
-    let spans = pairs(&marked.trained);
-    print(console, &json!({ "text": marked.text, "trained": spans, "ids": ids, "trained_tokens": trained }))
+    print(console, &printed)
 }
 
-/// A conversation without tokens.
-fn render_text(
-    conversation: &Conversation,
-    template: &Template,
-    generation_prompt: bool,
-    console: &Console,
-) -> anyhow::Result<Outcome> {
-    let (messages, tools) = (conversation.to_json(None), conversation.tools.as_ref());
-    if generation_prompt {
-        let rendered = template.render(&messages, tools, true, &Map::new())?;
-        return print(console, &json!({ "text": rendered.text }));
+/// `NAME=VALUE` as it was typed.
+fn named<'a>(words: &'a [String], flag: &str) -> anyhow::Result<impl Iterator<Item = (&'a str, &'a str)>> {
+    let wrong = words.iter().find(|word| !word.contains('='));
+    if let Some(word) = wrong {
+        return Err(Usage::one(format!("{flag}: expected NAME=VALUE, not `{word}`")).into());
     }
-    let spans = assistant_spans(template, &messages, tools, &Map::new())?;
-    let ranges: Vec<Range<usize>> = spans.turns.iter().map(|turn| turn.range.clone()).collect();
-    print(console, &json!({ "text": spans.text, "trained": pairs(&ranges) }))
-}
-
-fn pairs(ranges: &[Range<usize>]) -> Vec<[usize; 2]> {
-    ranges.iter().map(|range| [range.start, range.end]).collect()
+    Ok(words.iter().filter_map(|word| word.split_once('=')))
 }
 
 fn vocabulary(model: &str, console: &Console) -> anyhow::Result<Vocabulary> {
@@ -195,8 +226,10 @@ fn input(file: Option<&Path>) -> anyhow::Result<String> {
     }
 }
 
-/// A row of any format there is, or a bare list of messages; beside it `special_tokens` for templates without a model.
-fn conversation(text: &str) -> anyhow::Result<(Conversation, BTreeMap<String, String>)> {
+/// A conversation as its object, with `special_tokens` taken out of it; a bare list is its messages.
+///
+/// Messages stay as they are written, as for transformers; other formats are brought into that form.
+fn conversation(text: &str) -> anyhow::Result<(Map<String, Value>, BTreeMap<String, String>)> {
     let value: Value = serde_json::from_str(text).context("the conversation is not JSON")?;
     let mut fields = match value {
         Value::Object(fields) => fields,
@@ -208,8 +241,13 @@ fn conversation(text: &str) -> anyhow::Result<(Conversation, BTreeMap<String, St
         }
         None => BTreeMap::new(),
     };
-    let rows = [Row { place: Place::new("conversation", 1), fields }];
-    Ok((formats::as_written(&rows[0])?, special_tokens))
+    if !fields.get("messages").is_some_and(Value::is_array) {
+        let rows = [Row { place: Place::new("conversation", 1), fields }];
+        let read = formats::as_written(&rows[0])?;
+        fields = Map::from_iter([("messages".to_string(), Value::from(read.to_json(None)))]);
+        fields.extend(read.tools.map(|tools| ("tools".to_string(), tools)));
+    }
+    Ok((fields, special_tokens))
 }
 
 fn print(console: &Console, value: &Value) -> anyhow::Result<Outcome> {

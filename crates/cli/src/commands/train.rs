@@ -23,7 +23,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use crate::Outcome;
 use crate::args::TrainArgs;
 use crate::config::{self, RunConfig, SaveStrategy};
-use crate::console::{Console, bytes, thousands};
+use crate::console::{Console, bytes, clock, thousands};
 use crate::machine::write_kernel_times;
 use crate::run::{
     Adapters, Run, RunBatches, available_memory, build_decoder, lora_config, memory_plan, peft_adapter,
@@ -421,13 +421,4 @@ fn finish(run: &Run, summary: &Summary, console: &Console) -> anyhow::Result<Out
     }
     out.flush()?;
     Ok(Outcome::Done)
-}
-
-/// 1:02:03, or 2:03
-fn clock(seconds: f64) -> String {
-    let seconds = seconds.max(0.0).round() as u64;
-    match seconds / 3600 {
-        0 => format!("{}:{:02}", seconds / 60, seconds % 60),
-        hours => format!("{hours}:{:02}:{:02}", seconds / 60 % 60, seconds % 60),
-    }
 }

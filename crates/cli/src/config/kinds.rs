@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use ferrotune_data::{named_template, template_names};
+
 use super::yaml::{Data, Node};
 
 /// A type that a key can have.
@@ -346,28 +348,54 @@ choice! {
 }
 
 /// `template`
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TemplateName {
     /// The one that came with the model.
     Auto,
+    /// One of ours, by LLaMA-Factory's name for it.
+    Named(String),
+    /// The one in this file.
+    File(PathBuf),
+}
+
+impl TemplateName {
+    /// A name or a path, as it was typed; `Err` lists the names that are near.
+    pub fn from_text(text: &str) -> Result<TemplateName, String> {
+        if named_template(text).is_some() {
+            return Ok(TemplateName::Named(text.to_string()));
+        }
+        if text.contains(['/', '\\', '.']) {
+            return Ok(TemplateName::File(PathBuf::from(text)));
+        }
+        let near = template_names().max_by(|a, b| {
+            let likeness = |name: &str| strsim::jaro_winkler(name, text);
+            likeness(a).total_cmp(&likeness(b))
+        });
+        Err(format!(
+            "there is no template `{text}`{}; there are {}, and files that end in .jinja",
+            near.map(|near| format!(" (nearest: {near})")).unwrap_or_default(),
+            template_names().collect::<Vec<_>>().join(", ")
+        ))
+    }
 }
 
 impl Setting for TemplateName {
     fn expected() -> String {
-        "auto".to_string()
+        "auto, the name of a template or a file".to_string()
     }
     fn read(node: &Node) -> Result<TemplateName, String> {
         match scalar::<TemplateName>(node)? {
             _ if node.is_null() => Ok(TemplateName::Auto),
             "auto" | "none" | "None" => Ok(TemplateName::Auto),
-            _ => Err(format!(
-                "templates by name, here {}, are not there yet; leave the key out to use the chat template that comes with the model",
-                node.shown()
-            )),
+            name => TemplateName::from_text(name),
         }
     }
     fn shown(&self) -> String {
-        "auto".to_string()
+        match self {
+            TemplateName::Auto => "auto".to_string(),
+            TemplateName::Named(name) => name.clone(),
+            TemplateName::File(path) => path.display().to_string(),
+        }
     }
 }
 

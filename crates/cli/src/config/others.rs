@@ -67,8 +67,7 @@ const LATER: &[&str] = &[
     // Adapters and what is trained.
     "additional_target", "loraplus_lr_ratio", "use_dora", "pissa_init", "pissa_convert", "create_new_adapter",
     "module_dropout", "oft_rank", "freeze_extra_modules", "modules_to_save", "layers_to_transform",
-    "rank_pattern", "alpha_pattern", "use_llama_pro", "resize_vocab", "add_tokens", "add_special_tokens",
-    "new_special_tokens_config", "train_from_scratch", "adapter_folder",
+    "rank_pattern", "alpha_pattern", "use_llama_pro", "new_special_tokens_config", "train_from_scratch", "adapter_folder",
     // Preferences.
     "pref_ftx", "pref_bco_weight", "dpo_label_smoothing", "ref_model", "ref_model_adapters",
     "ref_model_quantization_bit", "reward_model", "reward_model_adapters", "reward_model_quantization_bit",
@@ -99,9 +98,7 @@ const LATER: &[&str] = &[
 
 /// Planned; LLaMA-Factory's defaults and the like ask for nothing.
 const LATER_WITH_DEFAULT: &[(&str, &[&str])] = &[
-    ("enable_thinking", &["true"]),
     ("ignore_pad_token_for_loss", &["true"]),
-    ("neat_packing", &[]),
     ("loraplus_lr_embedding", &["1e-6"]),
     ("pissa_iter", &["16"]),
     ("init_special_tokens", &["noise_init"]),
@@ -283,6 +280,5 @@ mod tests {
         assert!(off("repetition_penalty", "1.0"));
         assert!(off("ppo_target", "6.0"));
         assert!(off("report_to", "none"));
-        assert!(off("enable_thinking", "true"));
     }
 }

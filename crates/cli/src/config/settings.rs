@@ -80,8 +80,14 @@ settings! {
         model_revision: String = "main".to_string(),
         /// Token for models that need one.
         hf_hub_token: Option<String> = None,
-        /// Chat template: the model's own.
+        /// Chat template: auto (the model's own), a name such as llama3, qwen or chatml, or a file.
         template: TemplateName = TemplateName::Auto,
+        /// Tokens to add to the vocabulary, unless it has them.
+        add_tokens: Vec<String> = Vec::new(),
+        /// Control tokens to add to the vocabulary, unless it has them.
+        add_special_tokens: Vec<String> = Vec::new(),
+        /// Give added tokens rows of the embedding.
+        resize_vocab: bool = false,
     }
     "Method" {
         /// What is trained for: sft (answers) or pt (plain texts, as a whole).
@@ -144,12 +150,16 @@ settings! {
         train_on_prompt: bool = false,
         /// Train on the last answer of a conversation only.
         mask_history: bool = false,
+        /// Whether a template with thoughts is to think: true, false, or null to leave it open.
+        enable_thinking: Option<bool> = None,
         /// System message where the data has none.
         default_system: Option<String> = None,
         /// Use only this many rows of each data set.
         max_samples: Option<usize> = None,
         /// Fill rows of cutoff_len with several samples, which do not see each other.
         packing: bool = false,
+        /// The same as packing: samples never see each other here.
+        neat_packing: bool = false,
         /// Encode control tokens typed inside a message as control tokens, not as text.
         allow_control_tokens: bool = false,
     }
@@ -239,7 +249,7 @@ impl RunConfig {
 
     /// Whether several samples share a row: pretraining packs unless it is told not to.
     pub fn packs(&self) -> bool {
-        self.packing || (self.stage == Stage::Pt && !self.places.contains_key("packing"))
+        self.packing || self.neat_packing || (self.stage == Stage::Pt && !self.places.contains_key("packing"))
     }
 
     /// What `lora_alpha` comes to.
@@ -279,6 +289,11 @@ impl RunConfig {
         check(self.lora_alpha.is_none_or(|alpha| alpha > 0.0), "lora_alpha", "expected a number over 0");
         check(share.contains(&self.lora_dropout), "lora_dropout", "expected a share, from 0 to under 1");
         check(!self.lora_target.is_empty(), "lora_target", "expected `all` or names of linear layers");
+        check(
+            !(self.mask_history && self.train_on_prompt),
+            "mask_history",
+            "`mask_history` and `train_on_prompt` exclude each other; choose one",
+        );
         check(self.cutoff_len > 1, "cutoff_len", "expected 2 or more tokens");
         check(self.max_samples != Some(0), "max_samples", "expected 1 or more");
         check(

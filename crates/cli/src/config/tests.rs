@@ -1,6 +1,6 @@
 //! `check(input, expected)` for configs.
 
-use super::kinds::{MaxSteps, Steps};
+use super::kinds::{MaxSteps, Steps, TemplateName};
 use super::*;
 use std::path::PathBuf;
 
@@ -120,7 +120,6 @@ fn later_keys_are_refused_by_name() {
             "c.yaml:1: `stage`: `dpo` is not there yet; there is sft, pt",
             "c.yaml:2: `use_dora` is not there yet; leave it out",
             "c.yaml:3: `deepspeed` is not there yet; leave it out",
-            "c.yaml:4: `template`: templates by name, here `llama3`, are not there yet; leave the key out to use the chat template that comes with the model",
             "c.yaml:5: `optim`: `paged_adamw_8bit` is not there yet; there is adamw_torch, adamw_8bit",
             "c.yaml:6: `quantization_bit`: `8` is not there yet; there is 4",
             "c.yaml:8: `device_map` is not there yet; leave it out",
@@ -176,15 +175,9 @@ quantization_method: bnb
 ";
 
 #[test]
-fn llama_factorys_example_says_which_keys_do_not_run() {
-    check_errors(
-        LLAMA_FACTORY,
-        &[],
-        &[
-            "c.yaml:12: `template`: templates by name, here `llama3`, are not there yet; leave the key out to use the chat template that comes with the model",
-        ],
-    );
-    let config = fine(LLAMA_FACTORY, &["template=null"]);
+fn llama_factorys_example_runs() {
+    let config = fine(LLAMA_FACTORY, &[]);
+    assert_eq!(config.template, TemplateName::Named("llama3".to_string()));
     assert_eq!(config.dataset, ["identity", "alpaca_en_demo"]);
     assert_eq!(
         config.notes,

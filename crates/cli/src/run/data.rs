@@ -10,13 +10,14 @@ use ferrotune_data::cache::{self, CacheKey, Cached};
 use ferrotune_data::{
     BatchOptions, Conversation, DataSet, HubSet, Long, MarkOptions, Place, PreparedSet, Purpose, Report,
     Result as DataResult, Sample, SetCounts, SourceOptions, StreamOptions, StreamedBatches,
-    encode_conversation, encode_set, order, split, split_long,
+    encode_conversation, encode_set, named_template, order, split, split_long,
 };
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::{Map, Value};
 
 use super::hub::fetch_data_set;
 use super::model::Vocabulary;
-use crate::config::{self, RunConfig, Stage};
+use crate::config::{self, RunConfig, Stage, TemplateName};
 use crate::console::{Console, thousands};
 
 /// Rows of each set of a stream that `ferrotune data` looks at.
@@ -125,7 +126,7 @@ impl OpenData {
         }
         if report.truncated > 0 {
             console.warn(format!(
-                "{} of {} samples are longer than `cutoff_len` and lose {} tokens at their ends",
+                "{} of {} samples are longer than `cutoff_len` and lose {} tokens",
                 report.truncated, report.samples, report.cut_tokens
             ));
         }
@@ -435,6 +436,25 @@ pub fn mark_options(config: &RunConfig) -> MarkOptions {
         mask_history: config.mask_history,
         default_system: config.default_system.clone(),
         split_control_tokens: !config.allow_control_tokens,
+        template_variables: template_variables(config),
         ..MarkOptions::new(longest)
     }
+}
+
+/// Variables of the template. One of ours that knows thoughts thinks unless told otherwise, as in LLaMA-Factory; the
+/// model's own is told only what was asked for.
+fn template_variables(config: &RunConfig) -> Map<String, Value> {
+    let mut variables = Map::new();
+    let asked = !config.place("enable_thinking").is_empty();
+    let ours = matches!(&config.template, TemplateName::Named(name) if named_template(name).is_some_and(|it| it.thinks));
+    match config.enable_thinking {
+        Some(think) => variables.insert("enable_thinking".to_string(), Value::from(think)),
+        None if ours => variables
+            .insert("enable_thinking".to_string(), if asked { Value::Null } else { Value::from(true) }),
+        None => None,
+    };
+    if ours && config.mask_history {
+        variables.insert("discard_thoughts".to_string(), Value::from(true));
+    }
+    variables
 }

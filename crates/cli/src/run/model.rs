@@ -1,14 +1,19 @@
 //! The model: its name to files, the files to tokenizer and chat template.
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use ferrotune_data::{GgufVocabulary, Template, Tokenizer, check_template};
+use anyhow::Context as _;
+use ferrotune_data::{Added, GgufVocabulary, Template, Tokenizer, check_template, named_template};
 use ferrotune_hub::{HubOptions, resolve};
+use ferrotune_model::families;
 use ferrotune_model::source::ModelFiles;
+use ferrotune_model::spec::ModelSpec;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::Value;
 
-use crate::config::RunConfig;
+use crate::config::{RunConfig, TemplateName};
 use crate::console::{Console, Usage};
 
 /// A model's files with what turns text into its tokens.
@@ -25,7 +30,7 @@ pub struct OpenModel {
 pub struct Vocabulary {
     /// The tokenizer.
     pub tokenizer: Tokenizer,
-    /// The model's own chat template.
+    /// The chat template: the model's own, or the one that was asked for.
     pub template: Template,
 }
 
@@ -39,7 +44,7 @@ impl OpenModel {
         let path = find(config, &name, console)?;
         tracing::info!("model files: {}", path.display());
         let files = ModelFiles::open(&path)?;
-        let vocabulary = Arc::new(Vocabulary::of(&files)?);
+        let vocabulary = Arc::new(Vocabulary::new(tokenizer(&files)?, config)?);
         Ok(OpenModel { name, files, vocabulary })
     }
 }
@@ -51,22 +56,104 @@ impl Vocabulary {
     /// When the model, its tokenizer or its chat template is not found, or one of them is damaged.
     pub fn open(config: &RunConfig, console: &Console) -> anyhow::Result<Vocabulary> {
         let path = find(config, &name(config)?, console)?;
-        if path.join("tokenizer.json").is_file() {
-            return Vocabulary::new(Tokenizer::from_folder(&path)?);
-        }
-        Vocabulary::of(&ModelFiles::open(&path)?)
+        let tokenizer = match path.join("tokenizer.json").is_file() {
+            true => Tokenizer::from_folder(&path)?,
+            false => tokenizer(&ModelFiles::open(&path)?)?,
+        };
+        Vocabulary::new(tokenizer, config)
     }
 
-    /// Tokenizer and chat template of open files.
-    fn of(files: &ModelFiles) -> anyhow::Result<Vocabulary> {
-        Vocabulary::new(tokenizer(files)?)
-    }
-
-    fn new(tokenizer: Tokenizer) -> anyhow::Result<Vocabulary> {
-        let template = tokenizer.template()?;
+    /// The tokenizer with the tokens and the template that the config asks for.
+    fn new(mut tokenizer: Tokenizer, config: &RunConfig) -> anyhow::Result<Vocabulary> {
+        tokenizer.add_tokens(&config.add_tokens, Added::Plain)?;
+        tokenizer.add_tokens(&config.add_special_tokens, Added::Control)?;
+        let trained_with =
+            config.adapter_name_or_path.as_deref().map(|folder| folder.join("chat_template.jinja"));
+        let template = match &config.template {
+            TemplateName::Auto => match trained_with.filter(|file| file.is_file()) {
+                // What the adapter was trained with wins over what came with the model.
+                Some(file) => {
+                    let eos_token = eos_beside(&file);
+                    Some(TemplateSource { eos_token, ..template_source(&TemplateName::File(file))? })
+                }
+                None => None,
+            },
+            asked => Some(template_source(asked)?),
+        };
+        let template = match template {
+            Some(TemplateSource { name, source, eos_token }) => {
+                if let Some(token) = eos_token {
+                    tokenizer.set_special_token("eos_token", &token)?;
+                }
+                let mut special = tokenizer.special_tokens().clone();
+                // One of ours leaves a BOS out that there is not.
+                if matches!(config.template, TemplateName::Named(_)) {
+                    special.entry("bos_token".to_string()).or_default();
+                }
+                let template = Template::from_value(&name, &source, &special)?;
+                tokenizer.set_chat_template(source);
+                template
+            }
+            None => tokenizer.template()?,
+        };
         check_template(&template, &tokenizer)?;
         Ok(Vocabulary { tokenizer, template })
     }
+}
+
+/// What the model that the config names is made of; none where there is no config to read it from.
+pub fn model_spec(config: &RunConfig, console: &Console) -> Option<ModelSpec> {
+    let path = find(config, &name(config).ok()?, console).ok()?;
+    let file = path.join("config.json");
+    if !file.is_file() {
+        return ModelFiles::open(&path).ok().map(|files| files.spec);
+    }
+    let value = serde_json::from_str(&fs::read_to_string(&file).ok()?).ok()?;
+    families::spec(&value, &file).ok()
+}
+
+/// A chat template as it was found.
+pub struct TemplateSource {
+    /// Its name in messages.
+    pub name: String,
+    /// A text, or a list of named texts.
+    pub source: Value,
+    /// The EOS token that it brings.
+    pub eos_token: Option<String>,
+}
+
+/// The EOS token that was saved beside a template.
+fn eos_beside(template: &Path) -> Option<String> {
+    let text = fs::read_to_string(template.with_file_name("special_tokens_map.json")).ok()?;
+    let map: Value = serde_json::from_str(&text).ok()?;
+    let token = map.get("eos_token")?;
+    Some(token.as_str().or_else(|| token.get("content")?.as_str())?.to_string())
+}
+
+/// Reads a template: by name, a file of jinja, or one of JSON with `chat_template` in it.
+///
+/// # Errors
+/// When a file can't be read, or is JSON without a template.
+pub fn template_source(template: &TemplateName) -> anyhow::Result<TemplateSource> {
+    let path = match template {
+        TemplateName::Auto => anyhow::bail!("no template is named"),
+        TemplateName::Named(name) => {
+            let named = named_template(name).with_context(|| format!("there is no template `{name}`"))?;
+            let (source, eos_token) = (Value::from(named.source), named.eos_token.map(str::to_string));
+            return Ok(TemplateSource { name: name.clone(), source, eos_token });
+        }
+        TemplateName::File(path) => path,
+    };
+    let name = path.display().to_string();
+    let text = fs::read_to_string(path).with_context(|| format!("can't read {name}"))?;
+    let source = match path.extension().is_some_and(|ending| ending == "json") {
+        true => {
+            let value: Value = serde_json::from_str(&text).with_context(|| name.clone())?;
+            value.get("chat_template").cloned().with_context(|| format!("{name} has no `chat_template`"))?
+        }
+        false => Value::from(text),
+    };
+    Ok(TemplateSource { name, source, eos_token: None })
 }
 
 /// The tokenizer of open files: its own, or the one inside a GGUF file.
