@@ -12,7 +12,8 @@ use ferrotune_nn::{Context, LanguageModel, Weight};
 use ferrotune_quant::{Absmax, Nf4GpuWeight, Nf4Weight, Scales, dynamic_map};
 use ferrotune_tensor::{DType, Device, Precision, Result, Tensor};
 use ferrotune_trainer::{
-    AdamW, NextToken, Optimizer, Schedule, ScheduleKind, StepSettings, mean_loss, optimizer_step,
+    AdamW, NextToken, Optimizer, ParameterGroups, Schedule, ScheduleKind, StateMemory, StepSettings,
+    mean_loss, optimizer_step,
 };
 use serde_json::Value;
 
@@ -341,7 +342,7 @@ fn values(model: &mut Decoder) -> Vec<(String, Vec<f32>)> {
 }
 
 fn adamw() -> AdamW {
-    AdamW::new(0.9, 0.999, 1e-8, 0.01)
+    AdamW::new(0.9, 0.999, 1e-8, ParameterGroups::with_decay(0.01), StateMemory::Device)
 }
 
 #[test]

@@ -95,7 +95,12 @@ fn the_same_run_gives_the_same_bits() {
 #[test]
 fn a_resumed_run_ends_as_if_it_had_never_stopped() {
     // Of rank 64, most of the adapters are large enough for moments in 8 bits.
-    for keys in ["lora_rank: 8\n", "lora_rank: 64\noptim: adamw_8bit\n"] {
+    for keys in [
+        "lora_rank: 8\n",
+        "lora_rank: 64\noptim: adamw_8bit\n",
+        "lora_rank: 8\noptim: muon\nlr_scheduler_type: warmup_stable_decay\nlr_scheduler_kwargs: {num_decay_steps: 3}\n",
+        "lora_rank: 8\noptim: sgd\noptim_args: momentum=0.9\nloraplus_lr_ratio: 4\n",
+    ] {
         let run = format!("max_steps: 9\nlora_dropout: 0.1\nnum_threads: 2\nsave_steps: 4\n{keys}");
         let whole = with_config(&run);
         whole.ferrotune(&["train", "c.yaml"]).succeeds();

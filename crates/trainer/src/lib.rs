@@ -16,7 +16,10 @@ pub use checkpoint::{RunState, latest_checkpoint, read_state};
 pub use log::LogWriter;
 pub use loss_scale::LossScale;
 pub use objective::{Loss, NextToken, Objective};
-pub use optimizer::{AdamW, AdamW8bit, Optimizer, State};
+pub use optimizer::{
+    Adafactor, AdamW, AdamW8bit, Lion, Move, Muon, OnHost, Optimizer, ParameterGroups, Rule, Sgd, State,
+    StateMemory,
+};
 pub use run::{Control, Ending, RunHooks, Settings, StepReport, Summary, train};
-pub use schedule::{Schedule, ScheduleKind};
+pub use schedule::{Plateau, Ramp, Schedule, ScheduleKind};
 pub use step::{StepOutcome, StepSettings, mean_loss, optimizer_step};

@@ -15,8 +15,9 @@ use ferrotune_model::{BuildOptions, Decoder, Recompute};
 use ferrotune_nn::LanguageModel as _;
 use ferrotune_tensor::{DType, Error, Result, peak_resident_bytes};
 use ferrotune_trainer::{
-    AdamW, AdamW8bit, Control, Ending, LogWriter, LossScale, NextToken, Optimizer, RunHooks, Schedule,
-    ScheduleKind, Settings, StepReport, Summary, read_state, train,
+    Adafactor, AdamW, AdamW8bit, Control, Ending, Lion, LogWriter, LossScale, Muon, NextToken, OnHost,
+    Optimizer, ParameterGroups, RunHooks, Schedule, Settings, Sgd, StateMemory, StepReport, Summary,
+    read_state, train,
 };
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -59,7 +60,7 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
     let mut batches = run.batches()?;
     let steps_per_epoch = batches.steps_per_epoch(run.config.gradient_accumulation_steps);
     let total_steps = run.config.total_steps(steps_per_epoch);
-    let settings = settings(&run, &batches, total_steps, steps_per_epoch as u64);
+    let settings = settings(&run, &batches, total_steps, steps_per_epoch as u64)?;
     let (adapters, resumed) = match &run.resume_from {
         Some(checkpoint) => {
             let adapter = PeftAdapter::read(checkpoint)?;
@@ -125,17 +126,22 @@ fn out_of_memory(error: Error, run: &Run, longest_batch: usize) -> anyhow::Error
     )
 }
 
-fn settings(run: &Run, batches: &Batches, total_steps: u64, steps_per_epoch: u64) -> Settings {
+fn settings(
+    run: &Run,
+    batches: &Batches,
+    total_steps: u64,
+    steps_per_epoch: u64,
+) -> anyhow::Result<Settings> {
     let config = &run.config;
     let save_steps = match config.save_strategy {
         SaveStrategy::No => 0,
         SaveStrategy::Epoch => steps_per_epoch,
         SaveStrategy::Steps => config.save_steps.of(total_steps),
     };
-    Settings {
+    Ok(Settings {
         output_dir: run.output_dir.clone(),
         schedule: Schedule {
-            kind: schedule_kind(config.lr_scheduler_type),
+            kind: config.schedule_kind().map_err(anyhow::Error::msg)?,
             learning_rate: config.learning_rate,
             warmup_steps: config.warmup(total_steps) as usize,
             total_steps: total_steps as usize,
@@ -150,23 +156,26 @@ fn settings(run: &Run, batches: &Batches, total_steps: u64, steps_per_epoch: u64
         save_steps: save_steps as usize,
         save_total_limit: config.save_total_limit,
         identity: identity(run, batches),
-    }
+    })
 }
 
 fn optimizer(config: &RunConfig) -> Box<dyn Optimizer> {
+    use config::Optimizer as Kind;
     let (beta1, beta2, epsilon) = (config.adam_beta1, config.adam_beta2, config.adam_epsilon);
-    match config.optim {
-        config::Optimizer::AdamW => Box::new(AdamW::new(beta1, beta2, epsilon, config.weight_decay)),
-        config::Optimizer::AdamW8bit => Box::new(AdamW8bit::new(beta1, beta2, epsilon, config.weight_decay)),
-    }
-}
-
-fn schedule_kind(kind: config::Schedule) -> ScheduleKind {
-    match kind {
-        config::Schedule::Linear => ScheduleKind::Linear,
-        config::Schedule::Cosine => ScheduleKind::Cosine,
-        config::Schedule::Constant => ScheduleKind::Constant,
-        config::Schedule::ConstantWithWarmup => ScheduleKind::ConstantWithWarmup,
+    let groups =
+        ParameterGroups { weight_decay: config.weight_decay, loraplus_lr_ratio: config.loraplus_lr_ratio };
+    let adamw = |memory| AdamW::new(beta1, beta2, epsilon, groups, memory);
+    let adamw_8bit = |memory| AdamW8bit::new(beta1, beta2, epsilon, groups, memory);
+    let momentum = config.optim_args.momentum;
+    match config.optimizer() {
+        Kind::AdamW => Box::new(adamw(StateMemory::Device)),
+        Kind::AdamW8bit => Box::new(adamw_8bit(StateMemory::Device)),
+        Kind::PagedAdamW => Box::new(adamw(StateMemory::Host)),
+        Kind::PagedAdamW8bit => Box::new(adamw_8bit(StateMemory::Host)),
+        Kind::Sgd => Box::new(OnHost::new(Sgd { momentum: momentum.unwrap_or(0.0) }, groups)),
+        Kind::Lion => Box::new(OnHost::new(Lion { beta1, beta2 }, groups)),
+        Kind::Adafactor => Box::new(OnHost::new(Adafactor, groups)),
+        Kind::Muon => Box::new(Muon::new(momentum.unwrap_or(0.95), groups, adamw(StateMemory::Device))),
     }
 }
 

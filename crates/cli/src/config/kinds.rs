@@ -174,7 +174,8 @@ impl Setting for BTreeMap<String, String> {
         }
     }
     fn shown(&self) -> String {
-        "none".to_string()
+        let entries: Vec<String> = self.iter().map(|(name, value)| format!("{name}: {value}")).collect();
+        if entries.is_empty() { "none".to_string() } else { format!("{{{}}}", entries.join(", ")) }
     }
 }
 
@@ -234,6 +235,34 @@ impl Setting for MaxSteps {
     }
     fn shown(&self) -> String {
         self.0.shown()
+    }
+}
+
+/// `optim_args`, as transformers writes them: `name=value` with commas between.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct OptimArgs {
+    /// Of SGD and Muon.
+    pub momentum: Option<f64>,
+}
+
+impl Setting for OptimArgs {
+    fn expected() -> String {
+        "momentum=NUMBER".to_string()
+    }
+    fn read(node: &Node) -> Result<OptimArgs, String> {
+        let mut args = OptimArgs::default();
+        if node.is_null() {
+            return Ok(args);
+        }
+        for word in scalar::<OptimArgs>(node)?.split(',').map(str::trim).filter(|it| !it.is_empty()) {
+            let number = word.strip_prefix("momentum=").and_then(|text| text.parse().ok());
+            let momentum = number.filter(|it| (0.0..1.0).contains(it));
+            args.momentum = Some(momentum.ok_or_else(|| mismatch::<OptimArgs>(node))?);
+        }
+        Ok(args)
+    }
+    fn shown(&self) -> String {
+        self.momentum.map_or_else(|| "none".to_string(), |momentum| format!("momentum={momentum}"))
     }
 }
 
@@ -381,15 +410,22 @@ choice! {
         Linear = "linear",
         /// Down to zero along half a cosine.
         Cosine = "cosine",
+        /// Several half cosines.
+        CosineWithRestarts = "cosine_with_restarts",
+        /// Along a cosine to a lowest rate.
+        CosineWithMinLr = "cosine_with_min_lr",
+        /// Down along a power of what is left.
+        Polynomial = "polynomial",
         /// Always the same, without warm-up.
         Constant = "constant",
         /// Always the same after the warm-up.
         ConstantWithWarmup = "constant_with_warmup",
+        /// Down with the square root of the step.
+        InverseSqrt = "inverse_sqrt",
+        /// Up, level, down.
+        WarmupStableDecay = "warmup_stable_decay",
     }
-    later {
-        "cosine_with_restarts", "polynomial", "inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr",
-        "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
-    } wrong {}
+    later { "reduce_lr_on_plateau", "cosine_warmup_with_min_lr", "greedy" } wrong {}
 }
 
 choice! {
@@ -399,12 +435,20 @@ choice! {
         AdamW = "adamw_torch" | "adamw_torch_fused" | "adamw_hf",
         /// AdamW with 8-bit states in blocks of 256, as bitsandbytes keeps them.
         AdamW8bit = "adamw_8bit" | "adamw_bnb_8bit",
+        /// AdamW with 32-bit states in the host's memory.
+        PagedAdamW = "paged_adamw_32bit" | "paged_adamw",
+        /// AdamW with 8-bit states in the host's memory.
+        PagedAdamW8bit = "paged_adamw_8bit",
+        /// Stochastic gradient descent.
+        Sgd = "sgd",
+        /// Lion with 32-bit momentum.
+        Lion = "lion_32bit" | "lion",
+        /// Adafactor by the schedule's learning rate.
+        Adafactor = "adafactor",
+        /// Muon for matrices, AdamW for the others.
+        Muon = "muon",
     }
-    later {
-        "paged_adamw_8bit", "paged_adamw", "paged_adamw_32bit", "sgd", "lion",
-        "lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit", "adafactor", "muon", "adagrad",
-        "rmsprop",
-    } wrong {}
+    later { "lion_8bit", "paged_lion_32bit", "paged_lion_8bit", "adagrad", "rmsprop" } wrong {}
 }
 
 choice! {

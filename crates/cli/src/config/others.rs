@@ -66,7 +66,7 @@ const LATER: &[&str] = &[
     "eval_dataset", "media_dir", "streaming", "interleave_probs", "val_size", "eval_on_each_dataset",
     "tool_format", "preserve_thinking", "tokenized_path", "eval_num_beams",
     // Adapters and what is trained.
-    "additional_target", "loraplus_lr_ratio", "use_dora", "pissa_init", "pissa_convert", "create_new_adapter",
+    "additional_target", "use_dora", "pissa_init", "pissa_convert", "create_new_adapter",
     "module_dropout", "oft_rank", "freeze_extra_modules", "modules_to_save", "layers_to_transform",
     "rank_pattern", "alpha_pattern", "use_llama_pro", "resize_vocab", "add_tokens", "add_special_tokens",
     "new_special_tokens_config", "train_from_scratch", "adapter_folder",
@@ -75,9 +75,9 @@ const LATER: &[&str] = &[
     "ref_model_quantization_bit", "reward_model", "reward_model_adapters", "reward_model_quantization_bit",
     "ppo_score_norm", "ppo_whiten_rewards", "ld_alpha",
     // Optimizers and losses.
-    "use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon", "use_dft_loss", "use_asft_loss",
-    "use_eaft_loss", "neftune_noise_alpha", "label_smoothing_factor", "optim_args", "optim_target_modules",
-    "lr_scheduler_kwargs", "early_stopping_steps", "compute_accuracy", "disable_shuffling", "data_seed",
+    "use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_dft_loss", "use_asft_loss",
+    "use_eaft_loss", "neftune_noise_alpha", "label_smoothing_factor", "optim_target_modules",
+    "early_stopping_steps", "compute_accuracy", "disable_shuffling", "data_seed",
     "group_by_length", "auto_find_batch_size", "dataloader_drop_last", "ignore_data_skip", "max_time",
     // Evaluation.
     "do_eval", "do_predict", "predict_with_generate", "eval_steps", "eval_strategy", "evaluation_strategy",
@@ -105,7 +105,6 @@ const LATER_WITH_DEFAULT: &[(&str, &[&str])] = &[
     ("ignore_pad_token_for_loss", &["true"]),
     ("neat_packing", &[]),
     ("buffer_size", &["16384"]),
-    ("loraplus_lr_embedding", &["1e-6"]),
     ("pissa_iter", &["16"]),
     ("init_special_tokens", &["noise_init"]),
     ("bias", &["none"]),
@@ -132,6 +131,7 @@ const LATER_WITH_DEFAULT: &[(&str, &[&str])] = &[
 
 /// Taken, and of no effect.
 const IGNORED: &[(&str, &str)] = &[
+    ("loraplus_lr_embedding", "the embedding has no adapter"),
     ("plot_loss", "no plots yet; the losses are in trainer_log.jsonl"),
     ("report_to", "nothing is sent anywhere yet; the losses are in trainer_log.jsonl"),
     ("run_name", "nothing is sent anywhere yet"),

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use ferrotune_trainer::ScheduleKind;
+
 use super::kinds::*;
 use super::yaml::Node;
 
@@ -160,13 +162,15 @@ settings! {
         num_train_epochs: f64 = 3.0,
         /// Steps, whatever num_train_epochs says; null or -1 for no limit.
         max_steps: MaxSteps = MaxSteps(None),
-        /// Curve of the learning rate: linear, cosine, constant, constant_with_warmup.
+        /// Curve of the learning rate: linear, cosine, cosine_with_restarts, cosine_with_min_lr, polynomial, constant, constant_with_warmup, inverse_sqrt, warmup_stable_decay.
         lr_scheduler_type: Schedule = Schedule::Linear,
+        /// What that curve takes, by transformers' names, such as {num_cycles: 2}.
+        lr_scheduler_kwargs: BTreeMap<String, String> = BTreeMap::new(),
         /// Steps until the learning rate is at its highest.
         warmup_steps: Steps = Steps::Count(0),
         /// The same as a share of all steps.
         warmup_ratio: f64 = 0.0,
-        /// Decay of trained weights, apart from the gradient.
+        /// Decay of trained weights except biases and norms, apart from the gradient.
         weight_decay: f64 = 0.0,
         /// AdamW's decay of the mean.
         adam_beta1: f64 = 0.9,
@@ -176,8 +180,14 @@ settings! {
         adam_epsilon: f64 = 1e-8,
         /// Longest gradient, all weights together; 0 for no limit.
         max_grad_norm: f64 = 1.0,
-        /// Optimizer: adamw_torch or adamw_8bit.
+        /// Optimizer: adamw_torch, adamw_8bit, paged_adamw_32bit, paged_adamw_8bit (states in the host's memory), sgd, lion, adafactor, muon.
         optim: Optimizer = Optimizer::AdamW,
+        /// More for the optimizer: momentum=0.9 (sgd: 0 unless given, muon: 0.95).
+        optim_args: OptimArgs = OptimArgs::default(),
+        /// LoRA+: what the learning rate of B is multiplied by.
+        loraplus_lr_ratio: Option<f64> = None,
+        /// The same as `optim: muon`.
+        use_muon: bool = false,
         /// Seed of everything random.
         seed: u64 = 42,
     }
@@ -227,6 +237,19 @@ impl RunConfig {
         if self.disable_gradient_checkpointing { Recompute::Keep } else { self.recompute }
     }
 
+    /// The curve of the learning rate.
+    ///
+    /// # Errors
+    /// Saying what is wrong with `lr_scheduler_kwargs`.
+    pub fn schedule_kind(&self) -> Result<ScheduleKind, String> {
+        ScheduleKind::named(&self.lr_scheduler_type.shown(), &self.lr_scheduler_kwargs, self.learning_rate)
+    }
+
+    /// What `optim` and LLaMA-Factory's `use_muon` come to.
+    pub fn optimizer(&self) -> Optimizer {
+        if self.use_muon { Optimizer::Muon } else { self.optim }
+    }
+
     /// Steps of warm-up in a run of `total`; as in transformers, `warmup_steps` wins.
     pub fn warmup(&self, total: u64) -> u64 {
         match self.warmup_steps.of(total) {
@@ -272,6 +295,17 @@ impl RunConfig {
             "expected more than 0",
         );
         check((0.0..=1.0).contains(&self.warmup_ratio), "warmup_ratio", "expected a share, from 0 to 1");
+        if let Err(message) = self.schedule_kind() {
+            check(false, "lr_scheduler_kwargs", &message);
+        }
+        let momentum = matches!(self.optimizer(), Optimizer::Sgd | Optimizer::Muon);
+        check(
+            momentum || self.optim_args.momentum.is_none(),
+            "optim_args",
+            "`momentum` is for sgd and muon; leave it out",
+        );
+        let ratio = self.loraplus_lr_ratio.is_none_or(|ratio| ratio > 0.0);
+        check(ratio, "loraplus_lr_ratio", "expected a number over 0");
         check(self.weight_decay >= 0.0, "weight_decay", "expected 0 or more");
         check(share.contains(&self.adam_beta1), "adam_beta1", "expected a number from 0 to under 1");
         check(share.contains(&self.adam_beta2), "adam_beta2", "expected a number from 0 to under 1");
