@@ -1,5 +1,6 @@
 //! Drives the program as a user does: one binary for all of it.
 
+mod checkpoints;
 mod command_line;
 mod config;
 mod data;

@@ -17,7 +17,7 @@ use crate::console::ColorChoice;
     arg_required_else_help = true,
     after_help = "Example:\n  ferrotune train examples/quickstart.yaml learning_rate=2e-4\n\n\
         Exit codes: 0 done, 1 an error, 2 a mistake in what was typed or in the config,\n\
-        130 interrupted (what had been trained is saved)"
+        75 stopped before the end and saved: the run can go on, 130 interrupted at once"
 )]
 pub struct Program {
     /// What to do.

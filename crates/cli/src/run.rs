@@ -16,7 +16,7 @@ use ferrotune_model::BuildOptions;
 use ferrotune_model::spec::{BaseWeights, MemoryEstimate, MemoryPlan};
 use ferrotune_tensor::product::bf16_products;
 use ferrotune_tensor::{DType, Device, Precision};
-use ferrotune_trainer::latest_checkpoint;
+use ferrotune_trainer::{LOCK_FILE, RunLock, checkpoints, newest_checkpoint, verify_checkpoint};
 
 use crate::config::{QuantizationBit, Recompute, Resume, RunConfig};
 use crate::console::{Console, Usage, bytes};
@@ -40,6 +40,8 @@ pub struct Run {
     pub model: OpenModel,
     /// The samples.
     pub data: OpenData,
+    /// Keeps other runs out of `output_dir`.
+    _lock: RunLock,
 }
 
 impl Run {
@@ -63,7 +65,9 @@ impl Run {
                 "no data set is named; give a path, or a name in dataset_info.json",
             ));
         }
-        let (output_dir, resume_from) = output(&config)?;
+        let (output_dir, resume_from) = output(&config, console)?;
+        // Known early where the folder is there; else it is made when all has been checked.
+        let lock = output_dir.is_dir().then(|| RunLock::take(&output_dir)).transpose()?;
         set_threads(&config);
         let computing = open_device(&config, console)?;
         let model = OpenModel::open(&config, console)?;
@@ -73,7 +77,8 @@ impl Run {
         let plan = memory_plan(&config, &computing, data.longest_batch(&config));
         check_memory(&model.files.spec.memory(&plan), &computing, console)?;
         fs::create_dir_all(&output_dir).with_context(|| format!("can't create {}", output_dir.display()))?;
-        Ok(Run { config, output_dir, resume_from, computing, model, data })
+        let lock = lock.map_or_else(|| RunLock::take(&output_dir), Ok)?;
+        Ok(Run { config, output_dir, resume_from, computing, model, data, _lock: lock })
     }
 
     /// The batches of the run; takes the samples out of `data`.
@@ -143,7 +148,7 @@ pub fn open_device(config: &RunConfig, console: &Console) -> anyhow::Result<Buil
 }
 
 /// The folder to write into, and the checkpoint to go on from.
-fn output(config: &RunConfig) -> anyhow::Result<(PathBuf, Option<PathBuf>)> {
+fn output(config: &RunConfig, console: &Console) -> anyhow::Result<(PathBuf, Option<PathBuf>)> {
     let Some(folder) = config.output_dir.clone() else {
         return Err(mistake(config, "output_dir", "no folder is named to write the run into"));
     };
@@ -151,38 +156,45 @@ fn output(config: &RunConfig) -> anyhow::Result<(PathBuf, Option<PathBuf>)> {
     if folder.exists() && !folder.is_dir() {
         return wrong(format!("`{}` is a file, expected a folder", folder.display()));
     }
-    let newest = latest_checkpoint(&folder);
+    let newest = || {
+        let newest = newest_checkpoint(&folder);
+        newest.damaged.iter().for_each(|error| console.warn(format!("{error}; looking for an older one")));
+        newest.whole
+    };
     let resume_from = match &config.resume_from_checkpoint {
         Resume::No => None,
-        Resume::Auto => newest,
+        Resume::Auto => newest(),
         Resume::Newest => {
-            let Some(newest) = newest else {
+            let Some(newest) = newest() else {
                 let message = format!(
-                    "`{}` has no checkpoint to go on from; `auto` starts anew in that case",
+                    "`{}` has no whole checkpoint to go on from; `auto` starts anew in that case",
                     folder.display()
                 );
                 return Err(mistake(config, "resume_from_checkpoint", &message));
             };
             Some(newest)
         }
-        Resume::From(checkpoint) if checkpoint.is_dir() => Some(checkpoint.clone()),
+        Resume::From(checkpoint) if checkpoint.is_dir() => {
+            verify_checkpoint(checkpoint)?;
+            Some(checkpoint.clone())
+        }
         Resume::From(checkpoint) => {
             let message = format!("there is no folder `{}`", checkpoint.display());
             return Err(mistake(config, "resume_from_checkpoint", &message));
         }
     };
     let empty = match fs::read_dir(&folder) {
-        Ok(mut entries) => entries.next().is_none(),
+        Ok(entries) => entries.flatten().all(|it| it.file_name() == LOCK_FILE),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => true,
         Err(error) => return wrong(format!("can't read `{}`: {error}", folder.display())),
     };
     // A run that ended before its first checkpoint starts anew by itself; a finished one is kept.
     let unfinished =
-        config.resume_from_checkpoint == Resume::Auto && !folder.join("adapter_model.safetensors").exists();
+        config.resume_from_checkpoint == Resume::Auto && !folder.join("adapter_config.json").exists();
     if !empty && !config.overwrite_output_dir && resume_from.is_none() && !unfinished {
-        let go_on = match latest_checkpoint(&folder) {
-            Some(_) => ", or go on with `resume_from_checkpoint: true`",
-            None => "",
+        let go_on = match checkpoints(&folder).is_empty() {
+            false => ", or go on with `resume_from_checkpoint: true`",
+            true => "",
         };
         let folder = folder.display();
         return wrong(format!(

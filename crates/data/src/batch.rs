@@ -88,6 +88,11 @@ pub trait BatchSource: Send {
     /// Trained tokens of the next `batches` batches of this epoch (fewer where it ends before): the divisor of
     /// an optimizer step, known before its first micro-batch.
     fn trained_ahead(&self, batches: usize) -> usize;
+
+    /// Numbers of the samples in the same batches, for messages; none from a source that doesn't count them.
+    fn samples_ahead(&self, _batches: usize) -> Vec<usize> {
+        Vec::new()
+    }
 }
 
 /// Batches of samples held in memory.
@@ -175,6 +180,11 @@ impl BatchSource for Batches {
             .flat_map(|bin| &self.bins[*bin])
             .map(|index| self.samples[*index].trained_tokens())
             .sum()
+    }
+
+    fn samples_ahead(&self, batches: usize) -> Vec<usize> {
+        let bins = (0..batches as u64).flat_map(|ahead| self.bins_of(self.cursor.position + ahead));
+        bins.flat_map(|bin| &self.bins[*bin]).copied().collect()
     }
 }
 

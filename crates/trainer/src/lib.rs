@@ -4,6 +4,7 @@
 //! saved comes in through [`RunHooks`], and what happens goes out as [`StepReport`] values.
 
 mod checkpoint;
+mod lock;
 mod log;
 mod loss_scale;
 mod objective;
@@ -12,8 +13,11 @@ mod run;
 mod schedule;
 mod step;
 
-pub use checkpoint::{RunState, latest_checkpoint, read_state};
-pub use log::LogWriter;
+pub use checkpoint::{
+    Newest, RunState, checkpoints, clear_leftovers, discard, newest_checkpoint, read_state, verify_checkpoint,
+};
+pub use lock::{LOCK_FILE, RunLock};
+pub use log::{LogWriter, Window};
 pub use loss_scale::LossScale;
 pub use objective::{Loss, NextToken, Objective};
 pub use optimizer::{
@@ -22,4 +26,4 @@ pub use optimizer::{
 };
 pub use run::{Control, Ending, RunHooks, Settings, StepReport, Summary, train};
 pub use schedule::{Plateau, Ramp, Schedule, ScheduleKind};
-pub use step::{StepOutcome, StepSettings, mean_loss, optimizer_step};
+pub use step::{Skipped, StepOutcome, StepSettings, mean_loss, optimizer_step};

@@ -6,9 +6,32 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use ferrotune_tensor::{Error, Result};
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::StepReport;
+
+/// Losses that have been added up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Window {
+    sum: f64,
+    count: usize,
+}
+
+impl Window {
+    /// One more, unless it isn't finite.
+    pub fn add(&mut self, loss: f64) {
+        if loss.is_finite() {
+            self.sum += loss;
+            self.count += 1;
+        }
+    }
+
+    /// NaN without any.
+    pub fn mean(&self) -> f64 {
+        self.sum / self.count as f64
+    }
+}
 
 /// Appends reports to a file, which is made with the first of them.
 #[derive(Debug)]
@@ -32,7 +55,10 @@ impl LogWriter {
         let kept =
             old.lines().filter(|line| step_of(line).is_some_and(|step| step as usize <= self.keep_steps));
         let kept: String = kept.map(|line| format!("{line}\n")).collect();
-        std::fs::write(&self.path, kept)?;
+        // Beside and renamed: a run that is killed here loses no line.
+        let beside = self.path.with_extension("jsonl.part");
+        std::fs::write(&beside, kept)?;
+        std::fs::rename(&beside, &self.path)?;
         OpenOptions::new().append(true).open(&self.path)
     }
 
@@ -44,7 +70,7 @@ impl LogWriter {
         let line = json!({
             "current_steps": report.step,
             "total_steps": report.total_steps,
-            "loss": report.loss,
+            "loss": report.mean_loss,
             "lr": report.learning_rate,
             "grad_norm": report.grad_norm,
             "accuracy": report.accuracy,

@@ -38,20 +38,40 @@ pub struct StepOutcome {
     pub trained_tokens: usize,
     /// Tokens that went through the model.
     pub tokens: usize,
-    /// The scaled gradients overflowed, and no step was taken.
-    pub skipped: bool,
+    /// Why no step was taken.
+    pub skipped: Option<Skipped>,
+}
+
+/// Why a step was left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Skipped {
+    /// The scaled gradients overflowed f16, which is no news of the model.
+    Overflow,
+    /// The loss or the gradients aren't finite.
+    NotFinite,
 }
 
 /// Takes one step, in the next epoch where this one has ended; none when there is no data.
 ///
 /// # Errors
-/// When the data can't be read, the device can't, or loss or gradients aren't finite.
+/// When the data can't be read or the device can't.
 pub fn optimizer_step<M: LanguageModel>(
     settings: &StepSettings,
     model: &mut M,
     batches: &mut dyn BatchSource,
     objective: &dyn Objective,
     optimizer: &mut dyn Optimizer,
+) -> Result<Option<StepOutcome>> {
+    let Some(outcome) = add_gradients(settings, model, batches, objective)? else { return Ok(None) };
+    apply_gradients(settings, outcome, model, optimizer).map(Some)
+}
+
+/// The first half of a step: adds to the gradients of all parameters, which were zero.
+pub(crate) fn add_gradients<M: LanguageModel>(
+    settings: &StepSettings,
+    model: &mut M,
+    batches: &mut dyn BatchSource,
+    objective: &dyn Objective,
 ) -> Result<Option<StepOutcome>> {
     let accumulation = settings.gradient_accumulation_steps;
     if batches.trained_ahead(accumulation) == 0 {
@@ -95,22 +115,25 @@ pub fn optimizer_step<M: LanguageModel>(
         outcome.trained_tokens += batch.trained_tokens();
         outcome.tokens += batch.tokens.len();
     }
-    if outcome.tokens == 0 {
-        return Ok(None);
-    }
+    Ok((outcome.tokens > 0).then_some(outcome))
+}
+
+/// The second half: moves the parameters, and sets their gradients to zero. One whose loss or gradients
+/// aren't finite moves nothing.
+pub(crate) fn apply_gradients<M: LanguageModel>(
+    settings: &StepSettings,
+    mut outcome: StepOutcome,
+    model: &mut M,
+    optimizer: &mut dyn Optimizer,
+) -> Result<StepOutcome> {
     let mut parameters = model.parameters();
     outcome.grad_norm = square_sum(&parameters)?.sqrt() / settings.loss_scale;
-    let finite = outcome.grad_norm.is_finite();
-    if !outcome.loss.is_finite() || (!finite && settings.loss_scale == 1.0) {
-        let (step, loss, norm) = (settings.step + 1, outcome.loss, outcome.grad_norm);
-        let message = format!(
-            "step {step}: the loss is {loss} and the gradients' norm {norm}; lower learning_rate, or look for damaged samples with `ferrotune data`"
-        );
-        return Err(Error::msg(message));
-    }
-    // Scaled gradients that overflow f16 are no news of the model: the step is left out, and the scale falls.
-    outcome.skipped = !finite;
-    if finite {
+    outcome.skipped = match (outcome.loss.is_finite(), outcome.grad_norm.is_finite()) {
+        (true, true) => None,
+        (true, false) if settings.loss_scale != 1.0 => Some(Skipped::Overflow),
+        _ => Some(Skipped::NotFinite),
+    };
+    if outcome.skipped.is_none() {
         let clip = match settings.max_grad_norm > 0.0 && outcome.grad_norm > settings.max_grad_norm {
             true => settings.max_grad_norm / (outcome.grad_norm + 1e-6),
             false => 1.0,
@@ -118,7 +141,7 @@ pub fn optimizer_step<M: LanguageModel>(
         optimizer.step(&mut parameters, settings.learning_rate, clip / settings.loss_scale)?;
     }
     parameters.iter_mut().try_for_each(|it| it.grad.set_zero())?;
-    Ok(Some(outcome))
+    Ok(outcome)
 }
 
 /// The mean loss over the trained tokens of some batches; nothing is trained.

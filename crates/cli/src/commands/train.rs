@@ -6,6 +6,7 @@ use std::io::Write as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use ferrotune_data::{BatchSource as _, Batches};
@@ -16,19 +17,20 @@ use ferrotune_nn::LanguageModel as _;
 use ferrotune_tensor::{DType, Error, Result, peak_resident_bytes};
 use ferrotune_trainer::{
     Adafactor, AdamW, AdamW8bit, Control, Ending, Lion, LogWriter, LossScale, Muon, NextToken, OnHost,
-    Optimizer, ParameterGroups, RunHooks, Schedule, Settings, Sgd, StateMemory, StepReport, Summary,
-    read_state, train,
+    Optimizer, ParameterGroups, RunHooks, Schedule, Settings, Sgd, Skipped, StateMemory, StepReport, Summary,
+    checkpoints, clear_leftovers, discard, read_state, train,
 };
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::Outcome;
 use crate::args::TrainArgs;
-use crate::config::{self, RunConfig, SaveStrategy};
+use crate::config::{self, Resume, RunConfig, SaveStrategy};
 use crate::console::{Console, bytes, thousands};
 use crate::run::{Adapters, Run, available_memory, build_decoder, lora_config, memory_plan, peft_adapter};
+use crate::{INTERRUPTED, Outcome};
 
 /// Keys that a resumed run may change.
-const FREE_KEYS: [&str; 22] = [
+const FREE_KEYS: [&str; 23] = [
+    "max_time",
     "cache_dir",
     "output_dir",
     "overwrite_output_dir",
@@ -55,21 +57,26 @@ const FREE_KEYS: [&str; 22] = [
 
 /// Trains what the config says.
 pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
+    let started = Instant::now();
     let mut run = Run::open(RunConfig::load(Some(&args.config), &args.overrides)?, console)?;
     let longest_batch = run.data.longest_batch(&run.config);
     let mut batches = run.batches()?;
     let steps_per_epoch = batches.steps_per_epoch(run.config.gradient_accumulation_steps);
     let total_steps = run.config.total_steps(steps_per_epoch);
-    let settings = settings(&run, &batches, total_steps, steps_per_epoch as u64)?;
+    let settings = settings(&run, &batches, total_steps, steps_per_epoch as u64, started)?;
     let (adapters, resumed) = match &run.resume_from {
         Some(checkpoint) => {
             let adapter = PeftAdapter::read(checkpoint)?;
             let (state, optimizer) = read_state(checkpoint)?;
+            state.check_identity(&settings.identity)?;
             console.note(format!("going on from {} after step {}", checkpoint.display(), state.step));
             (Adapters::Trained(Box::new(adapter)), Some((state, optimizer)))
         }
         None => {
-            remove_old_checkpoints(&run.output_dir)?;
+            for (_, checkpoint) in checkpoints(&run.output_dir) {
+                // A new run in a folder that held one: the old ones would be taken for its own.
+                discard(&checkpoint)?;
+            }
             (Adapters::New(lora_config(&run.config)), None)
         }
     };
@@ -81,27 +88,35 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
     model.recompute = recompute(&run, longest_batch);
     describe(&run, &mut model, &batches, total_steps, console)?;
     let mut optimizer = optimizer(&run.config);
+    clear_leftovers(&run.output_dir)?;
     let done = resumed.as_ref().map_or(0, |(state, _)| state.step);
     let mut hooks = Hooks {
         run: &run,
         console,
         bar: bar(console, total_steps),
         log: LogWriter::new(&run.output_dir, done),
-        logging_steps: run.config.logging_steps.of(total_steps).max(1) as usize,
-        since_log: (0.0, 0),
         interrupted: interrupted()?,
     };
     let summary =
         train(&settings, resumed, &mut model, &mut batches, &NextToken, optimizer.as_mut(), &mut hooks);
     hooks.bar.finish_and_clear();
     let summary = summary.map_err(|error| out_of_memory(error, &run, longest_batch))?;
-    if let Ending::Stopped(checkpoint) = &summary.ending {
+    let stopped = match &summary.ending {
+        Ending::Finished => None,
+        Ending::Stopped(checkpoint) => Some((checkpoint, "interrupted", " resume_from_checkpoint=true")),
+        Ending::OutOfTime(checkpoint) => {
+            Some((checkpoint, "`max_time` is over", " resume_from_checkpoint=true"))
+        }
+    };
+    if let Some((checkpoint, why, resume)) = stopped {
         console.warn(format!(
-            "interrupted after step {} of {total_steps}; saved to {}. Go on with: ferrotune train {}{} resume_from_checkpoint=true",
+            "{why} after step {} of {total_steps}; saved to {}. Go on with: ferrotune train {}{}{}",
             summary.steps,
             checkpoint.display(),
             args.config.display(),
-            args.overrides.iter().map(|word| format!(" '{word}'")).collect::<String>()
+            args.overrides.iter().map(|word| format!(" '{word}'")).collect::<String>(),
+            // Restarted by the same command, a run with `auto` goes on by itself.
+            if run.config.resume_from_checkpoint == Resume::No { resume } else { "" },
         ));
         return Ok(Outcome::Interrupted);
     }
@@ -131,6 +146,7 @@ fn settings(
     batches: &Batches,
     total_steps: u64,
     steps_per_epoch: u64,
+    started: Instant,
 ) -> anyhow::Result<Settings> {
     let config = &run.config;
     let save_steps = match config.save_strategy {
@@ -153,7 +169,9 @@ fn settings(
             DType::F16 => LossScale::dynamic(),
             _ => LossScale::none(),
         },
+        logging_steps: config.logging_steps.of(total_steps).max(1) as usize,
         save_steps: save_steps as usize,
+        deadline: config.max_time.map(|it| started + Duration::from_secs_f64(it.0)),
         save_total_limit: config.save_total_limit,
         identity: identity(run, batches),
     })
@@ -190,15 +208,6 @@ fn identity(run: &Run, batches: &Batches) -> Vec<(String, String)> {
     let values = run.config.values().into_iter().filter(|(key, _)| !FREE_KEYS.contains(key));
     all.extend(values.map(|(key, value)| (format!("`{key}`"), value)));
     all
-}
-
-/// A new run in a folder that held one: the old checkpoints would be taken for its own.
-fn remove_old_checkpoints(output_dir: &Path) -> anyhow::Result<()> {
-    while let Some(checkpoint) = ferrotune_trainer::latest_checkpoint(output_dir) {
-        fs::remove_dir_all(&checkpoint)
-            .with_context(|| format!("can't remove the old {}", checkpoint.display()))?;
-    }
-    Ok(())
 }
 
 /// What each block keeps. `auto` keeps as many blocks whole as memory allows.
@@ -271,7 +280,7 @@ fn interrupted() -> anyhow::Result<Arc<AtomicBool>> {
     let set = flag.clone();
     ctrlc::set_handler(move || {
         if set.swap(true, Ordering::SeqCst) {
-            std::process::exit(130);
+            std::process::exit(i32::from(INTERRUPTED));
         }
         let _ = writeln!(std::io::stderr(), "\nfinishing the step, then saving; once more to leave at once");
     })
@@ -284,36 +293,41 @@ struct Hooks<'a> {
     console: &'a Console,
     bar: ProgressBar,
     log: LogWriter,
-    logging_steps: usize,
-    /// Sum and count of the losses since the last line of the log.
-    since_log: (f64, usize),
     interrupted: Arc<AtomicBool>,
 }
 
 impl RunHooks<Decoder> for Hooks<'_> {
     fn save_model(&mut self, model: &mut Decoder, folder: &Path) -> Result<()> {
+        let saved = self.run.model.vocabulary.tokenizer.save(folder);
+        saved.map_err(|error| Error::msg(error.to_string()))?;
+        // Last, with its config at the very end: where that is, the model is whole.
         let plain = |error: anyhow::Error| Error::msg(format!("{error:#}"));
         let adapter = peft_adapter(&self.run.config, &self.run.model.name, model).map_err(plain)?;
-        adapter.write(folder, &card(self.run))?;
-        let saved = self.run.model.vocabulary.tokenizer.save(folder);
-        saved.map_err(|error| Error::msg(error.to_string()))
+        adapter.write(folder, &card(self.run))
     }
 
     fn report(&mut self, report: &StepReport) -> Result<Control> {
-        self.since_log.0 += report.loss;
-        self.since_log.1 += 1;
+        if report.skipped == Some(Skipped::NotFinite) {
+            let places: Vec<String> =
+                report.samples.iter().map(|it| self.run.data.place(*it).to_string()).collect();
+            self.console.warn(format!(
+                "step {} is left out: its loss is {} and its gradients' norm {}; its samples: {}",
+                report.step,
+                report.loss,
+                report.grad_norm,
+                places.join(", ")
+            ));
+        }
         self.bar.set_position(report.step as u64);
-        // The mean since the last line of the log, on the console as there.
-        let loss = self.since_log.0 / self.since_log.1 as f64;
         let line = format!(
-            "loss {loss:.4}  lr {:.2e}  {:.0} tokens/s  {} left",
+            "loss {:.4}  lr {:.2e}  {:.0} tokens/s  {} left",
+            report.mean_loss,
             report.learning_rate,
             report.tokens_per_second,
             clock(report.remaining_seconds)
         );
-        if report.step.is_multiple_of(self.logging_steps) || report.step == report.total_steps {
-            self.since_log = (0.0, 0);
-            self.log.write(&StepReport { loss, ..*report })?;
+        if report.logged {
+            self.log.write(report)?;
             if !self.console.shows_progress() && !self.console.quiet {
                 self.console.plain(format!("step {}/{}  {line}", report.step, report.total_steps));
             }
@@ -321,6 +335,20 @@ impl RunHooks<Decoder> for Hooks<'_> {
         self.bar.set_message(line);
         let stop = self.interrupted.load(Ordering::SeqCst);
         Ok(if stop { Control::Stop } else { Control::Continue })
+    }
+
+    /// `recompute: auto` computes half of the blocks that were kept again.
+    fn spare_memory(&mut self, model: &mut Decoder, error: &Error) -> bool {
+        let kept = model.recompute.iter().filter(|it| **it == Recompute::Keep).count();
+        if kept == 0 || self.run.config.recompute_policy() != config::Recompute::Auto {
+            return false;
+        }
+        let (left, blocks) = (kept / 2, model.recompute.len());
+        model.recompute[left..].fill(Recompute::Recompute);
+        self.console.warn(format!(
+            "{error}; going on with the activations of {left} of {blocks} blocks kept instead of {kept}"
+        ));
+        true
     }
 }
 

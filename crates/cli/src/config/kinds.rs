@@ -217,6 +217,28 @@ impl Setting for Steps {
     }
 }
 
+/// A time in seconds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Time(pub f64);
+
+impl Setting for Time {
+    fn expected() -> String {
+        "seconds, or a time such as 90m, 11.5h or 1:30:00".to_string()
+    }
+    fn read(node: &Node) -> Result<Time, String> {
+        let text = scalar::<Time>(node)?.trim();
+        let number = |text: &str| text.parse::<f64>().ok().filter(|it| it.is_finite() && *it >= 0.0);
+        let with_unit = [("s", 1.0), ("m", 60.0), ("h", 3600.0), ("d", 86400.0)]
+            .iter()
+            .find_map(|(unit, seconds)| Some(number(text.strip_suffix(unit)?)? * seconds));
+        let clock = || text.split(':').try_fold(0.0, |sum, part| Some(60.0 * sum + number(part)?));
+        with_unit.or_else(clock).filter(|it| *it > 0.0).map(Time).ok_or_else(|| mismatch::<Time>(node))
+    }
+    fn shown(&self) -> String {
+        format!("{}s", self.0)
+    }
+}
+
 /// `max_steps`: a limit, or none (transformers writes -1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MaxSteps(pub Option<u64>);

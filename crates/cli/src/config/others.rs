@@ -78,7 +78,7 @@ const LATER: &[&str] = &[
     "use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_dft_loss", "use_asft_loss",
     "use_eaft_loss", "neftune_noise_alpha", "label_smoothing_factor", "optim_target_modules",
     "early_stopping_steps", "compute_accuracy", "disable_shuffling", "data_seed",
-    "group_by_length", "auto_find_batch_size", "dataloader_drop_last", "ignore_data_skip", "max_time",
+    "group_by_length", "auto_find_batch_size", "dataloader_drop_last", "ignore_data_skip",
     // Evaluation.
     "do_eval", "do_predict", "predict_with_generate", "eval_steps", "eval_strategy", "evaluation_strategy",
     "eval_delay", "eval_on_start", "load_best_model_at_end", "metric_for_best_model", "eval_accumulation_steps",

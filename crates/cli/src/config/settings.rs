@@ -162,6 +162,8 @@ settings! {
         num_train_epochs: f64 = 3.0,
         /// Steps, whatever num_train_epochs says; null or -1 for no limit.
         max_steps: MaxSteps = MaxSteps(None),
+        /// Save and stop before this time is over, loading included: seconds, or such as 90m, 11.5h, 1:30:00; null for no limit.
+        max_time: Option<Time> = None,
         /// Curve of the learning rate: linear, cosine, cosine_with_restarts, cosine_with_min_lr, polynomial, constant, constant_with_warmup, inverse_sqrt, warmup_stable_decay.
         lr_scheduler_type: Schedule = Schedule::Linear,
         /// What that curve takes, by transformers' names, such as {num_cycles: 2}.

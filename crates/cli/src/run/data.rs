@@ -1,5 +1,8 @@
 //! The data: files to marked samples.
 
+use std::collections::HashSet;
+use std::fmt::Display;
+
 use ferrotune_data::{Conversation, MarkOptions, Place, Report, Sample, SourceOptions, encode_all, load};
 
 use super::model::Vocabulary;
@@ -14,6 +17,8 @@ pub struct OpenData {
     pub sets: Vec<(String, String)>,
     /// What is trained on; without the conversations that gave nothing.
     pub samples: Vec<Sample>,
+    /// Where each sample was read.
+    places: Vec<Place>,
     /// What was cut and left out.
     pub report: Report,
 }
@@ -39,9 +44,17 @@ impl OpenData {
         }
         let (samples, mut report) =
             encode_all(&conversations, &vocabulary.template, &vocabulary.tokenizer, &mark_options(config))?;
+        let without: HashSet<&Place> = report.dropped.iter().map(|it| &it.place).collect();
+        let places = conversations.iter().map(|(place, _)| place).filter(|it| !without.contains(it)).cloned();
+        let places = places.collect();
         dropped.append(&mut report.dropped);
         report.dropped = dropped;
-        Ok(OpenData { conversations, sets, samples, report })
+        Ok(OpenData { conversations, sets, samples, places, report })
+    }
+
+    /// Where a sample was read.
+    pub fn place(&self, sample: usize) -> &dyn Display {
+        self.places.get(sample).map_or(&"unknown", |place| place)
     }
 
     /// Says what was cut and left out.
