@@ -6,6 +6,7 @@ mod config;
 mod data;
 mod debug;
 mod doctor;
+mod evaluation;
 mod quickstart;
 mod run;
 mod smollm2;

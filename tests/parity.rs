@@ -13,7 +13,7 @@ use ferrotune_quant::{Absmax, Nf4GpuWeight, Nf4Weight, Scales, dynamic_map};
 use ferrotune_tensor::{DType, Device, Precision, Result, Tensor};
 use ferrotune_trainer::{
     AdamW, NextToken, Optimizer, ParameterGroups, Schedule, ScheduleKind, StateMemory, StepSettings,
-    mean_loss, optimizer_step,
+    evaluate, optimizer_step,
 };
 use serde_json::Value;
 
@@ -154,7 +154,8 @@ fn logits_and_loss_equal_those_of_transformers() {
             let model = decoder(&device, folder, Base::Dense, Adapters::None);
             let batch = batch_of(&golden["sequences"]);
             check_logits(&model, &batch, &golden["positions"], &golden["logits"], 1e-4);
-            let loss = mean_loss(&model, std::slice::from_ref(&batch)).unwrap();
+            let samples: Vec<Sample> = golden["sequences"].as_array().unwrap().iter().map(sample).collect();
+            let loss = evaluate(&model, &samples, 8).unwrap().loss;
             assert!((loss - golden["loss"].as_f64().unwrap()).abs() < 1e-4, "{folder}: {loss}");
         }
     }

@@ -6,6 +6,7 @@
 mod data;
 mod decoder;
 mod model;
+mod trained;
 
 use std::fs;
 use std::path::PathBuf;
@@ -25,6 +26,7 @@ use crate::machine;
 pub use data::{OpenData, mark_options};
 pub use decoder::{Adapters, build_decoder, lora_config, lora_tensors, open_decoder, peft_adapter};
 pub use model::{OpenModel, Vocabulary};
+pub use trained::load_trained;
 
 /// A training run, opened and checked.
 pub struct Run {
@@ -40,6 +42,8 @@ pub struct Run {
     pub model: OpenModel,
     /// The samples.
     pub data: OpenData,
+    /// What is evaluated on.
+    pub evaluation: Option<OpenData>,
     /// Keeps other runs out of `output_dir`.
     _lock: RunLock,
 }
@@ -73,12 +77,21 @@ impl Run {
         let model = OpenModel::open(&config, console)?;
         let data = OpenData::open(&config, &model.vocabulary)?;
         data.warn(console);
+        let evaluation = match config.eval_dataset.is_empty() {
+            true => None,
+            false => {
+                let config = RunConfig { dataset: config.eval_dataset.clone(), ..config.clone() };
+                let data = OpenData::open(&config, &model.vocabulary)?;
+                data.warn(console);
+                Some(data)
+            }
+        };
         check_fit(&config, &model, &data, console)?;
         let plan = memory_plan(&config, &computing, data.longest_batch(&config));
         check_memory(&model.files.spec.memory(&plan), &computing, console)?;
         fs::create_dir_all(&output_dir).with_context(|| format!("can't create {}", output_dir.display()))?;
         let lock = lock.map_or_else(|| RunLock::take(&output_dir), Ok)?;
-        Ok(Run { config, output_dir, resume_from, computing, model, data, _lock: lock })
+        Ok(Run { config, output_dir, resume_from, computing, model, data, evaluation, _lock: lock })
     }
 
     /// The batches of the run; takes the samples out of `data`.

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use crate::optimizer::State;
-use crate::{LossScale, Settings, Window};
+use crate::{Best, LossScale, Plateau, ScheduleKind, Settings, Window, history};
 
 const STATE_FILE: &str = "ferrotune_state.json";
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
@@ -39,6 +39,15 @@ pub struct RunState {
     pub not_finite_in_a_row: u32,
     /// What has been added up for the next line of the log.
     pub window: Window,
+    /// The best evaluation.
+    pub best: Option<Best>,
+    /// Evaluations since then.
+    pub without_progress: usize,
+    /// Of `reduce_lr_on_plateau`, with the rate that it has come to.
+    pub plateau: Option<(Plateau, f64)>,
+    /// The log as trainer_state.json has it, where it is kept.
+    #[serde(skip)]
+    pub history: Vec<serde_json::Value>,
     /// What must be the same for the run to go on, as (what, value).
     pub identity: Vec<(String, String)>,
 }
@@ -55,6 +64,15 @@ impl RunState {
             loss_scale: Some(settings.loss_scale),
             not_finite_in_a_row: 0,
             window: Window::default(),
+            best: None,
+            without_progress: 0,
+            plateau: match &settings.schedule.kind {
+                ScheduleKind::ReduceLrOnPlateau(plateau) => {
+                    Some((plateau.clone(), settings.schedule.learning_rate))
+                }
+                _ => None,
+            },
+            history: Vec::new(),
             identity: settings.identity.clone(),
         }
     }
@@ -158,14 +176,14 @@ fn checksum(path: &Path) -> Result<String> {
 
 /// Writes `checkpoint-N` through `fill`, which puts the model's own files into the folder it is given.
 pub(crate) fn write(
-    output_dir: &Path,
+    settings: &Settings,
     state: &RunState,
     optimizer: &State,
     fill: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<PathBuf> {
-    let name = format!("checkpoint-{}", state.step);
+    let (output_dir, name) = (&settings.output_dir, format!("checkpoint-{}", state.step));
     let (partial, whole) = (output_dir.join(format!(".{name}.partial")), output_dir.join(&name));
-    let written = write_files(&partial, state, optimizer, fill).and_then(|()| {
+    let written = write_files(&partial, settings, state, optimizer, fill).and_then(|()| {
         discard(&whole)?;
         fs::rename(&partial, &whole).map_err(|source| Error::io(&whole, source))?;
         sync_path(output_dir)
@@ -179,6 +197,7 @@ pub(crate) fn write(
 
 fn write_files(
     folder: &Path,
+    settings: &Settings,
     state: &RunState,
     optimizer: &State,
     fill: impl FnOnce(&Path) -> Result<()>,
@@ -190,6 +209,7 @@ fn write_files(
     let path = folder.join(STATE_FILE);
     let json = serde_json::to_string_pretty(state).map_err(|error| Error::file(&path, error.to_string()))?;
     fs::write(&path, json).map_err(|source| Error::io(&path, source))?;
+    history::write(folder, settings, state)?;
     let mut names: Vec<_> = fs::read_dir(folder)
         .map_err(|source| Error::io(folder, source))?
         .flatten()
@@ -205,10 +225,12 @@ fn write_files(
     sync(folder)
 }
 
-/// Removes the oldest checkpoints beyond a number, but not those that are to stay.
-pub(crate) fn rotate(output_dir: &Path, keep: usize) -> Result<()> {
+/// Removes the oldest checkpoints beyond a number, but never the newest or the best.
+pub(crate) fn rotate(output_dir: &Path, keep: usize, best: Option<usize>) -> Result<()> {
     let all = checkpoints(output_dir);
-    all[..all.len().saturating_sub(keep)].iter().try_for_each(|(_, path)| discard(path))
+    let newest = all.last().map(|(step, _)| *step);
+    let old = all.iter().filter(|(step, _)| Some(*step) != best && Some(*step) != newest);
+    old.take(all.len().saturating_sub(keep)).try_for_each(|(_, path)| discard(path))
 }
 
 /// Removes a checkpoint; under its name it is there or gone, never half of it.
@@ -251,9 +273,10 @@ fn remove_folder(path: &Path) -> Result<()> {
 pub fn read_state(checkpoint: &Path) -> Result<(RunState, State)> {
     let path = checkpoint.join(STATE_FILE);
     let json = fs::read_to_string(&path).map_err(|source| Error::io(&path, source))?;
-    let state = serde_json::from_str(&json).map_err(|error| {
+    let state: RunState = serde_json::from_str(&json).map_err(|error| {
         Error::file(&path, format!("{error}; the checkpoint is damaged, go on from an older one"))
     })?;
+    let state = RunState { history: history::read(checkpoint)?, ..state };
     Ok((state, read_tensors(&checkpoint.join(OPTIMIZER_FILE))?))
 }
 

@@ -4,6 +4,8 @@
 //! saved comes in through [`RunHooks`], and what happens goes out as [`StepReport`] values.
 
 mod checkpoint;
+mod evaluation;
+mod history;
 mod lock;
 mod log;
 mod loss_scale;
@@ -16,6 +18,7 @@ mod step;
 pub use checkpoint::{
     Newest, RunState, checkpoints, clear_leftovers, discard, newest_checkpoint, read_state, verify_checkpoint,
 };
+pub use evaluation::{Best, EvalReport, Evaluation, Metric, evaluate};
 pub use lock::{LOCK_FILE, RunLock};
 pub use log::{LogWriter, Window};
 pub use loss_scale::LossScale;
@@ -26,4 +29,4 @@ pub use optimizer::{
 };
 pub use run::{Control, Ending, RunHooks, Settings, StepReport, Summary, train};
 pub use schedule::{Plateau, Ramp, Schedule, ScheduleKind};
-pub use step::{Skipped, StepOutcome, StepSettings, mean_loss, optimizer_step};
+pub use step::{Skipped, StepOutcome, StepSettings, optimizer_step};

@@ -12,7 +12,10 @@ use ferrotune_tensor::{Error, Result};
 
 use crate::optimizer::State;
 use crate::step::{StepOutcome, StepSettings, add_gradients, apply_gradients};
-use crate::{LossScale, Objective, Optimizer, RunState, Schedule, Skipped, Window, checkpoint};
+use crate::{
+    Best, EvalReport, Evaluation, LossScale, Objective, Optimizer, RunState, Schedule, Skipped, Window,
+    checkpoint, evaluate, history,
+};
 
 /// What the trainer can't do itself, because it knows neither files of models nor generation.
 pub trait RunHooks<M> {
@@ -27,6 +30,20 @@ pub trait RunHooks<M> {
     /// # Errors
     /// When a report can't be written; the run stops.
     fn report(&mut self, report: &StepReport) -> Result<Control>;
+
+    /// Is told of an evaluation.
+    ///
+    /// # Errors
+    /// When a report can't be written; the run stops.
+    fn report_evaluation(&mut self, _report: &EvalReport) -> Result<()> {
+        Ok(())
+    }
+
+    /// Puts the numbers that [`RunHooks::save_model`] wrote back into the model.
+    ///
+    /// # Errors
+    /// When a file is missing or of another model.
+    fn load_model(&mut self, model: &mut M, folder: &Path) -> Result<()>;
 
     /// Makes the model take less memory after a step has run out of it; false when nothing is left to spare.
     fn spare_memory(&mut self, _model: &mut M, _error: &Error) -> bool {
@@ -52,6 +69,12 @@ pub struct Settings {
     pub schedule: Schedule,
     /// Batches of a step.
     pub gradient_accumulation_steps: usize,
+    /// Samples of a batch, and epochs of the run, as they are told to transformers' readers.
+    pub train_batch_size: usize,
+    /// See above.
+    pub num_train_epochs: usize,
+    /// What is evaluated.
+    pub evaluation: Option<Evaluation>,
     /// Gradients are scaled down to this norm; 0 leaves them.
     pub max_grad_norm: f64,
     /// Seed of dropout.
@@ -111,6 +134,8 @@ pub struct StepReport {
 pub enum Ending {
     /// All steps were taken.
     Finished,
+    /// Evaluations got no better for long enough.
+    Early,
     /// It was stopped after saving here.
     Stopped(PathBuf),
     /// The deadline was near; it was saved here.
@@ -134,6 +159,10 @@ pub struct Summary {
     pub elapsed_seconds: f64,
     /// Tokens in a second in this sitting.
     pub tokens_per_second: f64,
+    /// Epochs passed, in parts.
+    pub epoch: f64,
+    /// The best evaluation, where that is what the model is now.
+    pub loaded: Option<Best>,
 }
 
 /// Steps in a row without a finite loss and finite gradients, after which a run stops.
@@ -163,7 +192,11 @@ pub fn train<M: LanguageModel>(
     let sitting = Sitting::begin(&state);
     let mut run = Run { settings, model, batches, objective, optimizer, hooks, state, sitting };
     let ending = run.steps()?;
-    Ok(run.summary(ending))
+    let loaded = match ending {
+        Ending::Finished | Ending::Early => run.load_best()?,
+        _ => None,
+    };
+    Ok(run.summary(ending, loaded))
 }
 
 /// A run under way.
@@ -213,11 +246,25 @@ impl<M: LanguageModel> Run<'_, M> {
         // A run that was killed may have been about to.
         self.rotate()?;
         let total_steps = self.settings.schedule.total_steps;
+        if self.state.step == 0 && self.settings.evaluation.as_ref().is_some_and(|it| it.on_start) {
+            self.evaluate()?;
+        }
         while self.state.step < total_steps {
+            if self.is_hopeless() {
+                return Ok(Ending::Early);
+            }
             let control = self.step()?;
             let (step, save_steps) = (self.state.step, self.settings.save_steps);
             let last = step == total_steps;
-            let due = save_steps > 0 && (last || step.is_multiple_of(save_steps));
+            let mut due = save_steps > 0 && (last || step.is_multiple_of(save_steps));
+            if let Some(it) = &self.settings.evaluation
+                && it.steps > 0
+                && (last || step.is_multiple_of(it.steps))
+            {
+                let keep_best = it.load_best_model_at_end;
+                let better = self.evaluate()?;
+                due |= (better && keep_best) || (save_steps > 0 && self.is_hopeless());
+            }
             let (stop, late) = (control == Control::Stop && !last, self.is_late() && !last);
             if due || stop || late {
                 let written = self.save()?;
@@ -239,6 +286,52 @@ impl<M: LanguageModel> Run<'_, M> {
         left < 2.0 * (self.sitting.longest_step + self.sitting.longest_save)
     }
 
+    /// No evaluation has been better for long enough.
+    fn is_hopeless(&self) -> bool {
+        let patience = self.settings.evaluation.as_ref().and_then(|it| it.patience);
+        patience.is_some_and(|it| self.state.without_progress >= it)
+    }
+
+    /// Evaluates, and tells of it; whether the model is better than it was.
+    fn evaluate(&mut self) -> Result<bool> {
+        let Some(it) = &self.settings.evaluation else { return Ok(false) };
+        let report = EvalReport {
+            step: self.state.step,
+            total_steps: self.settings.schedule.total_steps,
+            epoch: epochs(self.batches),
+            ..evaluate(self.model, &it.samples, it.batch_size)?
+        };
+        let metric = report.metric(it.metric);
+        let state = &mut self.state;
+        let better = state.best.is_none_or(|best| match it.greater_is_better {
+            true => metric > best.metric,
+            false => metric < best.metric,
+        });
+        if better {
+            state.best = Some(Best { metric, step: state.step });
+        }
+        state.without_progress = if better { 0 } else { state.without_progress + 1 };
+        if let Some((plateau, rate)) = &mut state.plateau {
+            *rate = plateau.after(metric, *rate);
+        }
+        state.history.push(history::eval_entry(&report));
+        self.hooks.report_evaluation(&report)?;
+        Ok(better)
+    }
+
+    /// Puts the best model back, where that is wanted.
+    fn load_best(&mut self) -> Result<Option<Best>> {
+        let wanted = self.settings.evaluation.as_ref().is_some_and(|it| it.load_best_model_at_end);
+        let Some(best) = self.state.best.filter(|_| wanted) else { return Ok(None) };
+        let folder = self.settings.output_dir.join(format!("checkpoint-{}", best.step));
+        if best.step == 0 || !folder.is_dir() {
+            // Better before training than ever after; or the checkpoint was taken away.
+            return Ok(None);
+        }
+        self.hooks.load_model(self.model, &folder)?;
+        Ok(Some(best))
+    }
+
     /// Takes a step and tells of it.
     fn step(&mut self) -> Result<Control> {
         let started = Instant::now();
@@ -248,7 +341,10 @@ impl<M: LanguageModel> Run<'_, M> {
             max_grad_norm: self.settings.max_grad_norm,
             seed: self.settings.seed,
             step: self.state.step as u64,
-            learning_rate: self.settings.schedule.at(self.state.step),
+            learning_rate: match &self.state.plateau {
+                Some((_, rate)) => *rate,
+                None => self.settings.schedule.at(self.state.step),
+            },
             loss_scale: loss_scale.value,
         };
         let first_batch = self.batches.cursor();
@@ -283,6 +379,7 @@ impl<M: LanguageModel> Run<'_, M> {
             remaining_seconds: (total_steps - state.step) as f64 / pace,
         };
         if report.logged {
+            state.history.push(history::train_entry(&report));
             state.window = Window::default();
         }
         let control = self.hooks.report(&report)?;
@@ -346,7 +443,7 @@ impl<M: LanguageModel> Run<'_, M> {
         let started = Instant::now();
         let Run { settings, model, hooks, optimizer, state, .. } = self;
         let fill = |folder: &Path| hooks.save_model(model, folder);
-        let written = checkpoint::write(&settings.output_dir, state, &optimizer.state()?, fill)?;
+        let written = checkpoint::write(settings, state, &optimizer.state()?, fill)?;
         self.rotate()?;
         self.sitting.longest_save = self.sitting.longest_save.max(started.elapsed().as_secs_f64());
         Ok(written)
@@ -354,12 +451,17 @@ impl<M: LanguageModel> Run<'_, M> {
 
     fn rotate(&self) -> Result<()> {
         match self.settings.save_total_limit {
-            Some(keep) => checkpoint::rotate(&self.settings.output_dir, keep.max(1)),
+            Some(keep) => {
+                let keeps_best = |it: &&Evaluation| it.load_best_model_at_end;
+                let best = self.settings.evaluation.as_ref().filter(keeps_best).and(self.state.best);
+                let best = best.map(|it| it.step);
+                checkpoint::rotate(&self.settings.output_dir, keep.max(1), best)
+            }
             None => Ok(()),
         }
     }
 
-    fn summary(&self, ending: Ending) -> Summary {
+    fn summary(&self, ending: Ending, loaded: Option<Best>) -> Summary {
         let (state, sitting) = (&self.state, &self.sitting);
         let seconds = sitting.seconds();
         Summary {
@@ -370,6 +472,8 @@ impl<M: LanguageModel> Run<'_, M> {
             total_tokens: state.total_tokens,
             elapsed_seconds: sitting.seconds_before + seconds,
             tokens_per_second: (state.total_tokens - sitting.first_tokens) as f64 / seconds.max(1e-9),
+            epoch: epochs(self.batches),
+            loaded,
         }
     }
 }

@@ -144,24 +144,6 @@ pub(crate) fn apply_gradients<M: LanguageModel>(
     Ok(outcome)
 }
 
-/// The mean loss over the trained tokens of some batches; nothing is trained.
-///
-/// # Errors
-/// When the device can't.
-pub fn mean_loss<M: LanguageModel>(model: &M, batches: &[Batch]) -> Result<f64> {
-    let (mut sum, mut count) = (0.0, 0);
-    for batch in batches {
-        let hidden = model.hidden(&context(batch), &batch.tokens)?;
-        let trained: Vec<f64> = batch.trained.iter().map(|it| f64::from(u8::from(*it))).collect();
-        sum -= model.log_probs(&hidden, &batch.targets, &trained)?.logp.iter().sum::<f64>();
-        count += batch.trained_tokens();
-    }
-    if count == 0 {
-        return Err(Error::msg("no token to take the loss of"));
-    }
-    Ok(sum / count as f64)
-}
-
 fn scaled(dlogp: &[f64], scale: f64) -> Vec<f64> {
     dlogp.iter().map(|it| it * scale).collect()
 }
@@ -170,7 +152,7 @@ fn next_batch(batches: &mut dyn BatchSource) -> Result<Option<Batch>> {
     batches.next().map_err(|error| Error::msg(error.to_string()))
 }
 
-fn context(batch: &Batch) -> Context {
+pub(crate) fn context(batch: &Batch) -> Context {
     Context::new(batch.sequence_starts.iter().map(|it| *it as usize).collect())
 }
 

@@ -16,20 +16,24 @@ use ferrotune_model::{BuildOptions, Decoder, Recompute};
 use ferrotune_nn::LanguageModel as _;
 use ferrotune_tensor::{DType, Error, Result, peak_resident_bytes};
 use ferrotune_trainer::{
-    Adafactor, AdamW, AdamW8bit, Control, Ending, Lion, LogWriter, LossScale, Muon, NextToken, OnHost,
-    Optimizer, ParameterGroups, RunHooks, Schedule, Settings, Sgd, Skipped, StateMemory, StepReport, Summary,
-    checkpoints, clear_leftovers, discard, read_state, train,
+    Adafactor, AdamW, AdamW8bit, Control, Ending, EvalReport, Evaluation, Lion, LogWriter, LossScale, Metric,
+    Muon, NextToken, OnHost, Optimizer, ParameterGroups, RunHooks, Schedule, Settings, Sgd, Skipped,
+    StateMemory, StepReport, Summary, checkpoints, clear_leftovers, discard, evaluate, read_state, train,
 };
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::args::TrainArgs;
-use crate::config::{self, Resume, RunConfig, SaveStrategy};
+use crate::config::{self, BestMetric, EvalStrategy, Resume, RunConfig, SaveStrategy};
 use crate::console::{Console, bytes, thousands};
-use crate::run::{Adapters, Run, available_memory, build_decoder, lora_config, memory_plan, peft_adapter};
+use crate::run::{
+    Adapters, Run, available_memory, build_decoder, load_trained, lora_config, memory_plan, peft_adapter,
+};
 use crate::{INTERRUPTED, Outcome};
 
 /// Keys that a resumed run may change.
-const FREE_KEYS: [&str; 23] = [
+const FREE_KEYS: [&str; 25] = [
+    "per_device_eval_batch_size",
+    "do_eval",
     "max_time",
     "cache_dir",
     "output_dir",
@@ -89,7 +93,7 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
     describe(&run, &mut model, &batches, total_steps, console)?;
     let mut optimizer = optimizer(&run.config);
     clear_leftovers(&run.output_dir)?;
-    let done = resumed.as_ref().map_or(0, |(state, _)| state.step);
+    let done = resumed.as_ref().map(|(state, _)| state.step);
     let mut hooks = Hooks {
         run: &run,
         console,
@@ -102,7 +106,7 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
     hooks.bar.finish_and_clear();
     let summary = summary.map_err(|error| out_of_memory(error, &run, longest_batch))?;
     let stopped = match &summary.ending {
-        Ending::Finished => None,
+        Ending::Finished | Ending::Early => None,
         Ending::Stopped(checkpoint) => Some((checkpoint, "interrupted", " resume_from_checkpoint=true")),
         Ending::OutOfTime(checkpoint) => {
             Some((checkpoint, "`max_time` is over", " resume_from_checkpoint=true"))
@@ -119,6 +123,16 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
             if run.config.resume_from_checkpoint == Resume::No { resume } else { "" },
         ));
         return Ok(Outcome::Interrupted);
+    }
+    if summary.ending == Ending::Early {
+        console.note(format!("stopped after step {}: evaluations got no better", summary.steps));
+    }
+    if let Some(best) = &summary.loaded {
+        console.note(format!("the model of step {} is the best: {:.4}", best.step, best.metric));
+    }
+    if let Some(it) = &settings.evaluation {
+        let report = evaluate(&model, &it.samples, it.batch_size)?;
+        console.note(evaluation_line(&report));
     }
     hooks.save_model(&mut model, &run.output_dir.clone())?;
     finish(&run, &summary, console)
@@ -162,6 +176,9 @@ fn settings(
             warmup_steps: config.warmup(total_steps) as usize,
             total_steps: total_steps as usize,
         },
+        train_batch_size: config.per_device_train_batch_size,
+        num_train_epochs: (total_steps as f64 / steps_per_epoch as f64).ceil() as usize,
+        evaluation: evaluation(run, total_steps, steps_per_epoch),
         gradient_accumulation_steps: config.gradient_accumulation_steps,
         max_grad_norm: config.max_grad_norm,
         seed: config.seed,
@@ -174,6 +191,31 @@ fn settings(
         deadline: config.max_time.map(|it| started + Duration::from_secs_f64(it.0)),
         save_total_limit: config.save_total_limit,
         identity: identity(run, batches),
+    })
+}
+
+/// What is evaluated during the run, and at its end.
+fn evaluation(run: &Run, total_steps: u64, steps_per_epoch: u64) -> Option<Evaluation> {
+    let (data, config) = (run.evaluation.as_ref()?, &run.config);
+    let steps = match config.eval_strategy {
+        EvalStrategy::No => 0,
+        EvalStrategy::Epoch => steps_per_epoch,
+        EvalStrategy::Steps => config.eval_steps.unwrap_or(config.logging_steps).of(total_steps).max(1),
+    };
+    let metric = match config.metric_for_best_model {
+        BestMetric::Loss => Metric::Loss,
+        BestMetric::Accuracy => Metric::Accuracy,
+        BestMetric::Perplexity => Metric::Perplexity,
+    };
+    Some(Evaluation {
+        samples: data.samples.clone(),
+        batch_size: config.per_device_eval_batch_size,
+        steps: steps as usize,
+        on_start: config.eval_on_start,
+        metric,
+        greater_is_better: config.greater_is_better.unwrap_or(metric == Metric::Accuracy),
+        patience: config.early_stopping_steps,
+        load_best_model_at_end: config.load_best_model_at_end,
     })
 }
 
@@ -337,6 +379,21 @@ impl RunHooks<Decoder> for Hooks<'_> {
         Ok(if stop { Control::Stop } else { Control::Continue })
     }
 
+    fn load_model(&mut self, model: &mut Decoder, folder: &Path) -> Result<()> {
+        load_trained(model, folder)
+    }
+
+    fn report_evaluation(&mut self, report: &EvalReport) -> Result<()> {
+        self.log.write_evaluation(report)?;
+        let line = format!("step {}/{}  {}", report.step, report.total_steps, evaluation_line(report));
+        if self.console.shows_progress() {
+            self.bar.println(line);
+        } else if !self.console.quiet {
+            self.console.plain(line);
+        }
+        Ok(())
+    }
+
     /// `recompute: auto` computes half of the blocks that were kept again.
     fn spare_memory(&mut self, model: &mut Decoder, error: &Error) -> bool {
         let kept = model.recompute.iter().filter(|it| **it == Recompute::Keep).count();
@@ -350,6 +407,15 @@ impl RunHooks<Decoder> for Hooks<'_> {
         ));
         true
     }
+}
+
+fn evaluation_line(report: &EvalReport) -> String {
+    format!(
+        "eval_loss {:.4}  perplexity {:.3}  token accuracy {:.1} %",
+        report.loss,
+        report.perplexity(),
+        100.0 * report.accuracy
+    )
 }
 
 fn card(run: &Run) -> ModelCard {

@@ -446,8 +446,10 @@ choice! {
         InverseSqrt = "inverse_sqrt",
         /// Up, level, down.
         WarmupStableDecay = "warmup_stable_decay",
+        /// Lower when evaluations get no better.
+        ReduceLrOnPlateau = "reduce_lr_on_plateau",
     }
-    later { "reduce_lr_on_plateau", "cosine_warmup_with_min_lr", "greedy" } wrong {}
+    later { "cosine_warmup_with_min_lr", "greedy" } wrong {}
 }
 
 choice! {
@@ -486,6 +488,32 @@ choice! {
         Offload = "offload",
     }
     later {} wrong {}
+}
+
+choice! {
+    /// `eval_strategy`
+    EvalStrategy {
+        /// Every `eval_steps` steps.
+        Steps = "steps",
+        /// At the end of each epoch.
+        Epoch = "epoch",
+        /// Not during the run.
+        No = "no" | "false" | "off",
+    }
+    later { "best" } wrong {}
+}
+
+choice! {
+    /// `metric_for_best_model`
+    BestMetric {
+        /// Of the tokens.
+        Loss = "loss" | "eval_loss",
+        /// Of the tokens.
+        Accuracy = "accuracy" | "eval_accuracy",
+        /// exp(loss)
+        Perplexity = "perplexity" | "eval_perplexity",
+    }
+    later { "rouge-1", "rouge-2", "rouge-l", "bleu-4" } wrong {}
 }
 
 choice! {

@@ -63,7 +63,7 @@ pub fn other_names() -> impl Iterator<Item = &'static str> {
 #[rustfmt::skip]
 const LATER: &[&str] = &[
     // Data.
-    "eval_dataset", "media_dir", "streaming", "interleave_probs", "val_size", "eval_on_each_dataset",
+    "media_dir", "streaming", "interleave_probs", "val_size", "eval_on_each_dataset",
     "tool_format", "preserve_thinking", "tokenized_path", "eval_num_beams",
     // Adapters and what is trained.
     "additional_target", "use_dora", "pissa_init", "pissa_convert", "create_new_adapter",
@@ -77,11 +77,11 @@ const LATER: &[&str] = &[
     // Optimizers and losses.
     "use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_dft_loss", "use_asft_loss",
     "use_eaft_loss", "neftune_noise_alpha", "label_smoothing_factor", "optim_target_modules",
-    "early_stopping_steps", "compute_accuracy", "disable_shuffling", "data_seed",
+    "disable_shuffling", "data_seed",
     "group_by_length", "auto_find_batch_size", "dataloader_drop_last", "ignore_data_skip",
     // Evaluation.
-    "do_eval", "do_predict", "predict_with_generate", "eval_steps", "eval_strategy", "evaluation_strategy",
-    "eval_delay", "eval_on_start", "load_best_model_at_end", "metric_for_best_model", "eval_accumulation_steps",
+    "do_predict", "predict_with_generate", 
+    "eval_delay", "eval_accumulation_steps",
     "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval", "prediction_loss_only",
     // Models.
     "rope_scaling", "shift_attn", "mixture_of_depths", "moe_aux_loss_coef", "upcast_layernorm",
@@ -131,6 +131,7 @@ const LATER_WITH_DEFAULT: &[(&str, &[&str])] = &[
 
 /// Taken, and of no effect.
 const IGNORED: &[(&str, &str)] = &[
+    ("compute_accuracy", "evaluation always counts the accuracy of tokens"),
     ("loraplus_lr_embedding", "the embedding has no adapter"),
     ("plot_loss", "no plots yet; the losses are in trainer_log.jsonl"),
     ("report_to", "nothing is sent anywhere yet; the losses are in trainer_log.jsonl"),
@@ -173,9 +174,7 @@ const IGNORED: &[(&str, &str)] = &[
     ("use_cache", "chat always keeps keys and values"),
     ("infer_dtype", "chat computes as training does"),
     ("skip_special_tokens", "chat never shows control tokens"),
-    ("eval_do_concat_batches", "there is no evaluation yet"),
-    ("per_device_eval_batch_size", "there is no evaluation yet"),
-    ("greater_is_better", "there is no evaluation yet"),
+    ("eval_do_concat_batches", "sums are kept, not batches"),
     ("include_tokens_per_second", "tokens per second are always shown"),
     ("include_num_input_tokens_seen", "tokens are always counted"),
     ("include_effective_tokens_per_second", "tokens per second are always shown"),
@@ -194,7 +193,7 @@ const IGNORED: &[(&str, &str)] = &[
     ("remove_unused_columns", "columns without a meaning are never kept"),
     ("label_names", "labels come from the conversation"),
     ("length_column_name", "lengths are counted"),
-    ("include_inputs_for_metrics", "there is no evaluation yet"),
+    ("include_inputs_for_metrics", "metrics take what they need"),
     ("skip_memory_metrics", "peak memory is always shown"),
     ("accelerator_config", "there is no accelerate"),
     ("gradient_checkpointing_kwargs", "`recompute` says what is kept"),
@@ -209,6 +208,7 @@ const IGNORED: &[(&str, &str)] = &[
 
 /// Another program's name for something there is, or something that will not come.
 const INSTEAD: &[(&str, &str)] = &[
+    ("evaluation_strategy", "use `eval_strategy`"),
     (
         "split_special_tokens",
         "control tokens inside a message are text already; `allow_control_tokens: true` changes that",

@@ -164,7 +164,7 @@ settings! {
         max_steps: MaxSteps = MaxSteps(None),
         /// Save and stop before this time is over, loading included: seconds, or such as 90m, 11.5h, 1:30:00; null for no limit.
         max_time: Option<Time> = None,
-        /// Curve of the learning rate: linear, cosine, cosine_with_restarts, cosine_with_min_lr, polynomial, constant, constant_with_warmup, inverse_sqrt, warmup_stable_decay.
+        /// Curve of the learning rate: linear, cosine, cosine_with_restarts, cosine_with_min_lr, polynomial, constant, constant_with_warmup, inverse_sqrt, warmup_stable_decay, reduce_lr_on_plateau.
         lr_scheduler_type: Schedule = Schedule::Linear,
         /// What that curve takes, by transformers' names, such as {num_cycles: 2}.
         lr_scheduler_kwargs: BTreeMap<String, String> = BTreeMap::new(),
@@ -192,6 +192,28 @@ settings! {
         use_muon: bool = false,
         /// Seed of everything random.
         seed: u64 = 42,
+    }
+    "Evaluation" {
+        /// Data sets to evaluate on, which are not trained on: paths, or names in dataset_info.json.
+        eval_dataset: Vec<String> = Vec::new(),
+        /// Evaluate after training; so it is wherever there is something to evaluate on.
+        do_eval: bool = false,
+        /// When to evaluate: steps, epoch or no (at the end only).
+        eval_strategy: EvalStrategy = EvalStrategy::No,
+        /// Steps between two evaluations; null for logging_steps.
+        eval_steps: Option<Steps> = None,
+        /// Evaluate before the first step as well.
+        eval_on_start: bool = false,
+        /// Samples of a batch in evaluation; fewer where memory runs out.
+        per_device_eval_batch_size: usize = 8,
+        /// What says how good the model is: loss, accuracy or perplexity.
+        metric_for_best_model: BestMetric = BestMetric::Loss,
+        /// Whether more of it is better; null for what fits the metric.
+        greater_is_better: Option<bool> = None,
+        /// End with the best model that was evaluated, of which a checkpoint is kept.
+        load_best_model_at_end: bool = false,
+        /// Stop after so many evaluations in a row without a better one.
+        early_stopping_steps: Option<usize> = None,
     }
     "Device" {
         /// auto, cpu, cuda or cuda:N.
@@ -308,6 +330,24 @@ impl RunConfig {
         );
         let ratio = self.loraplus_lr_ratio.is_none_or(|ratio| ratio > 0.0);
         check(ratio, "loraplus_lr_ratio", "expected a number over 0");
+        let evaluates = self.eval_strategy != EvalStrategy::No;
+        let has_samples = !self.eval_dataset.is_empty();
+        let samples = "there is nothing to evaluate on; name an `eval_dataset`";
+        check(has_samples || !evaluates, "eval_strategy", samples);
+        check(has_samples || !self.do_eval, "do_eval", samples);
+        check(has_samples || !self.eval_on_start, "eval_on_start", samples);
+        let strategy = "needs evaluations during the run; set `eval_strategy: steps` or `epoch`";
+        check(evaluates || !self.load_best_model_at_end, "load_best_model_at_end", strategy);
+        check(evaluates || self.early_stopping_steps.is_none(), "early_stopping_steps", strategy);
+        let plateau = self.lr_scheduler_type == Schedule::ReduceLrOnPlateau;
+        check(
+            evaluates || !plateau,
+            "lr_scheduler_type",
+            "reduce_lr_on_plateau needs evaluations during the run; set `eval_strategy: steps` or `epoch`",
+        );
+        check(self.early_stopping_steps != Some(0), "early_stopping_steps", "expected 1 or more");
+        check(self.eval_steps != Some(Steps::Count(0)), "eval_steps", "expected 1 or more");
+        check(self.per_device_eval_batch_size > 0, "per_device_eval_batch_size", "expected 1 or more");
         check(self.weight_decay >= 0.0, "weight_decay", "expected 0 or more");
         check(share.contains(&self.adam_beta1), "adam_beta1", "expected a number from 0 to under 1");
         check(share.contains(&self.adam_beta2), "adam_beta2", "expected a number from 0 to under 1");

@@ -53,6 +53,9 @@ impl RunHooks<Frugal> for Hooks {
     fn save_model(&mut self, _: &mut Frugal, _: &Path) -> Result<()> {
         Ok(())
     }
+    fn load_model(&mut self, _: &mut Frugal, _: &Path) -> Result<()> {
+        Ok(())
+    }
     fn report(&mut self, _: &StepReport) -> Result<Control> {
         Ok(Control::Continue)
     }
@@ -72,6 +75,9 @@ fn run(memory: usize, most: usize) -> (Result<Summary>, Vec<f32>, usize) {
             warmup_steps: 0,
             total_steps: 4,
         },
+        train_batch_size: 1,
+        num_train_epochs: 1,
+        evaluation: None,
         gradient_accumulation_steps: 2,
         max_grad_norm: 0.0,
         seed: 1,
