@@ -113,3 +113,45 @@ fn keys_that_need_something_to_evaluate_on() {
     check("lr_scheduler_type=reduce_lr_on_plateau", "needs evaluations during the run");
     check("evaluation_strategy=steps", "use `eval_strategy`");
 }
+
+#[test]
+fn answers_are_compared_with_the_expected_ones() {
+    let dir = with_eval(
+        "max_steps: 4\ndo_predict: true\npredict_with_generate: true\nmax_new_tokens: 6\ndo_sample: false\n",
+    );
+    dir.ferrotune(&["train", "c.yaml"]).succeeds().says("3 predictions: BLEU-4 ");
+    let read = |name: &str| fs::read_to_string(dir.path().join("out").join(name)).expect(name);
+    let json = |name: &str| serde_json::from_str::<Value>(&read(name)).expect("JSON");
+    let predictions = read("generated_predictions.jsonl");
+    let rows: Vec<Value> =
+        predictions.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    assert_eq!(rows.len(), 3);
+    assert_eq!(rows[2]["label"], "Whatever");
+    let prompt = rows[2]["prompt"].as_str().expect("text");
+    assert!(prompt.contains("Something else") && prompt.contains("<|im_start|>"), "{prompt}");
+    let (results, all) = (json("predict_results.json"), json("all_results.json"));
+    for name in ["predict_bleu-4", "predict_rouge-1", "predict_rouge-2", "predict_rouge-l"] {
+        assert!((0.0..=100.0).contains(&results[name].as_f64().expect(name)), "{results}");
+    }
+    for name in ["train_loss", "eval_loss", "predict_rouge-l", "train_runtime"] {
+        assert!(all[name].is_number(), "{name} in {all}");
+    }
+    assert_eq!(all["eval_loss"], json("eval_results.json")["eval_loss"]);
+    // The same without training.
+    let words = [
+        "train",
+        "c.yaml",
+        "do_train=false",
+        "do_eval=true",
+        "adapter_name_or_path=out",
+        "output_dir=judged",
+    ];
+    dir.ferrotune(&words).succeeds().says("3 predictions: BLEU-4 ").says("eval_loss ");
+    let judged = |name: &str| fs::read_to_string(dir.path().join("judged").join(name)).expect(name);
+    assert_eq!(judged("generated_predictions.jsonl"), predictions);
+    let judged: Value = serde_json::from_str(&judged("eval_results.json")).expect("JSON");
+    assert_eq!(judged["eval_loss"], all["eval_loss"]);
+    assert!(!dir.path().join("judged/adapter_config.json").exists());
+    let words = ["train", "c.yaml", "predict_with_generate=false", "output_dir=other"];
+    dir.ferrotune(&words).fails(2).says("set `predict_with_generate: true` as well");
+}

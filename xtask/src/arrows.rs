@@ -30,6 +30,7 @@ const CONFINED: &[(&str, &[&str])] = &[
     ("indicatif", &["cli"]),
     ("tracing-subscriber", &["cli"]),
     ("saphyr-parser", &["cli"]),
+    ("jieba-rs", &["cli"]),
     ("anyhow", &["cli"]),
 ];
 

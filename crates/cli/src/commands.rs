@@ -5,4 +5,5 @@ pub mod data;
 pub mod debug;
 pub mod doctor;
 pub mod model;
+pub mod predict;
 pub mod train;

@@ -10,7 +10,9 @@ mod commands;
 mod config;
 mod console;
 mod machine;
+mod results;
 mod run;
+mod similarity;
 
 use std::process::ExitCode;
 

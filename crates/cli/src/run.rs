@@ -55,9 +55,6 @@ impl Run {
     /// At the first thing that is missing or wrong, cheapest checks first.
     pub fn open(config: RunConfig, console: &Console) -> anyhow::Result<Run> {
         config.notes.iter().for_each(|note| console.note(note));
-        if !config.do_train {
-            return Err(mistake(&config, "do_train", "nothing to do; this verb trains"));
-        }
         if config.adapter_name_or_path.is_some() {
             let message = "training an existing adapter further is not there yet; leave it out";
             return Err(mistake(&config, "adapter_name_or_path", message));
@@ -77,15 +74,8 @@ impl Run {
         let model = OpenModel::open(&config, console)?;
         let data = OpenData::open(&config, &model.vocabulary)?;
         data.warn(console);
-        let evaluation = match config.eval_dataset.is_empty() {
-            true => None,
-            false => {
-                let config = RunConfig { dataset: config.eval_dataset.clone(), ..config.clone() };
-                let data = OpenData::open(&config, &model.vocabulary)?;
-                data.warn(console);
-                Some(data)
-            }
-        };
+        let evaluation = OpenData::open_evaluation(&config, &model.vocabulary)?;
+        evaluation.iter().for_each(|it| it.warn(console));
         check_fit(&config, &model, &data, console)?;
         let plan = memory_plan(&config, &computing, data.longest_batch(&config));
         check_memory(&model.files.spec.memory(&plan), &computing, console)?;

@@ -52,8 +52,9 @@ impl LogWriter {
         let step_of = |line: &str| -> Option<u64> {
             serde_json::from_str::<serde_json::Value>(line).ok()?.get("current_steps")?.as_u64()
         };
-        let kept =
-            old.lines().filter(|line| step_of(line).is_some_and(|step| Some(step as usize) <= self.keep_steps));
+        let kept = old
+            .lines()
+            .filter(|line| step_of(line).is_some_and(|step| Some(step as usize) <= self.keep_steps));
         let kept: String = kept.map(|line| format!("{line}\n")).collect();
         // Beside and renamed: a run that is killed here loses no line.
         let beside = self.path.with_extension("jsonl.part");

@@ -18,22 +18,26 @@ use ferrotune_tensor::{DType, Error, Result, peak_resident_bytes};
 use ferrotune_trainer::{
     Adafactor, AdamW, AdamW8bit, Control, Ending, EvalReport, Evaluation, Lion, LogWriter, LossScale, Metric,
     Muon, NextToken, OnHost, Optimizer, ParameterGroups, RunHooks, Schedule, Settings, Sgd, Skipped,
-    StateMemory, StepReport, Summary, checkpoints, clear_leftovers, discard, evaluate, read_state, train,
+    StateMemory, StepReport, Summary, checkpoints, clear_leftovers, discard, read_state, train,
 };
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use super::predict;
 use crate::args::TrainArgs;
 use crate::config::{self, BestMetric, EvalStrategy, Resume, RunConfig, SaveStrategy};
 use crate::console::{Console, bytes, thousands};
+use crate::results::{train_results, write_results};
 use crate::run::{
     Adapters, Run, available_memory, build_decoder, load_trained, lora_config, memory_plan, peft_adapter,
 };
 use crate::{INTERRUPTED, Outcome};
 
 /// Keys that a resumed run may change.
-const FREE_KEYS: [&str; 25] = [
+const FREE_KEYS: [&str; 27] = [
     "per_device_eval_batch_size",
     "do_eval",
+    "do_predict",
+    "predict_with_generate",
     "max_time",
     "cache_dir",
     "output_dir",
@@ -62,7 +66,11 @@ const FREE_KEYS: [&str; 25] = [
 /// Trains what the config says.
 pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
     let started = Instant::now();
-    let mut run = Run::open(RunConfig::load(Some(&args.config), &args.overrides)?, console)?;
+    let config = RunConfig::load(Some(&args.config), &args.overrides)?;
+    if !config.do_train {
+        return predict::run(&config, console);
+    }
+    let mut run = Run::open(config, console)?;
     let longest_batch = run.data.longest_batch(&run.config);
     let mut batches = run.batches()?;
     let steps_per_epoch = batches.steps_per_epoch(run.config.gradient_accumulation_steps);
@@ -130,11 +138,15 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
     if let Some(best) = &summary.loaded {
         console.note(format!("the model of step {} is the best: {:.4}", best.step, best.metric));
     }
-    if let Some(it) = &settings.evaluation {
-        let report = evaluate(&model, &it.samples, it.batch_size)?;
-        console.note(evaluation_line(&report));
+    hooks.save_model(&mut model, &run.output_dir)?;
+    let samples_in_step = run.config.per_device_train_batch_size * run.config.gradient_accumulation_steps;
+    write_results(&run.output_dir, "train", &train_results(&summary, samples_in_step))?;
+    if let Some(data) = &run.evaluation {
+        predict::evaluate_at_end(&run.config, &model, data, &run.output_dir, console)?;
+        if run.config.do_predict {
+            predict::predict(&run.config, &run.model, &model, data, &run.output_dir, console)?;
+        }
     }
-    hooks.save_model(&mut model, &run.output_dir.clone())?;
     finish(&run, &summary, console)
 }
 
@@ -409,7 +421,8 @@ impl RunHooks<Decoder> for Hooks<'_> {
     }
 }
 
-fn evaluation_line(report: &EvalReport) -> String {
+/// An evaluation in a line.
+pub fn evaluation_line(report: &EvalReport) -> String {
     format!(
         "eval_loss {:.4}  perplexity {:.3}  token accuracy {:.1} %",
         report.loss,
@@ -483,6 +496,7 @@ fn finish(run: &Run, summary: &Summary, console: &Console) -> anyhow::Result<Out
         fs::read_dir(&run.output_dir).with_context(|| format!("can't read {}", run.output_dir.display()))?;
     let mut names: Vec<(String, u64)> = entries
         .flatten()
+        .filter(|entry| !entry.file_name().to_string_lossy().starts_with('.'))
         .filter_map(|entry| {
             let metadata = entry.metadata().ok()?;
             let slash = if metadata.is_dir() { "/" } else { "" };

@@ -80,7 +80,6 @@ const LATER: &[&str] = &[
     "disable_shuffling", "data_seed",
     "group_by_length", "auto_find_batch_size", "dataloader_drop_last", "ignore_data_skip",
     // Evaluation.
-    "do_predict", "predict_with_generate", 
     "eval_delay", "eval_accumulation_steps",
     "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval", "prediction_loss_only",
     // Models.

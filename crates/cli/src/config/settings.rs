@@ -74,7 +74,7 @@ settings! {
     "Model" {
         /// The base model: a folder, a GGUF file or a model's name on the hub.
         model_name_or_path: Option<String> = None,
-        /// A trained adapter to put on the model (chat and debug).
+        /// A trained adapter to put on the model (chat, debug, and train without training).
         adapter_name_or_path: Option<PathBuf> = None,
         /// Where downloaded models are kept instead of the model cache.
         cache_dir: Option<PathBuf> = None,
@@ -88,7 +88,7 @@ settings! {
     "Method" {
         /// What is trained for: sft.
         stage: Stage = Stage::Sft,
-        /// Whether to train.
+        /// Whether to train; without, there is `do_eval` and `do_predict`.
         do_train: bool = true,
         /// What is trained: lora.
         finetuning_type: FinetuningType = FinetuningType::Lora,
@@ -198,6 +198,10 @@ settings! {
         eval_dataset: Vec<String> = Vec::new(),
         /// Evaluate after training; so it is wherever there is something to evaluate on.
         do_eval: bool = false,
+        /// After training, or without any (`do_train: false`), answer the questions of eval_dataset; with predict_with_generate.
+        do_predict: bool = false,
+        /// Write the answers and how like the expected ones they are: BLEU-4, ROUGE-1, 2 and L.
+        predict_with_generate: bool = false,
         /// When to evaluate: steps, epoch or no (at the end only).
         eval_strategy: EvalStrategy = EvalStrategy::No,
         /// Steps between two evaluations; null for logging_steps.
@@ -335,6 +339,12 @@ impl RunConfig {
         let samples = "there is nothing to evaluate on; name an `eval_dataset`";
         check(has_samples || !evaluates, "eval_strategy", samples);
         check(has_samples || !self.do_eval, "do_eval", samples);
+        check(has_samples || !self.do_predict, "do_predict", samples);
+        check(
+            self.predict_with_generate || !self.do_predict,
+            "do_predict",
+            "set `predict_with_generate: true` as well; without answers, `do_eval` gives the loss",
+        );
         check(has_samples || !self.eval_on_start, "eval_on_start", samples);
         let strategy = "needs evaluations during the run; set `eval_strategy: steps` or `epoch`";
         check(evaluates || !self.load_best_model_at_end, "load_best_model_at_end", strategy);

@@ -52,6 +52,18 @@ impl OpenData {
         Ok(OpenData { conversations, sets, samples, places, report })
     }
 
+    /// What the config evaluates on, if anything.
+    ///
+    /// # Errors
+    /// As [`OpenData::open`].
+    pub fn open_evaluation(config: &RunConfig, vocabulary: &Vocabulary) -> anyhow::Result<Option<OpenData>> {
+        if config.eval_dataset.is_empty() {
+            return Ok(None);
+        }
+        let config = RunConfig { dataset: config.eval_dataset.clone(), ..config.clone() };
+        OpenData::open(&config, vocabulary).map(Some)
+    }
+
     /// Where a sample was read.
     pub fn place(&self, sample: usize) -> &dyn Display {
         self.places.get(sample).map_or(&"unknown", |place| place)
