@@ -1,6 +1,8 @@
 //! The whole against transformers, PEFT and bitsandbytes: logits, loss, every adapter gradient by
 //! name, ten optimizer steps, bit-identical continuation. The numbers are `fixtures/make.py`'s.
 
+mod golden;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
@@ -125,7 +127,7 @@ fn context(batch: &Batch) -> Context {
 /// Checks logits (sequence × position × vocabulary) at some positions.
 fn check_logits(model: &Decoder, batch: &Batch, positions: &Value, expected: &Value, tolerance: f64) {
     let hidden = model.hidden(&context(batch), &batch.tokens).unwrap();
-    let logits = model.head.logits(&hidden).unwrap();
+    let logits = model.logits(&hidden).unwrap();
     let values = logits.to_f32().unwrap();
     let mut compared = 0;
     for (s, positions) in positions.as_array().unwrap().iter().enumerate() {

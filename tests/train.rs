@@ -122,3 +122,54 @@ fn a_resumed_run_ends_as_if_it_had_never_stopped() {
             .says("`lora_rank` was");
     }
 }
+
+#[test]
+fn whole_weights_are_trained_saved_and_resumed() {
+    let model = |dir: &Dir, folder: &str| dir.path().join(folder).join("model.safetensors");
+    let open = |path| candle_core::safetensors::load(path, &candle_core::Device::Cpu).expect("tensors");
+    let floats = |tensor: &candle_core::Tensor| -> Vec<f32> {
+        tensor.flatten_all().and_then(|it| it.to_vec1()).expect("f32 numbers")
+    };
+    let base = open(repository(TINY).join("model.safetensors"));
+    for (keys, trained) in [
+        ("finetuning_type: full\n", vec![""]),
+        (
+            "finetuning_type: freeze\nfreeze_trainable_layers: 1\nfreeze_trainable_modules: mlp\nfreeze_extra_modules: norm\n",
+            vec!["layers.2.mlp", "model.norm"],
+        ),
+    ] {
+        let dir = with_config(&format!("max_steps: 6\nsave_steps: 3\nnum_threads: 2\n{keys}"));
+        dir.ferrotune(&["train", "c.yaml"]).succeeds().says("trainable params: ");
+        let losses = dir.losses("out");
+        assert!(losses[5] < losses[0] - 0.3, "{losses:?}");
+        let after = open(model(&dir, "out"));
+        assert_eq!(after.len(), base.len());
+        for (name, tensor) in &base {
+            let moved = floats(tensor) != floats(&after[name]);
+            assert_eq!(moved, trained.iter().any(|it| name.contains(it)), "{name}");
+            assert_eq!(tensor.dims(), after[name].dims(), "{name}");
+        }
+        // What came out is a model.
+        let logits = |model: &str| {
+            let words = ["debug", "logits", "--model", model, "--ids", "5,6,7", "--top", "1"];
+            dir.ferrotune(&words).succeeds().stdout
+        };
+        assert_ne!(logits("out"), logits(&repository(TINY).display().to_string()));
+        let expected = fs::read(model(&dir, "out")).expect("the model");
+        fs::remove_dir_all(dir.path().join("out/checkpoint-6")).expect("a checkpoint");
+        fs::remove_file(dir.path().join("out/config.json")).expect("the config");
+        let ran = dir.ferrotune(&["train", "c.yaml", "resume_from_checkpoint=true"]).succeeds();
+        ran.says("after step 3");
+        assert!(fs::read(model(&dir, "out")).expect("the model") == expected, "{keys}");
+    }
+    let dir = with_config("max_steps: 2\nfinetuning_type: full\n");
+    let check = |words: &[&str], said: &str| {
+        dir.ferrotune(&[&["train", "c.yaml"], words].concat()).fails(2).says(said);
+    };
+    check(&["quantization_bit=4"], "`quantization_bit`: quantised weights can't be trained");
+    let freeze = "finetuning_type=freeze";
+    check(&[freeze, "freeze_trainable_modules=mpl"], "`mpl` is no module of a layer");
+    check(&[freeze, "freeze_extra_modules=head"], "`head` is no module beside the layers");
+    let gguf = format!("model_name_or_path={}", repository("tests/fixtures/gguf/tiny.gguf").display());
+    check(&[&gguf], "needs a model folder as Hugging Face lays it out");
+}

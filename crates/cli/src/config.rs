@@ -17,7 +17,9 @@ use crate::console::Usage;
 use others::{Fate, other_key, other_names};
 use yaml::{Data, Node};
 
-pub use kinds::{BestMetric, EvalStrategy, Optimizer, QuantizationBit, Recompute, Resume, SaveStrategy};
+pub use kinds::{
+    BestMetric, EvalStrategy, FinetuningType, Optimizer, QuantizationBit, Recompute, Resume, SaveStrategy,
+};
 pub use settings::RunConfig;
 
 impl RunConfig {

@@ -14,19 +14,19 @@ use std::path::PathBuf;
 use anyhow::{Context as _, bail};
 use ferrotune_data::{BatchOptions, Batches};
 use ferrotune_model::BuildOptions;
-use ferrotune_model::spec::{BaseWeights, MemoryEstimate, MemoryPlan};
+use ferrotune_model::spec::{BaseWeights, MemoryEstimate, MemoryPlan, ModelSpec, TensorSpec};
 use ferrotune_tensor::product::bf16_products;
 use ferrotune_tensor::{DType, Device, Precision};
 use ferrotune_trainer::{LOCK_FILE, RunLock, checkpoints, newest_checkpoint, verify_checkpoint};
 
-use crate::config::{QuantizationBit, Recompute, Resume, RunConfig};
+use crate::config::{FinetuningType, QuantizationBit, Recompute, Resume, RunConfig};
 use crate::console::{Console, Usage, bytes};
 use crate::machine;
 
 pub use data::{OpenData, mark_options};
-pub use decoder::{Adapters, build_decoder, lora_config, lora_tensors, open_decoder, peft_adapter};
+pub use decoder::{Adapters, build_decoder, lora_tensors, open_decoder};
 pub use model::{OpenModel, Vocabulary};
-pub use trained::load_trained;
+pub use trained::{check_trained, is_trained, load_trained, save_trained};
 
 /// A training run, opened and checked.
 pub struct Run {
@@ -72,12 +72,13 @@ impl Run {
         set_threads(&config);
         let computing = open_device(&config, console)?;
         let model = OpenModel::open(&config, console)?;
+        check_trained(&config, &model)?;
         let data = OpenData::open(&config, &model.vocabulary)?;
         data.warn(console);
         let evaluation = OpenData::open_evaluation(&config, &model.vocabulary)?;
         evaluation.iter().for_each(|it| it.warn(console));
         check_fit(&config, &model, &data, console)?;
-        let plan = memory_plan(&config, &computing, data.longest_batch(&config));
+        let plan = memory_plan(&config, &model.files.spec, &computing, data.longest_batch(&config));
         check_memory(&model.files.spec.memory(&plan), &computing, console)?;
         fs::create_dir_all(&output_dir).with_context(|| format!("can't create {}", output_dir.display()))?;
         let lock = lock.map_or_else(|| RunLock::take(&output_dir), Ok)?;
@@ -192,8 +193,8 @@ fn output(config: &RunConfig, console: &Console) -> anyhow::Result<(PathBuf, Opt
         Err(error) => return wrong(format!("can't read `{}`: {error}", folder.display())),
     };
     // A run that ended before its first checkpoint starts anew by itself; a finished one is kept.
-    let unfinished =
-        config.resume_from_checkpoint == Resume::Auto && !folder.join("adapter_config.json").exists();
+    let unfinished = config.resume_from_checkpoint == Resume::Auto
+        && ["adapter_config.json", "config.json"].iter().all(|it| !folder.join(it).exists());
     if !empty && !config.overwrite_output_dir && resume_from.is_none() && !unfinished {
         let go_on = match checkpoints(&folder).is_empty() {
             false => ", or go on with `resume_from_checkpoint: true`",
@@ -234,18 +235,30 @@ fn check_fit(
 }
 
 /// How training uses memory, by the config, with micro-batches of this many tokens.
-pub fn memory_plan(config: &RunConfig, computing: &BuildOptions, tokens: usize) -> MemoryPlan {
+pub fn memory_plan(
+    config: &RunConfig,
+    spec: &ModelSpec,
+    computing: &BuildOptions,
+    tokens: usize,
+) -> MemoryPlan {
     let base = match config.quantization_bit {
         Some(QuantizationBit::Four) => BaseWeights::FourBit,
         None => BaseWeights::SixteenBit,
     };
     MemoryPlan {
         base,
-        lora_rank: config.lora_rank,
+        lora_rank: if config.finetuning_type == FinetuningType::Lora { config.lora_rank } else { 0 },
+        trained_weights: trained_weights(config, spec),
         tokens,
         activation_bytes: computing.dtype.size_in_bytes(),
         recompute: matches!(config.recompute_policy(), Recompute::All | Recompute::Offload),
     }
+}
+
+/// Weights that are trained themselves.
+fn trained_weights(config: &RunConfig, spec: &ModelSpec) -> u64 {
+    let trained = |it: &&TensorSpec| is_trained(config, spec.layers.len(), &it.name);
+    spec.tensors().iter().filter(trained).map(|it| (it.rows * it.cols) as u64).sum()
 }
 
 /// Bytes that the device can still give.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use ferrotune_data::{BatchSource as _, Batches};
-use ferrotune_export::{ModelCard, PeftAdapter};
+use ferrotune_export::{ModelCard, SavedAs};
 use ferrotune_model::spec::MemoryPlan;
 use ferrotune_model::{BuildOptions, Decoder, Recompute};
 use ferrotune_nn::LanguageModel as _;
@@ -24,12 +24,10 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::predict;
 use crate::args::TrainArgs;
-use crate::config::{self, BestMetric, EvalStrategy, Resume, RunConfig, SaveStrategy};
+use crate::config::{self, BestMetric, EvalStrategy, FinetuningType, Resume, RunConfig, SaveStrategy};
 use crate::console::{Console, bytes, thousands};
 use crate::results::{train_results, write_results};
-use crate::run::{
-    Adapters, Run, available_memory, build_decoder, load_trained, lora_config, memory_plan, peft_adapter,
-};
+use crate::run::{Adapters, Run, available_memory, build_decoder, load_trained, memory_plan, save_trained};
 use crate::{INTERRUPTED, Outcome};
 
 /// Keys that a resumed run may change.
@@ -76,27 +74,29 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
     let steps_per_epoch = batches.steps_per_epoch(run.config.gradient_accumulation_steps);
     let total_steps = run.config.total_steps(steps_per_epoch);
     let settings = settings(&run, &batches, total_steps, steps_per_epoch as u64, started)?;
-    let (adapters, resumed) = match &run.resume_from {
+    let resumed = match &run.resume_from {
         Some(checkpoint) => {
-            let adapter = PeftAdapter::read(checkpoint)?;
             let (state, optimizer) = read_state(checkpoint)?;
             state.check_identity(&settings.identity)?;
             console.note(format!("going on from {} after step {}", checkpoint.display(), state.step));
-            (Adapters::Trained(Box::new(adapter)), Some((state, optimizer)))
+            Some((state, optimizer))
         }
         None => {
             for (_, checkpoint) in checkpoints(&run.output_dir) {
                 // A new run in a folder that held one: the old ones would be taken for its own.
                 discard(&checkpoint)?;
             }
-            (Adapters::New(lora_config(&run.config)), None)
+            None
         }
     };
-    let model = build_decoder(&run.config, &run.model.files, &run.computing, adapters);
+    let model = build_decoder(&run.config, &run.model.files, &run.computing, Adapters::ToTrain);
     let mut model = model.map_err(|error| match error.downcast::<Error>() {
         Ok(error) => out_of_memory(error, &run, longest_batch),
         Err(error) => error,
     })?;
+    if let Some(checkpoint) = &run.resume_from {
+        load_trained(&run.config, &mut model, checkpoint)?;
+    }
     model.recompute = recompute(&run, longest_batch);
     describe(&run, &mut model, &batches, total_steps, console)?;
     let mut optimizer = optimizer(&run.config);
@@ -155,7 +155,7 @@ fn out_of_memory(error: Error, run: &Run, longest_batch: usize) -> anyhow::Error
     if !matches!(error, Error::OutOfMemory { .. }) {
         return error.into();
     }
-    let plan = memory_plan(&run.config, &run.computing, longest_batch);
+    let plan = memory_plan(&run.config, &run.model.files.spec, &run.computing, longest_batch);
     let lean = MemoryPlan { recompute: true, ..plan };
     let spec = &run.model.files.spec;
     anyhow::anyhow!(
@@ -272,7 +272,7 @@ fn recompute(run: &Run, longest_batch: usize) -> Vec<Recompute> {
         config::Recompute::All => 0,
         config::Recompute::Offload => return vec![Recompute::Offload; blocks],
         config::Recompute::Auto => {
-            let plan = memory_plan(&run.config, &run.computing, longest_batch);
+            let plan = memory_plan(&run.config, &run.model.files.spec, &run.computing, longest_batch);
             available_memory(&run.computing)
                 .map_or(blocks, |available| run.model.files.spec.blocks_kept(&plan, available / 10 * 9))
         }
@@ -289,7 +289,8 @@ fn describe(
     console: &Console,
 ) -> anyhow::Result<()> {
     let trainable: usize = model.parameters().iter().map(|it| it.value.rows() * it.value.cols()).sum();
-    let all = run.model.files.spec.parameter_count() + trainable as u64;
+    let added = if run.config.finetuning_type == FinetuningType::Lora { trainable as u64 } else { 0 };
+    let all = run.model.files.spec.parameter_count() + added;
     let share = 100.0 * trainable as f64 / all as f64;
     console.note(format!(
         "trainable params: {} || all params: {} || trainable%: {share:.4}",
@@ -354,10 +355,10 @@ impl RunHooks<Decoder> for Hooks<'_> {
     fn save_model(&mut self, model: &mut Decoder, folder: &Path) -> Result<()> {
         let saved = self.run.model.vocabulary.tokenizer.save(folder);
         saved.map_err(|error| Error::msg(error.to_string()))?;
+        let exact = if folder == self.run.output_dir { SavedAs::Stored } else { SavedAs::Trained };
+        let (config, base) = (&self.run.config, &self.run.model);
         // Last, with its config at the very end: where that is, the model is whole.
-        let plain = |error: anyhow::Error| Error::msg(format!("{error:#}"));
-        let adapter = peft_adapter(&self.run.config, &self.run.model.name, model).map_err(plain)?;
-        adapter.write(folder, &card(self.run))
+        save_trained(config, base, model, folder, exact, &card(self.run))
     }
 
     fn report(&mut self, report: &StepReport) -> Result<Control> {
@@ -392,7 +393,7 @@ impl RunHooks<Decoder> for Hooks<'_> {
     }
 
     fn load_model(&mut self, model: &mut Decoder, folder: &Path) -> Result<()> {
-        load_trained(model, folder)
+        load_trained(&self.run.config, model, folder)
     }
 
     fn report_evaluation(&mut self, report: &EvalReport) -> Result<()> {

@@ -65,6 +65,18 @@ impl Setting for u64 {
     }
 }
 
+impl Setting for i64 {
+    fn expected() -> String {
+        "a whole number".to_string()
+    }
+    fn read(node: &Node) -> Result<i64, String> {
+        scalar::<i64>(node)?.replace('_', "").parse().map_err(|_| mismatch::<i64>(node))
+    }
+    fn shown(&self) -> String {
+        self.to_string()
+    }
+}
+
 impl Setting for usize {
     fn expected() -> String {
         u64::expected()
@@ -368,8 +380,12 @@ choice! {
     FinetuningType {
         /// Low-rank adapters on frozen weights.
         Lora = "lora",
+        /// All weights.
+        Full = "full",
+        /// Some layers' weights.
+        Freeze = "freeze",
     }
-    later { "full", "freeze", "oft" } wrong {}
+    later { "oft" } wrong {}
 }
 
 /// `template`

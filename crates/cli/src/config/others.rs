@@ -67,7 +67,7 @@ const LATER: &[&str] = &[
     "tool_format", "preserve_thinking", "tokenized_path", "eval_num_beams",
     // Adapters and what is trained.
     "additional_target", "use_dora", "pissa_init", "pissa_convert", "create_new_adapter",
-    "module_dropout", "oft_rank", "freeze_extra_modules", "modules_to_save", "layers_to_transform",
+    "module_dropout", "oft_rank", "modules_to_save", "layers_to_transform",
     "rank_pattern", "alpha_pattern", "use_llama_pro", "resize_vocab", "add_tokens", "add_special_tokens",
     "new_special_tokens_config", "train_from_scratch", "adapter_folder",
     // Preferences.
@@ -109,8 +109,6 @@ const LATER_WITH_DEFAULT: &[(&str, &[&str])] = &[
     ("bias", &["none"]),
     ("oft_block_size", &["32"]),
     ("oft_target", &["all"]),
-    ("freeze_trainable_layers", &["2"]),
-    ("freeze_trainable_modules", &["all"]),
     ("pref_beta", &["0.1"]),
     ("pref_loss", &["sigmoid"]),
     ("kto_chosen_weight", &["1"]),

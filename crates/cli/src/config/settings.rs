@@ -90,7 +90,7 @@ settings! {
         stage: Stage = Stage::Sft,
         /// Whether to train; without, there is `do_eval` and `do_predict`.
         do_train: bool = true,
-        /// What is trained: lora.
+        /// What is trained: lora (adapters), full (all weights) or freeze (some layers' weights).
         finetuning_type: FinetuningType = FinetuningType::Lora,
         /// Rank of the adapters.
         lora_rank: usize = 8,
@@ -104,6 +104,12 @@ settings! {
         lora_exclude: Vec<String> = Vec::new(),
         /// Divide the scale by the square root of the rank instead.
         use_rslora: bool = false,
+        /// freeze: how many of the last layers are trained; of the first ones, where it is negative.
+        freeze_trainable_layers: i64 = 2,
+        /// freeze: which of their modules: all, or names such as mlp,self_attn.
+        freeze_trainable_modules: Vec<String> = vec!["all".to_string()],
+        /// freeze: modules beside the layers that are trained too: embed_tokens, norm, lm_head.
+        freeze_extra_modules: Vec<String> = Vec::new(),
         /// Bits of a frozen weight: 4, or null for the model's own type.
         quantization_bit: Option<QuantizationBit> = None,
         /// The 4-bit code: nf4.
@@ -304,6 +310,12 @@ impl RunConfig {
         check(self.lora_rank > 0, "lora_rank", "expected 1 or more");
         check(self.lora_alpha.is_none_or(|alpha| alpha > 0.0), "lora_alpha", "expected a number over 0");
         check(share.contains(&self.lora_dropout), "lora_dropout", "expected a share, from 0 to under 1");
+        check(self.freeze_trainable_layers != 0, "freeze_trainable_layers", "expected a number other than 0");
+        check(
+            self.finetuning_type == FinetuningType::Lora || self.quantization_bit.is_none(),
+            "quantization_bit",
+            "quantised weights can't be trained; use `finetuning_type: lora`, or leave it out",
+        );
         check(!self.lora_target.is_empty(), "lora_target", "expected `all` or names of linear layers");
         check(self.cutoff_len > 1, "cutoff_len", "expected 2 or more tokens");
         check(self.max_samples != Some(0), "max_samples", "expected 1 or more");
