@@ -51,6 +51,7 @@ impl Plan {
             cutoff_len: 512,
             seed: 0,
             shuffle: false,
+            group_by_length: 0,
         };
         let mut batches = Batches::new(samples, options).unwrap();
         let groups = ParameterGroups::with_decay(self.weight_decay);

@@ -312,6 +312,7 @@ fn ten_steps() -> Batches {
         cutoff_len: 512,
         seed: 0,
         shuffle: false,
+        group_by_length: 0,
     };
     Batches::new(samples, options).unwrap()
 }
@@ -413,6 +414,7 @@ fn the_loss_does_not_depend_on_how_a_step_is_cut_into_batches() {
                     cutoff_len: 512,
                     seed: 0,
                     shuffle: false,
+                    group_by_length: 0,
                 };
                 let mut batches = Batches::new(samples, options).unwrap();
                 let mut model = decoder(&device, "llama_tiny", Base::Dense, Adapters::Lora { scaling: 2.0 });

@@ -98,6 +98,7 @@ fn a_resumed_run_ends_as_if_it_had_never_stopped() {
         "lora_rank: 64\noptim: adamw_8bit\n",
         "lora_rank: 8\noptim: muon\nlr_scheduler_type: warmup_stable_decay\nlr_scheduler_kwargs: {num_decay_steps: 3}\n",
         "lora_rank: 8\noptim: sgd\noptim_args: momentum=0.9\nloraplus_lr_ratio: 4\n",
+        "neftune_noise_alpha: 5\ngroup_by_length: true\n",
     ] {
         let run = format!("max_steps: 9\nlora_dropout: 0.1\nnum_threads: 2\nsave_steps: 4\n{keys}");
         let whole = with_config(&run);

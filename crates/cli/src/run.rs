@@ -95,7 +95,11 @@ impl Run {
             packing: self.config.packing,
             cutoff_len: self.config.cutoff_len,
             seed: self.config.seed,
-            shuffle: true,
+            shuffle: !self.config.disable_shuffling,
+            group_by_length: match self.config.group_by_length {
+                true => self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps,
+                false => 0,
+            },
         };
         Ok(Batches::new(std::mem::take(&mut self.data.samples), options)?)
     }

@@ -50,6 +50,7 @@ pub fn build(
     let blocks = layers.map(|(index, layer)| builder.block(index, layer)).collect::<Result<Vec<_>>>()?;
     Ok(Decoder {
         embedding: Embedding { table: embedding, scale: spec.embedding_scale },
+        neftune_noise_alpha: 0.0,
         recompute: vec![Recompute::Keep; blocks.len()],
         blocks,
         norm: builder.norm(names::FINAL_NORM.trim_end_matches(".weight"), spec.hidden_size)?,

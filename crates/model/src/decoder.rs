@@ -2,7 +2,7 @@
 
 use ferrotune_nn::{
     Context, DenseWeight, Embedding, Head, HeadPass, KeyValues, LanguageModel, Layer, Norm, Numbers,
-    Parameter, SavedTensors, Weight,
+    Parameter, SavedTensors, Weight, add_noise,
 };
 use ferrotune_tensor::{DType, Error, Result, Tensor};
 
@@ -32,6 +32,8 @@ pub struct Decoder {
     pub head: Head,
     /// (V, C); none where the embedding's table is the head's too.
     pub head_weight: Option<DenseWeight>,
+    /// Noise on embedded tokens in training ([`add_noise`]); 0: none.
+    pub neftune_noise_alpha: f64,
     /// One for each block.
     pub recompute: Vec<Recompute>,
     /// What activations are computed in: f32, or f64 to check gradients.
@@ -163,6 +165,7 @@ impl LanguageModel for Decoder {
     fn forward(&self, ctx: &Context, tokens: &[u32]) -> Result<(Tensor, DecoderSaved)> {
         self.check(ctx, tokens)?;
         let mut x = self.embedding.forward(tokens, self.dtype)?;
+        add_noise(ctx, self.neftune_noise_alpha, &mut x)?;
         let mut blocks = Vec::with_capacity(self.blocks.len());
         for (block, recompute) in self.blocks.iter().zip(&self.recompute) {
             let (y, mut saved) = block.forward(ctx, &x)?;

@@ -65,7 +65,7 @@ const FREE_KEYS: [&str; 27] = [
 pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
     let started = Instant::now();
     let config = RunConfig::load(Some(&args.config), &args.overrides)?;
-    if !config.do_train {
+    if !config.trains() {
         return predict::run(&config, console);
     }
     let mut run = Run::open(config, console)?;
@@ -97,6 +97,7 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
     if let Some(checkpoint) = &run.resume_from {
         load_trained(&run.config, &mut model, checkpoint)?;
     }
+    model.neftune_noise_alpha = run.config.neftune_noise_alpha.unwrap_or(0.0);
     model.recompute = recompute(&run, longest_batch);
     describe(&run, &mut model, &batches, total_steps, console)?;
     let mut optimizer = optimizer(&run.config);

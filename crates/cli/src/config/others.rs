@@ -76,9 +76,9 @@ const LATER: &[&str] = &[
     "ppo_score_norm", "ppo_whiten_rewards", "ld_alpha",
     // Optimizers and losses.
     "use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_dft_loss", "use_asft_loss",
-    "use_eaft_loss", "neftune_noise_alpha", "label_smoothing_factor", "optim_target_modules",
-    "disable_shuffling", "data_seed",
-    "group_by_length", "auto_find_batch_size", "dataloader_drop_last", "ignore_data_skip",
+    "use_eaft_loss", "label_smoothing_factor", "optim_target_modules",
+    "data_seed",
+    "auto_find_batch_size", "dataloader_drop_last", "ignore_data_skip",
     // Evaluation.
     "eval_delay", "eval_accumulation_steps",
     "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval", "prediction_loss_only",

@@ -88,7 +88,7 @@ settings! {
     "Method" {
         /// What is trained for: sft.
         stage: Stage = Stage::Sft,
-        /// Whether to train; without, there is `do_eval` and `do_predict`.
+        /// Whether to train; without (or without a dataset), there is `do_eval` and `do_predict`.
         do_train: bool = true,
         /// What is trained: lora (adapters), full (all weights) or freeze (some layers' weights).
         finetuning_type: FinetuningType = FinetuningType::Lora,
@@ -196,6 +196,12 @@ settings! {
         loraplus_lr_ratio: Option<f64> = None,
         /// The same as `optim: muon`.
         use_muon: bool = false,
+        /// NEFTune: noise on embedded tokens in training, such as 5; null for none.
+        neftune_noise_alpha: Option<f64> = None,
+        /// Put samples of like lengths into the same step.
+        group_by_length: bool = false,
+        /// Keep the order of the data in every epoch.
+        disable_shuffling: bool = false,
         /// Seed of everything random.
         seed: u64 = 42,
     }
@@ -279,6 +285,12 @@ impl RunConfig {
         ScheduleKind::named(&self.lr_scheduler_type.shown(), &self.lr_scheduler_kwargs, self.learning_rate)
     }
 
+    /// Whether to train. LLaMA-Factory's configs that only predict or evaluate don't say that they don't.
+    pub fn trains(&self) -> bool {
+        let judges = (self.do_predict || self.do_eval) && self.dataset.is_empty();
+        self.do_train && (self.places.contains_key("do_train") || !judges)
+    }
+
     /// What `optim` and LLaMA-Factory's `use_muon` come to.
     pub fn optimizer(&self) -> Optimizer {
         if self.use_muon { Optimizer::Muon } else { self.optim }
@@ -310,6 +322,8 @@ impl RunConfig {
         check(self.lora_rank > 0, "lora_rank", "expected 1 or more");
         check(self.lora_alpha.is_none_or(|alpha| alpha > 0.0), "lora_alpha", "expected a number over 0");
         check(share.contains(&self.lora_dropout), "lora_dropout", "expected a share, from 0 to under 1");
+        let alpha = self.neftune_noise_alpha.is_none_or(|alpha| alpha >= 0.0);
+        check(alpha, "neftune_noise_alpha", "expected 0 or more");
         check(self.freeze_trainable_layers != 0, "freeze_trainable_layers", "expected a number other than 0");
         check(
             self.finetuning_type == FinetuningType::Lora || self.quantization_bit.is_none(),

@@ -95,6 +95,7 @@ fn run(memory: usize, most: usize) -> (Result<Summary>, Vec<f32>, usize) {
         cutoff_len: 8,
         seed: 3,
         shuffle: true,
+        group_by_length: 0,
     };
     let mut batches = Batches::new(samples.collect(), options).unwrap();
     let p = Parameter::new("p", Tensor::from_vec(1, 1, vec![1.0f32]).unwrap()).unwrap();
