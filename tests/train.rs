@@ -30,10 +30,9 @@ fn with_rows(count: usize, keys: &str) -> Dir {
 
 #[test]
 fn a_run_learns_and_writes_an_adapter() {
-    let dir = with_config("max_steps: 16\nquantization_bit: 4\nplot_loss: true\n");
+    let dir = with_config("max_steps: 16\nquantization_bit: 4\nplot_loss: true\nreport_to: tensorboard\n");
     let ran = dir.ferrotune(&["train", "c.yaml"]).succeeds();
-    let ran =
-        ran.says("note: c.yaml:8: `plot_loss` does nothing").says("trainable params: ").says("step 16/16 ");
+    let ran = ran.says("trainable params: ").says("step 16/16 ");
     ran.prints("trained 16 steps").prints("tokens/s").prints("peak memory");
     let losses = dir.losses("out");
     assert_eq!(losses.len(), 16, "{losses:?}");
@@ -44,8 +43,23 @@ fn a_run_learns_and_writes_an_adapter() {
         "README.md",
         "tokenizer.json",
         "chat_template.jinja",
+        "training_loss.svg",
+        "training_loss.png",
+        "trainer_state.json",
+        "train_results.json",
+        "all_results.json",
     ] {
         assert!(dir.path().join("out").join(name).is_file(), "{name}");
+    }
+    let svg = fs::read_to_string(dir.path().join("out/training_loss.svg")).expect("a picture");
+    assert!(svg.contains("training loss") && svg.contains("smoothed"), "{svg}");
+    let png = fs::read(dir.path().join("out/training_loss.png")).expect("a picture");
+    assert!(png.starts_with(b"\x89PNG") && png.len() > 5000, "{} bytes", png.len());
+    let events =
+        fs::read_dir(dir.path().join("out/runs")).expect("event files").flatten().next().expect("one");
+    let events = fs::read(events.path()).expect("events");
+    for (tag, count) in [(&b"brain.Event:2"[..], 1), (b"train/loss", 16), (b"train/grad_norm", 16)] {
+        assert_eq!(events.windows(tag.len()).filter(|it| *it == tag).count(), count);
     }
     let model = repository(TINY).display().to_string();
     let answer = |words: &[&str]| {

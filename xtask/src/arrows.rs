@@ -31,6 +31,7 @@ const CONFINED: &[(&str, &[&str])] = &[
     ("tracing-subscriber", &["cli"]),
     ("saphyr-parser", &["cli"]),
     ("jieba-rs", &["cli"]),
+    ("plotters", &["cli"]),
     ("anyhow", &["cli"]),
 ];
 

@@ -10,6 +10,7 @@ mod commands;
 mod config;
 mod console;
 mod machine;
+mod plot;
 mod results;
 mod run;
 mod similarity;

@@ -14,6 +14,7 @@ mod optimizer;
 mod run;
 mod schedule;
 mod step;
+mod tensorboard;
 
 pub use checkpoint::{
     Newest, RunState, checkpoints, clear_leftovers, discard, newest_checkpoint, read_state, verify_checkpoint,
@@ -30,3 +31,4 @@ pub use optimizer::{
 pub use run::{Control, Ending, RunHooks, Settings, StepReport, Summary, train};
 pub use schedule::{Plateau, Ramp, Schedule, ScheduleKind};
 pub use step::{Skipped, StepOutcome, StepSettings, optimizer_step};
+pub use tensorboard::EventWriter;

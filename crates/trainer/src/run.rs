@@ -193,7 +193,10 @@ pub fn train<M: LanguageModel>(
     let mut run = Run { settings, model, batches, objective, optimizer, hooks, state, sitting };
     let ending = run.steps()?;
     let loaded = match ending {
-        Ending::Finished | Ending::Early => run.load_best()?,
+        Ending::Finished | Ending::Early => {
+            history::write(&settings.output_dir, settings, &run.state)?;
+            run.load_best()?
+        }
         _ => None,
     };
     Ok(run.summary(ending, loaded))

@@ -14,11 +14,11 @@ use ferrotune_export::{ModelCard, SavedAs};
 use ferrotune_model::spec::MemoryPlan;
 use ferrotune_model::{BuildOptions, Decoder, Recompute};
 use ferrotune_nn::LanguageModel as _;
-use ferrotune_tensor::{DType, Error, Result, peak_resident_bytes};
+use ferrotune_tensor::{DType, Error, Result, peak_resident_bytes, resident_bytes};
 use ferrotune_trainer::{
-    Adafactor, AdamW, AdamW8bit, Control, Ending, EvalReport, Evaluation, Lion, LogWriter, LossScale, Metric,
-    Muon, NextToken, OnHost, Optimizer, ParameterGroups, RunHooks, Schedule, Settings, Sgd, Skipped,
-    StateMemory, StepReport, Summary, checkpoints, clear_leftovers, discard, read_state, train,
+    Adafactor, AdamW, AdamW8bit, Control, Ending, EvalReport, Evaluation, EventWriter, Lion, LogWriter,
+    LossScale, Metric, Muon, NextToken, OnHost, Optimizer, ParameterGroups, RunHooks, Schedule, Settings,
+    Sgd, Skipped, StateMemory, StepReport, Summary, checkpoints, clear_leftovers, discard, read_state, train,
 };
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -26,12 +26,15 @@ use super::predict;
 use crate::args::TrainArgs;
 use crate::config::{self, BestMetric, EvalStrategy, FinetuningType, Resume, RunConfig, SaveStrategy};
 use crate::console::{Console, bytes, thousands};
+use crate::plot::plot_losses;
 use crate::results::{train_results, write_results};
 use crate::run::{Adapters, Run, available_memory, build_decoder, load_trained, memory_plan, save_trained};
 use crate::{INTERRUPTED, Outcome};
 
 /// Keys that a resumed run may change.
-const FREE_KEYS: [&str; 27] = [
+const FREE_KEYS: [&str; 29] = [
+    "plot_loss",
+    "report_to",
     "per_device_eval_batch_size",
     "do_eval",
     "do_predict",
@@ -108,6 +111,7 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
         console,
         bar: bar(console, total_steps),
         log: LogWriter::new(&run.output_dir, done),
+        events: run.config.reports_to_tensorboard().then(|| EventWriter::new(&run.output_dir)),
         interrupted: interrupted()?,
     };
     let summary =
@@ -142,6 +146,9 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
     hooks.save_model(&mut model, &run.output_dir)?;
     let samples_in_step = run.config.per_device_train_batch_size * run.config.gradient_accumulation_steps;
     write_results(&run.output_dir, "train", &train_results(&summary, samples_in_step))?;
+    if run.config.plot_loss {
+        plot_losses(&run.output_dir)?;
+    }
     if let Some(data) = &run.evaluation {
         predict::evaluate_at_end(&run.config, &model, data, &run.output_dir, console)?;
         if run.config.do_predict {
@@ -349,6 +356,7 @@ struct Hooks<'a> {
     console: &'a Console,
     bar: ProgressBar,
     log: LogWriter,
+    events: Option<EventWriter>,
     interrupted: Arc<AtomicBool>,
 }
 
@@ -384,11 +392,17 @@ impl RunHooks<Decoder> for Hooks<'_> {
         );
         if report.logged {
             self.log.write(report)?;
+            self.events.as_mut().map_or(Ok(()), |events| events.write(report))?;
             if !self.console.shows_progress() && !self.console.quiet {
                 self.console.plain(format!("step {}/{}  {line}", report.step, report.total_steps));
             }
         }
-        self.bar.set_message(line);
+        let memory = match self.run.computing.device.gpu() {
+            Some(gpu) => Some(gpu.memory().in_use),
+            None => resident_bytes(),
+        };
+        let memory = memory.map_or_else(String::new, |it| format!("  {}", bytes(it)));
+        self.bar.set_message(format!("{line}  norm {:.2}{memory}", report.grad_norm));
         let stop = self.interrupted.load(Ordering::SeqCst);
         Ok(if stop { Control::Stop } else { Control::Continue })
     }
@@ -399,6 +413,7 @@ impl RunHooks<Decoder> for Hooks<'_> {
 
     fn report_evaluation(&mut self, report: &EvalReport) -> Result<()> {
         self.log.write_evaluation(report)?;
+        self.events.as_mut().map_or(Ok(()), |events| events.write_evaluation(report))?;
         let line = format!("step {}/{}  {}", report.step, report.total_steps, evaluation_line(report));
         if self.console.shows_progress() {
             self.bar.println(line);

@@ -130,8 +130,6 @@ const LATER_WITH_DEFAULT: &[(&str, &[&str])] = &[
 const IGNORED: &[(&str, &str)] = &[
     ("compute_accuracy", "evaluation always counts the accuracy of tokens"),
     ("loraplus_lr_embedding", "the embedding has no adapter"),
-    ("plot_loss", "no plots yet; the losses are in trainer_log.jsonl"),
-    ("report_to", "nothing is sent anywhere yet; the losses are in trainer_log.jsonl"),
     ("run_name", "nothing is sent anywhere yet"),
     ("logging_dir", "the log is in output_dir"),
     ("trust_remote_code", "no code of a model is ever run"),
@@ -283,7 +281,6 @@ mod tests {
         assert!(!off("mix_strategy", "interleave_under"));
         assert!(off("repetition_penalty", "1.0"));
         assert!(off("ppo_target", "6.0"));
-        assert!(off("report_to", "none"));
         assert!(off("enable_thinking", "true"));
     }
 }

@@ -148,6 +148,10 @@ settings! {
         overwrite_output_dir: bool = false,
         /// Go on from a checkpoint: true (the newest), auto (the newest, if any) or a path.
         resume_from_checkpoint: Resume = Resume::No,
+        /// Draw the losses when the run has ended: training_loss.svg and .png, training_eval_loss likewise.
+        plot_loss: bool = false,
+        /// Who is told of the curves: none, tensorboard (event files in output_dir/runs).
+        report_to: Vec<String> = Vec::new(),
         /// Steps between two entries of the log.
         logging_steps: Steps = Steps::Count(10),
         /// When checkpoints are written: steps, epoch or no.
@@ -285,6 +289,11 @@ impl RunConfig {
         ScheduleKind::named(&self.lr_scheduler_type.shown(), &self.lr_scheduler_kwargs, self.learning_rate)
     }
 
+    /// Whether event files are written for TensorBoard.
+    pub fn reports_to_tensorboard(&self) -> bool {
+        self.report_to.iter().any(|it| it == "tensorboard" || it == "all")
+    }
+
     /// Whether to train. LLaMA-Factory's configs that only predict or evaluate don't say that they don't.
     pub fn trains(&self) -> bool {
         let judges = (self.do_predict || self.do_eval) && self.dataset.is_empty();
@@ -322,6 +331,9 @@ impl RunConfig {
         check(self.lora_rank > 0, "lora_rank", "expected 1 or more");
         check(self.lora_alpha.is_none_or(|alpha| alpha > 0.0), "lora_alpha", "expected a number over 0");
         check(share.contains(&self.lora_dropout), "lora_dropout", "expected a share, from 0 to under 1");
+        let other = self.report_to.iter().find(|it| !["none", "tensorboard", "all"].contains(&it.as_str()));
+        let message = format!("expected none or tensorboard, found `{}`", other.map_or("", |it| it));
+        check(other.is_none(), "report_to", &message);
         let alpha = self.neftune_noise_alpha.is_none_or(|alpha| alpha >= 0.0);
         check(alpha, "neftune_noise_alpha", "expected 0 or more");
         check(self.freeze_trainable_layers != 0, "freeze_trainable_layers", "expected a number other than 0");

@@ -32,7 +32,7 @@ impl LanguageModel for Frugal {
     fn log_probs(&self, _: &Tensor, targets: &[u32], _: &[f64]) -> Result<HeadPass> {
         Ok(HeadPass { logp: vec![-1.0; targets.len()], correct: vec![false; targets.len()], dhidden: None })
     }
-    fn head_backward(&self, hidden: &Tensor, targets: &[u32], _: &[f64]) -> Result<HeadPass> {
+    fn head_backward(&mut self, hidden: &Tensor, targets: &[u32], _: &[f64]) -> Result<HeadPass> {
         Ok(HeadPass { dhidden: Some(hidden.try_clone()?), ..self.log_probs(hidden, targets, &[])? })
     }
     fn backward(&mut self, _: &Context, saved: f32, _: Tensor) -> Result<()> {
@@ -68,7 +68,7 @@ impl RunHooks<Frugal> for Hooks {
 
 fn run(memory: usize, most: usize) -> (Result<Summary>, Vec<f32>, usize) {
     let settings = Settings {
-        output_dir: PathBuf::new(),
+        output_dir: std::env::temp_dir(),
         schedule: Schedule {
             kind: ScheduleKind::Linear,
             learning_rate: 0.1,
