@@ -155,3 +155,15 @@ fn answers_are_compared_with_the_expected_ones() {
     let words = ["train", "c.yaml", "predict_with_generate=false", "output_dir=other"];
     dir.ferrotune(&words).fails(2).says("set `predict_with_generate: true` as well");
 }
+
+#[test]
+fn runs_are_listed() {
+    let dir = with_eval("max_steps: 2\n");
+    dir.ferrotune(&["runs"]).succeeds().says("no runs below .");
+    dir.ferrotune(&["train", "c.yaml"]).succeeds();
+    let ran = dir.ferrotune(&["runs"]).succeeds().prints("folder").prints("out ").prints("2/2");
+    ran.prints("finished");
+    fs::remove_file(dir.path().join("out/train_results.json")).expect("the results");
+    dir.ferrotune(&["runs", "."]).succeeds().prints("stopped");
+    dir.ferrotune(&["watch", "out"]).fails(2).says("`watch` draws on a terminal");
+}

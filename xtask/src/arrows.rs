@@ -32,6 +32,7 @@ const CONFINED: &[(&str, &[&str])] = &[
     ("saphyr-parser", &["cli"]),
     ("jieba-rs", &["cli"]),
     ("plotters", &["cli"]),
+    ("ratatui", &["cli"]),
     ("anyhow", &["cli"]),
 ];
 

@@ -76,6 +76,14 @@ pub enum Command {
     )]
     Debug(DebugArgs),
 
+    /// List runs, the newest first.
+    #[command(after_help = "Example:\n  ferrotune runs out")]
+    Runs(RunsArgs),
+
+    /// Follow a run's curve on the terminal, also after it ended.
+    #[command(after_help = "Example:\n  ferrotune watch out/bakery")]
+    Watch(WatchArgs),
+
     /// Show what this machine has and what will run on it.
     #[command(after_help = "Example:\n  ferrotune doctor")]
     Doctor,
@@ -143,6 +151,22 @@ pub struct DataArgs {
     /// How many samples to show.
     #[arg(long, short = 'n', value_name = "COUNT", default_value_t = 3)]
     pub samples: usize,
+}
+
+/// `runs`
+#[derive(Debug, Args)]
+pub struct RunsArgs {
+    /// Where runs are looked for, with the folders in it.
+    #[arg(value_name = "DIR", default_value = ".")]
+    pub folder: PathBuf,
+}
+
+/// `watch`
+#[derive(Debug, Args)]
+pub struct WatchArgs {
+    /// The run's output_dir.
+    #[arg(value_name = "DIR")]
+    pub folder: PathBuf,
 }
 
 /// `model`

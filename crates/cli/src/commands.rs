@@ -6,4 +6,6 @@ pub mod debug;
 pub mod doctor;
 pub mod model;
 pub mod predict;
+pub mod runs;
 pub mod train;
+pub mod watch;

@@ -13,6 +13,7 @@ mod machine;
 mod plot;
 mod results;
 mod run;
+mod run_log;
 mod similarity;
 
 use std::process::ExitCode;
@@ -62,6 +63,8 @@ fn run(command: &Command, console: &Console) -> anyhow::Result<Outcome> {
             DebugCommand::Tokenize(args) => commands::debug::tokenize(args, console),
             DebugCommand::Render(args) => commands::debug::render(args, console),
         },
+        Command::Runs(args) => commands::runs::run(args, console),
+        Command::Watch(args) => commands::watch::run(args, console),
         Command::Doctor => commands::doctor::run(console),
     }
 }

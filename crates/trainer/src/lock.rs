@@ -11,6 +11,21 @@ pub struct RunLock {
     _file: File,
 }
 
+impl RunLock {
+    /// Which process writes into a folder, if any does.
+    pub fn holder(output_dir: &Path) -> Option<String> {
+        let path = output_dir.join(LOCK_FILE);
+        let file = File::open(&path).ok()?;
+        match file.try_lock_shared() {
+            Err(TryLockError::WouldBlock) => {
+                let process = std::fs::read_to_string(&path).unwrap_or_default();
+                Some(format!("process {process}"))
+            }
+            _ => None,
+        }
+    }
+}
+
 /// The file that is locked.
 pub const LOCK_FILE: &str = ".ferrotune.lock";
 
@@ -56,7 +71,9 @@ mod tests {
         let lock = RunLock::take(&dir).unwrap();
         let error = RunLock::take(&dir).unwrap_err().to_string();
         assert!(error.contains(&format!("process {}", std::process::id())), "{error}");
+        assert_eq!(RunLock::holder(&dir), Some(format!("process {}", std::process::id())));
         drop(lock);
+        assert_eq!(RunLock::holder(&dir), None);
         drop(RunLock::take(&dir).unwrap());
         std::fs::remove_dir_all(&dir).unwrap();
     }
