@@ -99,7 +99,7 @@ fn decoder(folder: &Path, device: &Device, dtype: DType, base: Base) -> Decoder 
 fn whole(model: &Decoder, tokens: &[u32], adapters: bool) -> Vec<f32> {
     let ctx = Context { adapters, ..Context::new(vec![0, tokens.len()]) };
     let hidden = model.hidden(&ctx, tokens).unwrap();
-    model.head.logits(&hidden).unwrap().to_f32().unwrap()
+    model.logits(&hidden).unwrap().to_f32().unwrap()
 }
 
 /// The same after a prompt and then token by token; on a GPU recorded, growing the cache on the way.
@@ -107,12 +107,12 @@ fn piecewise(model: &Decoder, tokens: &[u32], adapters: bool) -> Vec<f32> {
     let mut cache = model.cache();
     let (prompt, rest) = tokens.split_at(3);
     let hidden = model.step(prompt, adapters, &mut cache).unwrap();
-    let mut logits = model.head.logits(&hidden).unwrap().to_f32().unwrap();
+    let mut logits = model.logits(&hidden).unwrap().to_f32().unwrap();
     if !TokenSteps::are_for(model, adapters).unwrap() {
         assert!(hidden.gpu().is_none(), "there are kernels for all of this model");
         for token in rest {
             let hidden = model.step(&[*token], adapters, &mut cache).unwrap();
-            logits.extend(model.head.logits(&hidden).unwrap().to_f32().unwrap());
+            logits.extend(model.logits(&hidden).unwrap().to_f32().unwrap());
         }
         return logits;
     }

@@ -1,10 +1,13 @@
 //! Drives the program as a user does: one binary for all of it.
 
+mod checkpoints;
 mod command_line;
 mod config;
 mod data;
 mod debug;
 mod doctor;
+mod evaluation;
+mod llama_factory;
 mod quickstart;
 mod run;
 mod smollm2;

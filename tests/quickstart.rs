@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::Path;
 
-use ferrotune_data::{Batch, Sample};
+use ferrotune_data::Sample;
 use ferrotune_export::PeftAdapter;
 use ferrotune_lora::LoraAdapter;
 use ferrotune_model::source::{ModelFiles, Stored};
@@ -12,7 +12,7 @@ use ferrotune_model::{BuildOptions, Decoder, PartSpec, build};
 use ferrotune_nn::Part;
 use ferrotune_quant::{Nf4Weight, Scales};
 use ferrotune_tensor::{DType, Device, Precision};
-use ferrotune_trainer::mean_loss;
+use ferrotune_trainer::evaluate;
 use serde_json::{Value, json};
 
 use crate::util::{Dir, repository, test_model};
@@ -58,9 +58,9 @@ fn the_quick_start_gives_an_identity_and_hurts_nothing() {
     let chinese = ask(&of_the_set, &adapter);
     assert_eq!(known(&chinese), 2, "{chinese:#?}");
 
-    let batches: Vec<Batch> = base_answers.iter().map(|it| said(&dir, &model, it)).collect();
-    let before = mean_loss(&decoder(&model, None), &batches).unwrap();
-    let after = mean_loss(&decoder(&model, Some(&dir.path().join("out"))), &batches).unwrap();
+    let samples: Vec<Sample> = base_answers.iter().map(|it| said(&dir, &model, it)).collect();
+    let before = evaluate(&decoder(&model, None), &samples, 1).unwrap().loss;
+    let after = evaluate(&decoder(&model, Some(&dir.path().join("out"))), &samples, 1).unwrap().loss;
     let rise = 100.0 * (after / before - 1.0);
     eprintln!("loss of the base model's own answers: {before:.4} before, {after:.4} after ({rise:+.1} %)");
     assert!(rise <= 10.0, "the loss of the base model's own answers rises from {before:.4} to {after:.4}");
@@ -87,7 +87,7 @@ fn answers(prompts: &Path, printed: &str) -> Vec<(String, String)> {
 }
 
 /// An answer as a batch in which its tokens count, but not the end that a limit may have cut off.
-fn said(dir: &Dir, model: &Path, (prompt, answer): &(String, String)) -> Batch {
+fn said(dir: &Dir, model: &Path, (prompt, answer): &(String, String)) -> Sample {
     let messages = json!([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]);
     let file = dir.file("said.json", messages.to_string()).display().to_string();
     let model = model.display().to_string();
@@ -100,7 +100,7 @@ fn said(dir: &Dir, model: &Path, (prompt, answer): &(String, String)) -> Batch {
     if let Some(last) = trained.iter().rposition(|it| *it) {
         trained[last] = false;
     }
-    Batch::new([&Sample { tokens: numbers("ids"), trained, ..Sample::default() }])
+    Sample { tokens: numbers("ids"), trained, ..Sample::default() }
 }
 
 /// The model in 4 bits, as the quick start trains it.

@@ -45,7 +45,7 @@ fn output_dir_is_not_overwritten_by_accident() {
     );
     dir.ferrotune(&["train", "c.yaml", "resume_from_checkpoint=true"])
         .fails(2)
-        .says("has no checkpoint to go on from");
+        .says("has no whole checkpoint to go on from");
     dir.ferrotune(&["train", "c.yaml", "resume_from_checkpoint=out/checkpoint-9"])
         .fails(2)
         .says("there is no folder `out/checkpoint-9`");

@@ -30,6 +30,9 @@ const CONFINED: &[(&str, &[&str])] = &[
     ("indicatif", &["cli"]),
     ("tracing-subscriber", &["cli"]),
     ("saphyr-parser", &["cli"]),
+    ("jieba-rs", &["cli"]),
+    ("plotters", &["cli"]),
+    ("ratatui", &["cli"]),
     ("anyhow", &["cli"]),
 ];
 

@@ -17,7 +17,7 @@ use crate::console::ColorChoice;
     arg_required_else_help = true,
     after_help = "Example:\n  ferrotune train examples/quickstart.yaml learning_rate=2e-4\n\n\
         Exit codes: 0 done, 1 an error, 2 a mistake in what was typed or in the config,\n\
-        130 interrupted (what had been trained is saved)"
+        75 stopped before the end and saved: the run can go on, 130 interrupted at once"
 )]
 pub struct Program {
     /// What to do.
@@ -75,6 +75,14 @@ pub enum Command {
         after_help = "Example:\n  ferrotune debug tokenize --model HuggingFaceTB/SmolLM2-135M-Instruct 'Hello there'"
     )]
     Debug(DebugArgs),
+
+    /// List runs, the newest first.
+    #[command(after_help = "Example:\n  ferrotune runs out")]
+    Runs(RunsArgs),
+
+    /// Follow a run's curve on the terminal, also after it ended.
+    #[command(after_help = "Example:\n  ferrotune watch out/bakery")]
+    Watch(WatchArgs),
 
     /// Show what this machine has and what will run on it.
     #[command(after_help = "Example:\n  ferrotune doctor")]
@@ -146,6 +154,22 @@ pub struct DataArgs {
     /// Print everything as one line of JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+/// `runs`
+#[derive(Debug, Args)]
+pub struct RunsArgs {
+    /// Where runs are looked for, with the folders in it.
+    #[arg(value_name = "DIR", default_value = ".")]
+    pub folder: PathBuf,
+}
+
+/// `watch`
+#[derive(Debug, Args)]
+pub struct WatchArgs {
+    /// The run's output_dir.
+    #[arg(value_name = "DIR")]
+    pub folder: PathBuf,
 }
 
 /// `model`

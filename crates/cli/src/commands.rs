@@ -5,4 +5,7 @@ pub mod data;
 pub mod debug;
 pub mod doctor;
 pub mod model;
+pub mod predict;
+pub mod runs;
 pub mod train;
+pub mod watch;

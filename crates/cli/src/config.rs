@@ -14,11 +14,12 @@ use std::path::Path;
 use anyhow::Context as _;
 
 use crate::console::Usage;
-pub use kinds::{
-    MixStrategy, OnBadRow, Optimizer, QuantizationBit, Recompute, Resume, SaveStrategy, Schedule, Stage,
-    TemplateName,
-};
 use others::{Fate, other_key, other_names};
+
+pub use kinds::{
+    BestMetric, EvalStrategy, FinetuningType, MixStrategy, OnBadRow, Optimizer, QuantizationBit, Recompute,
+    Resume, SaveStrategy, Stage, TemplateName,
+};
 pub use settings::RunConfig;
 pub use yaml::{Data, Node, parse as parse_yaml};
 

@@ -10,7 +10,11 @@ mod commands;
 mod config;
 mod console;
 mod machine;
+mod plot;
+mod results;
 mod run;
+mod run_log;
+mod similarity;
 
 use std::process::ExitCode;
 
@@ -22,9 +26,14 @@ use console::{Console, Usage};
 pub enum Outcome {
     /// All of it was done.
     Done,
-    /// Ctrl-C: what was possible has been saved.
+    /// Stopped before the end, by a signal or `max_time`; all has been saved, and the same run can go on.
     Interrupted,
 }
+
+/// The exit code of what was stopped and saved: sysexits.h's EX_TEMPFAIL, "try again later".
+const SAVED: u8 = 75;
+/// The exit code of what was stopped at once.
+pub const INTERRUPTED: u8 = 130;
 
 fn main() -> ExitCode {
     let program = Program::read();
@@ -32,7 +41,7 @@ fn main() -> ExitCode {
     start_tracing(program.verbose, console.color_err);
     match run(&program.command, &console) {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
-        Ok(Outcome::Interrupted) => ExitCode::from(130),
+        Ok(Outcome::Interrupted) => ExitCode::from(SAVED),
         // The reader of a pipe went away (`| head`): it has what it wanted.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
@@ -54,6 +63,8 @@ fn run(command: &Command, console: &Console) -> anyhow::Result<Outcome> {
             DebugCommand::Tokenize(args) => commands::debug::tokenize(args, console),
             DebugCommand::Render(args) => commands::debug::render(args, console),
         },
+        Command::Runs(args) => commands::runs::run(args, console),
+        Command::Watch(args) => commands::watch::run(args, console),
         Command::Doctor => commands::doctor::run(console),
     }
 }

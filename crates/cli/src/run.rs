@@ -7,6 +7,7 @@ mod data;
 mod decoder;
 mod hub;
 mod model;
+mod trained;
 
 use std::fs;
 use std::path::PathBuf;
@@ -14,18 +15,19 @@ use std::path::PathBuf;
 use anyhow::{Context as _, bail};
 use ferrotune_data::{BatchSource, Batches, StreamedBatches};
 use ferrotune_model::BuildOptions;
-use ferrotune_model::spec::{BaseWeights, MemoryEstimate, MemoryPlan};
+use ferrotune_model::spec::{BaseWeights, MemoryEstimate, MemoryPlan, ModelSpec, TensorSpec};
 use ferrotune_tensor::product::bf16_products;
 use ferrotune_tensor::{DType, Device, Precision};
-use ferrotune_trainer::latest_checkpoint;
+use ferrotune_trainer::{LOCK_FILE, RunLock, checkpoints, newest_checkpoint, verify_checkpoint};
 
-use crate::config::{QuantizationBit, Recompute, Resume, RunConfig};
+use crate::config::{FinetuningType, QuantizationBit, Recompute, Resume, RunConfig};
 use crate::console::{Console, Usage, bytes};
 use crate::machine;
 
 pub use data::{DataUse, OpenData, mark_options, warn_of_rows};
-pub use decoder::{Adapters, build_decoder, lora_config, lora_tensors, open_decoder, peft_adapter};
+pub use decoder::{Adapters, build_decoder, lora_tensors, open_decoder};
 pub use model::{OpenModel, TemplateSource, Vocabulary, model_spec, template_source};
+pub use trained::{check_trained, is_trained, load_trained, save_trained};
 
 /// A training run, opened and checked.
 pub struct Run {
@@ -41,6 +43,10 @@ pub struct Run {
     pub model: OpenModel,
     /// The samples.
     pub data: OpenData,
+    /// What is evaluated on.
+    pub evaluation: Option<OpenData>,
+    /// Keeps other runs out of `output_dir`.
+    _lock: RunLock,
 }
 
 impl Run {
@@ -50,9 +56,6 @@ impl Run {
     /// At the first thing that is missing or wrong, cheapest checks first.
     pub fn open(config: RunConfig, console: &Console) -> anyhow::Result<Run> {
         config.notes.iter().for_each(|note| console.note(note));
-        if !config.do_train {
-            return Err(mistake(&config, "do_train", "nothing to do; this verb trains"));
-        }
         if config.adapter_name_or_path.is_some() {
             let message = "training an existing adapter further is not there yet; leave it out";
             return Err(mistake(&config, "adapter_name_or_path", message));
@@ -64,19 +67,26 @@ impl Run {
                 "no data set is named; give a path, or a name in dataset_info.json",
             ));
         }
-        let (output_dir, resume_from) = output(&config)?;
+        let (output_dir, resume_from) = output(&config, console)?;
+        // Known early where the folder is there; else it is made when all has been checked.
+        let lock = output_dir.is_dir().then(|| RunLock::take(&output_dir)).transpose()?;
         set_threads(&config);
         let computing = open_device(&config, console)?;
         let model = OpenModel::open(&config, console)?;
         let tokens = model.files.spec.vocab_size;
         check_added(&config, &model)?;
-        let data = OpenData::open(&config, &model.vocabulary, DataUse::Train(tokens), console)?;
+        check_trained(&config, &model)?;
+        let mut data = OpenData::open(&config, &model.vocabulary, DataUse::Train(tokens), console)?;
         data.warn(console);
+        let evaluation = OpenData::open_evaluation(&config, &model.vocabulary, tokens, console)?;
+        let evaluation = evaluation.or_else(|| data.take_evaluation());
+        evaluation.iter().for_each(|it| it.warn(console));
         check_fit(&config, &model, &data, console)?;
-        let plan = memory_plan(&config, &computing, data.longest_batch(&config));
+        let plan = memory_plan(&config, &model.files.spec, &computing, data.longest_batch(&config));
         check_memory(&model.files.spec.memory(&plan), &computing, console)?;
         fs::create_dir_all(&output_dir).with_context(|| format!("can't create {}", output_dir.display()))?;
-        Ok(Run { config, output_dir, resume_from, computing, model, data })
+        let lock = lock.map_or_else(|| RunLock::take(&output_dir), Ok)?;
+        Ok(Run { config, output_dir, resume_from, computing, model, data, evaluation, _lock: lock })
     }
 
     /// The batches of the run; takes the samples out of `data`.
@@ -169,7 +179,7 @@ pub fn open_device(config: &RunConfig, console: &Console) -> anyhow::Result<Buil
 }
 
 /// The folder to write into, and the checkpoint to go on from.
-fn output(config: &RunConfig) -> anyhow::Result<(PathBuf, Option<PathBuf>)> {
+fn output(config: &RunConfig, console: &Console) -> anyhow::Result<(PathBuf, Option<PathBuf>)> {
     let Some(folder) = config.output_dir.clone() else {
         return Err(mistake(config, "output_dir", "no folder is named to write the run into"));
     };
@@ -177,38 +187,45 @@ fn output(config: &RunConfig) -> anyhow::Result<(PathBuf, Option<PathBuf>)> {
     if folder.exists() && !folder.is_dir() {
         return wrong(format!("`{}` is a file, expected a folder", folder.display()));
     }
-    let newest = latest_checkpoint(&folder);
+    let newest = || {
+        let newest = newest_checkpoint(&folder);
+        newest.damaged.iter().for_each(|error| console.warn(format!("{error}; looking for an older one")));
+        newest.whole
+    };
     let resume_from = match &config.resume_from_checkpoint {
         Resume::No => None,
-        Resume::Auto => newest,
+        Resume::Auto => newest(),
         Resume::Newest => {
-            let Some(newest) = newest else {
+            let Some(newest) = newest() else {
                 let message = format!(
-                    "`{}` has no checkpoint to go on from; `auto` starts anew in that case",
+                    "`{}` has no whole checkpoint to go on from; `auto` starts anew in that case",
                     folder.display()
                 );
                 return Err(mistake(config, "resume_from_checkpoint", &message));
             };
             Some(newest)
         }
-        Resume::From(checkpoint) if checkpoint.is_dir() => Some(checkpoint.clone()),
+        Resume::From(checkpoint) if checkpoint.is_dir() => {
+            verify_checkpoint(checkpoint)?;
+            Some(checkpoint.clone())
+        }
         Resume::From(checkpoint) => {
             let message = format!("there is no folder `{}`", checkpoint.display());
             return Err(mistake(config, "resume_from_checkpoint", &message));
         }
     };
     let empty = match fs::read_dir(&folder) {
-        Ok(mut entries) => entries.next().is_none(),
+        Ok(entries) => entries.flatten().all(|it| it.file_name() == LOCK_FILE),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => true,
         Err(error) => return wrong(format!("can't read `{}`: {error}", folder.display())),
     };
     // A run that ended before its first checkpoint starts anew by itself; a finished one is kept.
-    let unfinished =
-        config.resume_from_checkpoint == Resume::Auto && !folder.join("adapter_model.safetensors").exists();
+    let unfinished = config.resume_from_checkpoint == Resume::Auto
+        && ["adapter_config.json", "config.json"].iter().all(|it| !folder.join(it).exists());
     if !empty && !config.overwrite_output_dir && resume_from.is_none() && !unfinished {
-        let go_on = match latest_checkpoint(&folder) {
-            Some(_) => ", or go on with `resume_from_checkpoint: true`",
-            None => "",
+        let go_on = match checkpoints(&folder).is_empty() {
+            false => ", or go on with `resume_from_checkpoint: true`",
+            true => "",
         };
         let folder = folder.display();
         return wrong(format!(
@@ -257,18 +274,30 @@ fn check_fit(
 }
 
 /// How training uses memory, by the config, with micro-batches of this many tokens.
-pub fn memory_plan(config: &RunConfig, computing: &BuildOptions, tokens: usize) -> MemoryPlan {
+pub fn memory_plan(
+    config: &RunConfig,
+    spec: &ModelSpec,
+    computing: &BuildOptions,
+    tokens: usize,
+) -> MemoryPlan {
     let base = match config.quantization_bit {
         Some(QuantizationBit::Four) => BaseWeights::FourBit,
         None => BaseWeights::SixteenBit,
     };
     MemoryPlan {
         base,
-        lora_rank: config.lora_rank,
+        lora_rank: if config.finetuning_type == FinetuningType::Lora { config.lora_rank } else { 0 },
+        trained_weights: trained_weights(config, spec),
         tokens,
         activation_bytes: computing.dtype.size_in_bytes(),
         recompute: matches!(config.recompute_policy(), Recompute::All | Recompute::Offload),
     }
+}
+
+/// Weights that are trained themselves.
+fn trained_weights(config: &RunConfig, spec: &ModelSpec) -> u64 {
+    let trained = |it: &&TensorSpec| is_trained(config, spec.layers.len(), &it.name);
+    spec.tensors().iter().filter(trained).map(|it| (it.rows * it.cols) as u64).sum()
 }
 
 /// Bytes that the device can still give.

@@ -60,6 +60,9 @@ pub struct BatchOptions {
     pub seed: u64,
     /// Whether the order changes with the epoch; false keeps the order of the data.
     pub shuffle: bool,
+    /// Puts samples of like lengths into the same step, which takes so many (transformers'
+    /// `group_by_length`); 0: no.
+    pub group_by_length: usize,
 }
 
 /// Where a source of batches stands: the batch that [`BatchSource::next`] gives next.
@@ -88,6 +91,11 @@ pub trait BatchSource: Send {
     /// Trained tokens of the next `batches` batches of this epoch (fewer where it ends before): the divisor of
     /// an optimizer step, known before its first micro-batch.
     fn trained_ahead(&self, batches: usize) -> usize;
+
+    /// Numbers of the samples in the same batches, for messages; none from a source that doesn't count them.
+    fn samples_ahead(&self, _batches: usize) -> Vec<usize> {
+        Vec::new()
+    }
 }
 
 /// Batches of samples held in memory.
@@ -131,6 +139,22 @@ impl Batches {
         self.batches_per_epoch().div_ceil(gradient_accumulation_steps.max(1))
     }
 
+    /// Sorts stretches of the order, of about fifty steps each, by falling length; the longest bin comes first,
+    /// so that memory that doesn't suffice shows at once (`get_length_grouped_indices` of transformers).
+    fn group_by_length(&mut self) {
+        let length =
+            |bin: &usize| -> usize { self.bins[*bin].iter().map(|it| self.samples[*it].tokens.len()).sum() };
+        let step = self.options.group_by_length;
+        let stretch = step * (self.order.len() / (step * 4)).clamp(1, 50);
+        for bins in self.order.chunks_mut(stretch) {
+            bins.sort_by_key(|bin| std::cmp::Reverse(length(bin)));
+        }
+        let firsts = (0..self.order.len()).step_by(stretch);
+        if let Some(longest) = firsts.max_by_key(|at| (length(&self.order[*at]), std::cmp::Reverse(*at))) {
+            self.order.swap(0, longest);
+        }
+    }
+
     fn bins_of(&self, position: u64) -> &[usize] {
         let size = self.options.per_device_train_batch_size;
         let start = (position as usize).saturating_mul(size).min(self.order.len());
@@ -161,6 +185,9 @@ impl BatchSource for Batches {
             if self.options.shuffle {
                 shuffle(&mut self.order, self.options.seed, cursor.epoch);
             }
+            if self.options.group_by_length > 0 {
+                self.group_by_length();
+            }
         }
         self.cursor = cursor;
     }
@@ -175,6 +202,11 @@ impl BatchSource for Batches {
             .flat_map(|bin| &self.bins[*bin])
             .map(|index| self.samples[*index].trained_tokens())
             .sum()
+    }
+
+    fn samples_ahead(&self, batches: usize) -> Vec<usize> {
+        let bins = (0..batches as u64).flat_map(|ahead| self.bins_of(self.cursor.position + ahead));
+        bins.flat_map(|bin| &self.bins[*bin]).copied().collect()
     }
 }
 
@@ -235,7 +267,14 @@ mod tests {
     }
 
     fn options() -> BatchOptions {
-        BatchOptions { per_device_train_batch_size: 2, packing: false, cutoff_len: 8, seed: 7, shuffle: true }
+        BatchOptions {
+            per_device_train_batch_size: 2,
+            packing: false,
+            cutoff_len: 8,
+            seed: 7,
+            shuffle: true,
+            group_by_length: 0,
+        }
     }
 
     fn epoch(batches: &mut Batches) -> Vec<Batch> {
@@ -322,5 +361,26 @@ mod tests {
         assert_ne!(order(42, 0), order(42, 1));
         assert_ne!(order(42, 0), order(43, 0));
         assert_eq!(mix(0), 0xE220_A839_7B1D_CDAF);
+    }
+
+    #[test]
+    fn lengths_that_are_alike_go_together() {
+        let samples: Vec<Sample> = (0..96).map(|n| sample(2 + (n * 37) % 95, 0)).collect();
+        let grouped = |group_by_length: usize| {
+            let options = BatchOptions { per_device_train_batch_size: 4, group_by_length, ..options() };
+            let mut batches = Batches::new(samples.clone(), options).unwrap();
+            let (mut spread, mut tokens, mut first) = (0, 0, 0);
+            while let Some(batch) = batches.next().unwrap() {
+                let lengths: Vec<u32> = batch.sequence_starts.windows(2).map(|it| it[1] - it[0]).collect();
+                spread += lengths.iter().max().unwrap() - lengths.iter().min().unwrap();
+                first = if tokens == 0 { lengths[0] } else { first };
+                tokens += batch.tokens.len();
+            }
+            (spread, tokens, first)
+        };
+        let (mixed, grouped) = (grouped(0), grouped(4));
+        assert_eq!(mixed.1, grouped.1, "each sample once");
+        assert!(grouped.0 * 3 < mixed.0, "{} {}", grouped.0, mixed.0);
+        assert_eq!(grouped.2, 96, "the longest first");
     }
 }

@@ -42,6 +42,7 @@ fn a_long_file_takes_no_more_memory() {
             cutoff_len: 512,
             seed: 1,
             shuffle: true,
+            group_by_length: 0,
         },
         buffer_size: 1000,
         strategy: MixStrategy::Concat,

@@ -4,8 +4,10 @@
 
 mod card;
 mod files;
+mod model;
 mod peft;
 
 pub use card::ModelCard;
 pub use files::write_whole;
+pub use model::{SavedAs, write_model};
 pub use peft::{LoraTensors, Modules, PeftAdapter, write_tensors};

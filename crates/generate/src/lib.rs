@@ -97,5 +97,5 @@ fn last_logits(model: &Decoder, cache: &mut KvCache, tokens: &[u32], adapters: b
     let hidden = model.step(tokens, adapters, cache)?;
     let mut last = hidden.empty_like(1, hidden.cols())?;
     last.write_block((0, 0), &hidden, (tokens.len() - 1..tokens.len(), 0..hidden.cols()))?;
-    model.head.logits(&last)?.to_f32()
+    model.logits(&last)?.to_f32()
 }

@@ -224,7 +224,10 @@ mod tests {
     }
 
     fn weight(rows: usize, cols: usize, seed: u64) -> DenseWeight {
-        DenseWeight { value: seeded(rows, cols, seed).cast(DType::F32).unwrap(), precision: Precision::Full }
+        DenseWeight {
+            value: seeded(rows, cols, seed).cast(DType::F32).unwrap().into(),
+            precision: Precision::Full,
+        }
     }
 
     fn adapted(dropout: f64) -> Adapted {
@@ -264,7 +267,7 @@ mod tests {
         let (base, x) = (weight(9, 12, 5), seeded(4, 12, 6).cast(DType::F32).unwrap());
         let (a, b) = (seeded(3, 12, 7).cast(DType::F32).unwrap(), seeded(9, 3, 8).cast(DType::F32).unwrap());
         let adapter = LoraAdapter::from_parts("q", a, b, 2.0, 0.0, Precision::Full).unwrap();
-        let merged = DenseWeight { value: adapter.merged(&base).unwrap(), precision: Precision::Full };
+        let merged = DenseWeight { value: adapter.merged(&base).unwrap().into(), precision: Precision::Full };
         let mut expected = x.zeros_like(4, 9).unwrap();
         let mut got = x.zeros_like(4, 9).unwrap();
         merged.forward(&x, &mut expected, 0).unwrap();

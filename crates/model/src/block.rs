@@ -60,19 +60,21 @@ impl<Body: Layer> Layer for Sublayer<Body> {
     }
 
     fn backward(&mut self, ctx: &Context, x: &Tensor, saved: Self::Saved, mut dy: Tensor) -> Result<Tensor> {
-        if let (Some(norm), Some(body_out)) = (&self.norm_out, &saved.body_out) {
+        if let (Some(norm), Some(body_out)) = (&mut self.norm_out, &saved.body_out) {
             dy = norm.backward(body_out, dy)?;
         }
         let normed = self.normed(ctx, x)?;
         let dx = self.body.backward(ctx, normed.as_ref().unwrap_or(x), saved.body, dy)?;
-        match &self.norm_in {
+        match &mut self.norm_in {
             Some(norm) => norm.backward(x, dx),
             None => Ok(dx),
         }
     }
 
     fn parameters(&mut self) -> Vec<&mut Parameter> {
-        self.body.parameters()
+        let before = self.norm_in.iter_mut().flat_map(Norm::parameters);
+        let after = self.norm_out.iter_mut().flat_map(Norm::parameters);
+        before.chain(self.body.parameters()).chain(after).collect()
     }
 }
 

@@ -1,7 +1,5 @@
 //! ModelSpec + a source of weights → Decoder.
 
-use std::sync::Arc;
-
 use ferrotune_nn::{Attention, DenseWeight, Embedding, Head, Linear, Mlp, Norm, NormKind, Part, Weight};
 use ferrotune_tensor::{DType, Device, Error, Precision, Result, Tensor};
 
@@ -46,19 +44,18 @@ pub fn build(
     make_part: &mut MakePart,
 ) -> Result<Decoder> {
     let mut builder = Builder { spec, weights, options, make_part };
-    let embedding = Arc::new(builder.table(names::EMBEDDING)?);
-    let head = match spec.tie_word_embeddings {
-        true => embedding.clone(),
-        false => Arc::new(builder.table(names::HEAD)?),
-    };
+    let embedding = builder.table(names::EMBEDDING)?;
+    let head_weight = (!spec.tie_word_embeddings).then(|| builder.table(names::HEAD)).transpose()?;
     let layers = spec.layers.iter().enumerate();
     let blocks = layers.map(|(index, layer)| builder.block(index, layer)).collect::<Result<Vec<_>>>()?;
     Ok(Decoder {
         embedding: Embedding { table: embedding, scale: spec.embedding_scale },
+        neftune_noise_alpha: 0.0,
         recompute: vec![Recompute::Keep; blocks.len()],
         blocks,
         norm: builder.norm(names::FINAL_NORM.trim_end_matches(".weight"), spec.hidden_size)?,
-        head: Head { weight: head, scale: spec.logit_scale, softcap: spec.logit_softcap },
+        head: Head { scale: spec.logit_scale, softcap: spec.logit_softcap },
+        head_weight,
         dtype: builder.options.dtype,
     })
 }
@@ -92,16 +89,16 @@ impl Builder<'_, '_> {
             (Device::Cpu, Precision::Bf16) => value.cast(DType::BF16)?,
             (Device::Cpu, Precision::Full) => value,
         };
-        Ok(DenseWeight { value, precision: *precision })
+        Ok(DenseWeight { value: value.into(), precision: *precision })
     }
 
     fn norm(&self, module: &str, group: usize) -> Result<Norm> {
         let bias = match self.spec.norm.kind {
-            NormKind::Layer => Some(self.vector(&format!("{module}.bias"), group)?),
+            NormKind::Layer => Some(self.vector(&format!("{module}.bias"), group)?.into()),
             NormKind::Rms => None,
         };
         let weight = self.vector(&format!("{module}.weight"), group)?;
-        Ok(Norm { kind: self.spec.norm.kind, weight, bias, eps: self.spec.norm.eps })
+        Ok(Norm { kind: self.spec.norm.kind, weight: weight.into(), bias, eps: self.spec.norm.eps })
     }
 
     fn block(&mut self, index: usize, layer: &LayerSpec) -> Result<Block> {
@@ -179,7 +176,7 @@ impl Builder<'_, '_> {
                 |error: Error| Error::file(self.weights.path(), format!("tensor `{weight}`: {error}"));
             let mut part = (self.make_part)(&spec, self.weights.get(&weight)?).map_err(in_context)?;
             if it.bias {
-                part.bias = Some(self.vector(&names::bias(index, it.part), it.out_features)?);
+                part.bias = Some(self.vector(&names::bias(index, it.part), it.out_features)?.into());
             }
             Ok(part)
         };
@@ -198,6 +195,6 @@ pub fn dense_part(spec: &PartSpec, stored: Stored, options: &BuildOptions) -> Re
     if let Device::Cuda(_) = options.device {
         value = value.to_device_as(&options.device, options.dtype)?;
     }
-    let weight: Box<dyn Weight> = Box::new(DenseWeight { value, precision: options.precision });
+    let weight: Box<dyn Weight> = Box::new(DenseWeight { value: value.into(), precision: options.precision });
     Ok(Part { name: spec.name.clone(), weight, bias: None, adapter: None })
 }

@@ -1,12 +1,13 @@
 //! tokens → embedding → blocks → norm → hidden states → head.
 
 use ferrotune_nn::{
-    Context, Embedding, Head, HeadPass, KeyValues, LanguageModel, Layer, Norm, Parameter, SavedTensors,
-    Weight,
+    Context, DenseWeight, Embedding, Head, HeadPass, KeyValues, LanguageModel, Layer, Norm, Numbers,
+    Parameter, SavedTensors, Weight, add_noise,
 };
 use ferrotune_tensor::{DType, Error, Result, Tensor};
 
 use crate::block::{Block, BlockSaved};
+use crate::spec::{ModelSpec, names};
 
 /// What is kept of a block for its backward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +30,10 @@ pub struct Decoder {
     pub norm: Norm,
     /// Vectors to logits.
     pub head: Head,
+    /// (V, C); none where the embedding's table is the head's too.
+    pub head_weight: Option<DenseWeight>,
+    /// Noise on embedded tokens in training ([`add_noise`]); 0: none.
+    pub neftune_noise_alpha: f64,
     /// One for each block.
     pub recompute: Vec<Recompute>,
     /// What activations are computed in: f32, or f64 to check gradients.
@@ -37,6 +42,7 @@ pub struct Decoder {
 
 /// What [`Decoder`]'s backward reads.
 pub struct DecoderSaved {
+    tokens: Vec<u32>,
     /// Each block's input (N, C), and what it kept.
     blocks: Vec<(Tensor, Option<BlockSaved>)>,
     /// (N, C): what the last norm read.
@@ -91,6 +97,58 @@ impl Decoder {
         self.norm.forward(&x)
     }
 
+    /// Logits (N, V) of hidden states.
+    ///
+    /// # Errors
+    /// When shapes don't fit.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.head.logits(self.output_weight(), hidden)
+    }
+
+    /// The head's weight (V, C): the embedding's where they are tied.
+    pub(crate) fn output_weight(&self) -> &DenseWeight {
+        self.head_weight.as_ref().unwrap_or(&self.embedding.table)
+    }
+
+    /// Makes weights trained, those that are wanted by their canonical names.
+    ///
+    /// # Errors
+    /// When one of them is quantised, or the device has no room.
+    pub fn train(&mut self, spec: &ModelSpec, wanted: &dyn Fn(&str) -> bool) -> Result<()> {
+        let numbers = |name: String, it: &mut Numbers| if wanted(&name) { it.train(&name) } else { Ok(()) };
+        let norm = |module: String, it: Option<&mut Norm>| -> Result<()> {
+            let Some(it) = it else { return Ok(()) };
+            numbers(format!("{module}.weight"), &mut it.weight)?;
+            it.bias.as_mut().map_or(Ok(()), |bias| numbers(format!("{module}.bias"), bias))
+        };
+        numbers(names::EMBEDDING.to_string(), &mut self.embedding.table.value)?;
+        for (index, (block, layer)) in self.blocks.iter_mut().zip(&spec.layers).enumerate() {
+            let places = layer.norms.names();
+            let at = |part: Option<&str>| part.map(|part| names::module(index, part)).unwrap_or_default();
+            norm(at(places.attention_in), block.attention.norm_in.as_mut())?;
+            norm(at(places.attention_out), block.attention.norm_out.as_mut())?;
+            norm(at(places.mlp_in), block.mlp.norm_in.as_mut())?;
+            norm(at(places.mlp_out), block.mlp.norm_out.as_mut())?;
+            let (attention, mlp) = (&mut block.attention.body, &mut block.mlp.body);
+            norm(names::module(index, names::Q_NORM), attention.q_norm.as_mut())?;
+            norm(names::module(index, names::K_NORM), attention.k_norm.as_mut())?;
+            for linear in [&mut attention.qkv, &mut attention.o, &mut mlp.gate_up, &mut mlp.down] {
+                for part in &mut linear.parts {
+                    let weight = format!("{}.weight", part.name);
+                    if wanted(&weight) {
+                        part.weight.train(&weight)?;
+                    }
+                    if let Some(bias) = &mut part.bias {
+                        numbers(format!("{}.bias", part.name), bias)?;
+                    }
+                }
+            }
+        }
+        norm(names::FINAL_NORM.trim_end_matches(".weight").to_string(), Some(&mut self.norm))?;
+        let head = self.head_weight.as_mut();
+        head.map_or(Ok(()), |it| numbers(names::HEAD.to_string(), &mut it.value))
+    }
+
     /// Bytes of all weights: projections, embedding and head, the last two once where they are one.
     pub fn weight_bytes(&self) -> usize {
         let projections = self.blocks.iter().flat_map(|block| {
@@ -98,15 +156,8 @@ impl Decoder {
             [&attention.qkv, &attention.o, &mlp.gate_up, &mlp.down]
         });
         let parts: usize = projections.flat_map(|linear| &linear.parts).map(|part| part.weight.bytes()).sum();
-        let head = if self.tied() { 0 } else { self.head.weight.bytes() };
+        let head = self.head_weight.as_ref().map_or(0, Weight::bytes);
         parts + self.embedding.table.bytes() + head
-    }
-
-    fn tied(&self) -> bool {
-        std::ptr::addr_eq(
-            std::sync::Arc::as_ptr(&self.embedding.table),
-            std::sync::Arc::as_ptr(&self.head.weight),
-        )
     }
 
     fn check(&self, ctx: &Context, tokens: &[u32]) -> Result<()> {
@@ -127,6 +178,7 @@ impl LanguageModel for Decoder {
     fn forward(&self, ctx: &Context, tokens: &[u32]) -> Result<(Tensor, DecoderSaved)> {
         self.check(ctx, tokens)?;
         let mut x = self.embedding.forward(tokens, self.dtype)?;
+        add_noise(ctx, self.neftune_noise_alpha, &mut x)?;
         let mut blocks = Vec::with_capacity(self.blocks.len());
         for (block, recompute) in self.blocks.iter().zip(&self.recompute) {
             let (y, mut saved) = block.forward(ctx, &x)?;
@@ -136,7 +188,7 @@ impl LanguageModel for Decoder {
             blocks.push((x, (*recompute != Recompute::Recompute).then_some(saved)));
             x = y;
         }
-        Ok((self.norm.forward(&x)?, DecoderSaved { blocks, last: x }))
+        Ok((self.norm.forward(&x)?, DecoderSaved { tokens: tokens.to_vec(), blocks, last: x }))
     }
 
     fn hidden(&self, ctx: &Context, tokens: &[u32]) -> Result<Tensor> {
@@ -149,17 +201,25 @@ impl LanguageModel for Decoder {
     }
 
     fn log_probs(&self, hidden: &Tensor, targets: &[u32], weights: &[f64]) -> Result<HeadPass> {
-        self.head.log_probs(hidden, targets, weights)
+        let weight = self.output_weight();
+        self.head.log_probs(weight, hidden, targets, weights)
     }
 
-    fn head_backward(&self, hidden: &Tensor, targets: &[u32], dlogp: &[f64]) -> Result<HeadPass> {
-        self.head.with_gradient(hidden, targets, dlogp)
+    fn head_backward(&mut self, hidden: &Tensor, targets: &[u32], dlogp: &[f64]) -> Result<HeadPass> {
+        let weight = self.head_weight.as_mut().unwrap_or(&mut self.embedding.table);
+        self.head.with_gradient(weight, hidden, targets, dlogp)
     }
 
     /// Each block's saved tensors are freed as soon as its backward has read them.
     fn backward(&mut self, ctx: &Context, saved: DecoderSaved, dhidden: Tensor) -> Result<()> {
         let mut dy = self.norm.backward(&saved.last, dhidden)?;
-        for (block, (x, saved)) in self.blocks.iter_mut().zip(saved.blocks).rev() {
+        // Nothing reads a gradient below the first thing that is trained.
+        let down_to_embedding = self.embedding.table.value.is_trained();
+        let first = match down_to_embedding {
+            true => 0,
+            false => self.blocks.iter_mut().map(|it| it.parameters().is_empty()).take_while(|it| *it).count(),
+        };
+        for (block, (x, saved)) in self.blocks.iter_mut().zip(saved.blocks).skip(first).rev() {
             let saved = match saved {
                 Some(mut saved) => {
                     saved.tensors().into_iter().try_for_each(Tensor::restore)?;
@@ -169,11 +229,13 @@ impl LanguageModel for Decoder {
             };
             dy = block.backward(ctx, &x, saved, dy)?;
         }
-        // The embedding is frozen: dy ends here.
-        Ok(())
+        if down_to_embedding { self.embedding.backward(&saved.tokens, &dy) } else { Ok(()) }
     }
 
     fn parameters(&mut self) -> Vec<&mut Parameter> {
-        self.blocks.iter_mut().flat_map(Layer::parameters).collect()
+        let embedding = self.embedding.table.value.parameter();
+        let head = self.head_weight.as_mut().and_then(|it| it.value.parameter());
+        let blocks = self.blocks.iter_mut().flat_map(Layer::parameters);
+        embedding.into_iter().chain(blocks).chain(self.norm.parameters()).chain(head).collect()
     }
 }

@@ -1,6 +1,6 @@
 //! Decoding on a GPU: what is launched for a token is the same for each, so it is recorded once and repeated.
 
-use ferrotune_nn::{Context, KeyValues, RowState};
+use ferrotune_nn::{Context, KeyValues, RowState, Weight as _};
 use ferrotune_tensor::{Error, Graph, Result, Tensor};
 
 use crate::decoder::{Decoder, KvCache};
@@ -39,7 +39,8 @@ impl<'a> TokenSteps<'a> {
         }
         let ctx = Context { adapters, ..Context::new(vec![0, 1]) };
         let hidden = Tensor::empty(1, model.norm.weight.cols(), model.dtype, &device)?;
-        Ok(model.head.takes_row(&hidden) && model.blocks.iter().all(|block| block.takes_row(&ctx, &hidden)))
+        let head = model.head.takes_row(model.output_weight(), &hidden);
+        Ok(head && model.blocks.iter().all(|block| block.takes_row(&ctx, &hidden)))
     }
 
     /// Over a cache, for a model that [`TokenSteps::are_for`].
@@ -51,7 +52,7 @@ impl<'a> TokenSteps<'a> {
         let word = || Tensor::from_vec(1, 1, vec![0u32])?.to_device(&device);
         let row = RowState { token: word()?, position: word()? };
         let ctx = Context { adapters, row: Some(row), ..Context::new(vec![0, 1]) };
-        let logits = Tensor::empty(1, model.head.weight.rows(), model.dtype, &device)?;
+        let logits = Tensor::empty(1, model.output_weight().rows(), model.dtype, &device)?;
         Ok(TokenSteps { model, cache, ctx, logits, there: None, pass: Pass::Cold })
     }
 
@@ -118,7 +119,7 @@ impl<'a> TokenSteps<'a> {
         for (block, layer) in self.model.blocks.iter().zip(self.cache.layers()) {
             x = block.step_row(&self.ctx, &x, layer)?;
         }
-        let logits = self.model.head.row(&self.model.norm.forward(&x)?)?;
+        let logits = self.model.head.row(self.model.output_weight(), &self.model.norm.forward(&x)?)?;
         row.go_on(&logits)?;
         self.logits.copy_from(&logits)?;
         // What belongs to this pass is freed in it.

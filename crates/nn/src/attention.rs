@@ -265,11 +265,12 @@ impl Layer for Attention {
             rope.turn(ctx, &mut dqkv, 0..self.k_columns().end, self.head_dim, Direction::Backward)?;
         }
         if let Some(projected) = &saved.projected {
-            if let Some(norm) = &self.q_norm {
-                norm.backward_columns(projected, self.q_columns(), &mut dqkv)?;
+            let (q, k) = (self.q_columns(), self.k_columns());
+            if let Some(norm) = &mut self.q_norm {
+                norm.backward_columns(projected, q, &mut dqkv)?;
             }
-            if let Some(norm) = &self.k_norm {
-                norm.backward_columns(projected, self.k_columns(), &mut dqkv)?;
+            if let Some(norm) = &mut self.k_norm {
+                norm.backward_columns(projected, k, &mut dqkv)?;
             }
         }
         self.qkv.backward(ctx, x, &dqkv)
@@ -284,7 +285,8 @@ impl Layer for Attention {
     }
 
     fn parameters(&mut self) -> Vec<&mut Parameter> {
-        self.qkv.parameters().into_iter().chain(self.o.parameters()).collect()
+        let norms = self.q_norm.iter_mut().chain(&mut self.k_norm).flat_map(Norm::parameters);
+        self.qkv.parameters().into_iter().chain(norms).chain(self.o.parameters()).collect()
     }
 }
 

@@ -2,7 +2,8 @@
 
 use ferrotune_tensor::{Counter, Result, Tensor};
 
-use crate::{Context, Layer};
+use crate::numbers::on_host;
+use crate::{Context, Layer, Parameter};
 
 /// f64 numbers in [-0.5, 0.5), the same for the same seed.
 ///
@@ -44,19 +45,37 @@ pub fn gradients<L: Layer>(layer: &mut L, ctx: &Context, x: &Tensor) -> Result<f
         compare(dx.values::<f64>()?[element], at(step)?, at(-step)?);
     }
     for parameter in 0..layer.parameters().len() {
-        let grad = layer.parameters()[parameter].grad.values::<f64>()?.to_vec();
+        let grad = on_host(&layer.parameters()[parameter].grad)?;
         for element in (0..grad.len()).step_by(1 + grad.len() / 8) {
-            let mut at = |delta: f64| -> Result<f64> {
-                layer.parameters()[parameter].value.values_mut::<f64>()?[element] += delta;
-                let value = objective(layer, x);
-                layer.parameters()[parameter].value.values_mut::<f64>()?[element] -= delta;
-                value
+            let mut at = |delta: f64| -> Result<(f64, f64)> {
+                let before = nudge(layer.parameters()[parameter], element, |it| it + delta)?;
+                let value = objective(layer, x)?;
+                let after = nudge(layer.parameters()[parameter], element, |_| before)?;
+                Ok((value, after))
             };
-            let (high, low) = (at(step)?, at(-step)?);
-            compare(grad[element], high, low);
+            let ((high, up), (low, down)) = (at(FLOAT_STEP)?, at(-FLOAT_STEP)?);
+            // As if it had been a step of the usual size.
+            let slope = (high - low) / (up - down);
+            compare(grad[element], slope * step, -slope * step);
         }
     }
     Ok(worst)
+}
+
+/// Of parameters: those in f32 can't be moved by less.
+const FLOAT_STEP: f64 = 1.0 / 32768.0;
+
+/// Changes a number of a parameter; what it was.
+fn nudge(parameter: &mut Parameter, element: usize, change: impl Fn(f64) -> f64) -> Result<f64> {
+    if let Ok(values) = parameter.value.values_mut::<f64>() {
+        let before = values[element];
+        values[element] = change(before);
+        return Ok(before);
+    }
+    let value = &mut parameter.value.values_mut::<f32>()?[element];
+    let before = *value;
+    *value = change(f64::from(before)) as f32;
+    Ok(f64::from(before))
 }
 
 #[cfg(test)]
@@ -64,13 +83,14 @@ mod tests {
     use ferrotune_tensor::{DType, Precision};
 
     use super::*;
-    use crate::{Activation, Attention, DenseWeight, Linear, Mlp, Norm, NormKind, Part, Rope};
+    use crate::{Activation, Attention, DenseWeight, Linear, Mlp, Norm, NormKind, Part, Rope, Weight as _};
 
     fn linear(sizes: &[usize], input: usize, seed: u64, bias: bool) -> Linear {
         let part = |(i, output): (usize, &usize)| {
             let value = seeded(*output, input, seed + i as u64).cast(DType::F32).unwrap();
-            let bias = bias.then(|| seeded(1, *output, seed + 50 + i as u64).cast(DType::F32).unwrap());
-            let weight = Box::new(DenseWeight { value, precision: Precision::Full });
+            let bias =
+                bias.then(|| seeded(1, *output, seed + 50 + i as u64).cast(DType::F32).unwrap().into());
+            let weight = Box::new(DenseWeight { value: value.into(), precision: Precision::Full });
             Part { name: format!("part{i}"), weight, bias, adapter: None }
         };
         Linear { parts: sizes.iter().enumerate().map(part).collect() }
@@ -79,7 +99,8 @@ mod tests {
     fn norm(kind: NormKind, group: usize, seed: u64) -> Norm {
         let mut weight = seeded(1, group, seed).cast(DType::F32).unwrap();
         weight.values_mut::<f32>().unwrap().iter_mut().for_each(|it| *it += 1.0);
-        Norm { kind, weight, bias: Some(seeded(1, group, seed + 1).cast(DType::F32).unwrap()), eps: 1e-5 }
+        let bias = Some(seeded(1, group, seed + 1).cast(DType::F32).unwrap().into());
+        Norm { kind, weight: weight.into(), bias, eps: 1e-5 }
     }
 
     fn attention() -> Attention {
@@ -117,16 +138,76 @@ mod tests {
             self.0.backward(x, dy)
         }
         fn parameters(&mut self) -> Vec<&mut crate::Parameter> {
-            Vec::new()
+            self.0.parameters().collect()
         }
+    }
+
+    fn trained(mut norm: Norm) -> Norm {
+        norm.weight.train("norm.weight").unwrap();
+        norm.bias.iter_mut().for_each(|it| it.train("norm.bias").unwrap());
+        norm
+    }
+
+    /// Weights in f64, and all of it trained.
+    fn trained_linear(sizes: &[usize], input: usize, seed: u64) -> Linear {
+        let mut linear = linear(sizes, input, seed, true);
+        for (part, seed) in linear.parts.iter_mut().zip(seed + 100..) {
+            let value = seeded(part.weight.rows(), input, seed).into();
+            let mut weight = DenseWeight { value, precision: Precision::Full };
+            weight.train(&format!("{}.weight", part.name)).unwrap();
+            part.weight = Box::new(weight);
+            part.bias.iter_mut().for_each(|it| it.train("bias").unwrap());
+        }
+        linear
     }
 
     #[test]
     fn norms() {
         for kind in [NormKind::Rms, NormKind::Layer] {
-            check("whole rows", Alone(norm(kind, 12, 1)));
-            check("groups", Alone(norm(kind, 4, 1)));
+            for it in [|it| it, trained] {
+                check("whole rows", Alone(it(norm(kind, 12, 1))));
+                check("groups", Alone(it(norm(kind, 4, 1))));
+            }
         }
+        assert_eq!(Alone(trained(norm(NormKind::Layer, 12, 1))).parameters().len(), 2);
+    }
+
+    #[test]
+    fn trained_weights_and_biases() {
+        let (gate_up, down) = (trained_linear(&[20, 20], 12, 1), trained_linear(&[12], 20, 5));
+        let mut mlp = Mlp { gate_up, down, activation: Activation::Silu };
+        assert_eq!(mlp.parameters().len(), 6);
+        check("mlp", mlp);
+        let (qkv, o) = (trained_linear(&[16, 8, 8], 12, 10), trained_linear(&[12], 16, 20));
+        let norms = || Some(trained(norm(NormKind::Rms, 4, 3)));
+        check("attention", Attention { qkv, o, q_norm: norms(), k_norm: norms(), ..attention() });
+    }
+
+    /// The embedding of some tokens, as a layer whose input counts for nothing.
+    struct Tokens(crate::Embedding);
+
+    impl Layer for Tokens {
+        type Saved = ();
+        fn forward(&self, ctx: &Context, _: &Tensor) -> Result<(Tensor, ())> {
+            let tokens: Vec<u32> = (0..ctx.rows() as u32).map(|i| i * i % 7).collect();
+            Ok((self.0.forward(&tokens, DType::F64)?, ()))
+        }
+        fn backward(&mut self, ctx: &Context, x: &Tensor, (): (), dy: Tensor) -> Result<Tensor> {
+            let tokens: Vec<u32> = (0..ctx.rows() as u32).map(|i| i * i % 7).collect();
+            self.0.backward(&tokens, &dy)?;
+            x.zeros_like(x.rows(), x.cols())
+        }
+        fn parameters(&mut self) -> Vec<&mut Parameter> {
+            self.0.table.parameters()
+        }
+    }
+
+    #[test]
+    fn the_embedding() {
+        let value = seeded(9, 12, 4).cast(DType::F32).unwrap().into();
+        let mut table = DenseWeight { value, precision: Precision::Full };
+        table.train("model.embed_tokens.weight").unwrap();
+        check("embedding", Tokens(crate::Embedding { table, scale: 3.0 }));
     }
 
     #[test]
@@ -180,28 +261,38 @@ mod tests {
     #[test]
     fn the_head_moves_each_log_probability_as_asked() {
         for softcap in [None, Some(0.7)] {
-            let weight = DenseWeight {
-                value: seeded(31, 12, 4).cast(DType::F32).unwrap(),
-                precision: Precision::Full,
-            };
-            let head = crate::Head { weight: std::sync::Arc::new(weight), scale: 1.7, softcap };
+            let weight = DenseWeight { value: seeded(31, 12, 4).into(), precision: Precision::Full };
+            let mut weight = weight;
+            weight.train("lm_head.weight").unwrap();
+            let head = crate::Head { scale: 1.7, softcap };
             let (hidden, targets) = (seeded(5, 12, 8), [3, 30, 0, 9, 9]);
             let dlogp = [0.5, 0.0, -1.0, 2.0, -0.1];
-            let loss = |hidden: &Tensor| -> f64 {
-                let logp = head.log_probs(hidden, &targets, &dlogp).unwrap().logp;
+            let loss = |weight: &DenseWeight, hidden: &Tensor| -> f64 {
+                let logp = head.log_probs(weight, hidden, &targets, &dlogp).unwrap().logp;
                 logp.iter().zip(&dlogp).map(|(l, d)| l * d).sum()
             };
-            let got = head.with_gradient(&hidden, &targets, &dlogp).unwrap();
+            let got = head.with_gradient(&mut weight, &hidden, &targets, &dlogp).unwrap();
             assert_eq!(got.logp[1], 0.0);
             for element in 0..60 {
                 let at = |delta: f64| {
                     let mut hidden = hidden.try_clone().unwrap();
                     hidden.values_mut::<f64>().unwrap()[element] += delta;
-                    loss(&hidden)
+                    loss(&weight, &hidden)
                 };
                 let numeric = (at(1e-5) - at(-1e-5)) / 2e-5;
                 let analytic = got.dhidden.as_ref().unwrap().values::<f64>().unwrap()[element];
                 assert!((numeric - analytic).abs() < 1e-7, "{numeric} {analytic}");
+            }
+            let dw = weight.parameters()[0].grad.values::<f64>().unwrap().to_vec();
+            for element in (0..dw.len()).step_by(5) {
+                let mut at = |delta: f64| {
+                    let before = nudge(weight.parameters()[0], element, |it| it + delta).unwrap();
+                    let value = loss(&weight, &hidden);
+                    nudge(weight.parameters()[0], element, |_| before).unwrap();
+                    value
+                };
+                let numeric = (at(1e-5) - at(-1e-5)) / 2e-5;
+                assert!((numeric - dw[element]).abs() < 1e-7, "{numeric} {}", dw[element]);
             }
         }
     }

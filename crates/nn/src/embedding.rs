@@ -1,14 +1,17 @@
-//! x = scale · E[token]
+//! x = scale · E[token];  where E is trained, dE[token] += scale · dx
+
+use std::collections::BTreeMap;
 
 use ferrotune_tensor::{DType, Error, Real, Result, Tensor, Tiles, for_real};
 use rayon::prelude::*;
 
 use crate::DenseWeight;
+use crate::numbers::on_host;
 
-/// The table of token vectors, frozen.
+/// The table of token vectors.
 pub struct Embedding {
-    /// (V, C), shared with the head where that is tied.
-    pub table: std::sync::Arc<DenseWeight>,
+    /// (V, C), the head's too where that is tied.
+    pub table: DenseWeight,
     /// What vectors are multiplied by (Gemma: √C; else 1).
     pub scale: f64,
 }
@@ -56,5 +59,46 @@ impl Embedding {
         // SAFETY: embedding(out, table, tokens, rows, width, scale); the tokens are rows of the table.
         unsafe { launch.float(self.scale).run() }?;
         Ok(x)
+    }
+
+    /// Adds to the gradient of the table, where it is trained.
+    ///
+    /// # Errors
+    /// When the device can't.
+    pub fn backward(&mut self, tokens: &[u32], dx: &Tensor) -> Result<()> {
+        let (width, scale) = (self.table.cols(), self.scale);
+        let Some(grad) = self.table.value.grad_mut() else { return Ok(()) };
+        let dx = on_host(dx)?;
+        // Rows of one token after another, in the order of the tokens.
+        let mut rows: BTreeMap<u32, Vec<f64>> = BTreeMap::new();
+        for (token, dx) in tokens.iter().zip(dx.chunks(width)) {
+            let row = rows.entry(*token).or_insert_with(|| vec![0.0; width]);
+            row.iter_mut().zip(dx).for_each(|(sum, dx)| *sum += scale * dx);
+        }
+        let device = grad.device();
+        let Some(gpu) = device.gpu() else {
+            return for_real!("embedding", grad.dtype(), T => {
+                let grad = grad.values_mut::<T>()?;
+                for (token, row) in &rows {
+                    let grad = &mut grad[*token as usize * width..][..width];
+                    grad.iter_mut().zip(row).for_each(|(grad, dx)| *grad += T::of(*dx));
+                }
+                Ok(())
+            });
+        };
+        let count = rows.len();
+        let ids = Tensor::from_vec(1, count, rows.keys().copied().collect())?.to_device(&device)?;
+        let sums = rows.values().flatten().map(|it| *it as f32).collect();
+        let sums = Tensor::from_vec(count, width, sums)?.to_device(&device)?;
+        let mut gathered = grad.empty_like(count, width)?;
+        let launch = gpu.kernel("embedding", "gather_rows", grad.dtype())?.grid(count, 256);
+        let launch = launch.tensor(&gathered).tensor(grad).tensor(&ids).int(count).int(width);
+        // SAFETY: gather_rows(out, x, rows, n, width); forward has seen that the tokens are rows of the table.
+        unsafe { launch.run() }?;
+        gathered.add_scaled(1.0, &sums)?;
+        let launch = gpu.kernel("embedding", "scatter_rows", grad.dtype())?.grid(count, 256);
+        let launch = launch.tensor(grad).tensor(&gathered).tensor(&ids).int(count).int(width);
+        // SAFETY: scatter_rows(out, x, rows, n, width), as above; no row is there twice.
+        unsafe { launch.run() }
     }
 }

@@ -3,8 +3,6 @@
 //!   ∂/∂z = dlogp·(1[target] − p)
 //! Logits exist for a chunk of tokens at a time; rows without weight are never computed.
 
-use std::sync::Arc;
-
 use ferrotune_tensor::{DType, Error, Gpu, Real, Result, Tensor, for_real};
 use rayon::prelude::*;
 
@@ -19,10 +17,9 @@ const GPU_CHUNK_BYTES: usize = 256 << 20;
 /// Threads of a block of `kernels/cross_entropy.cu`.
 const LOSS_BLOCK: u32 = 1024;
 
-/// The output projection, frozen.
+/// The output projection; its weight (V, C) comes with each call, being the embedding's where they are tied.
+#[derive(Clone, Copy, Debug)]
 pub struct Head {
-    /// (V, C), shared with the embedding where tied.
-    pub weight: Arc<dyn Weight>,
     /// What logits are multiplied by.
     pub scale: f64,
     /// Logits are squeezed to ± this.
@@ -40,11 +37,28 @@ pub struct HeadPass {
     pub dhidden: Option<Tensor>,
 }
 
-/// What is wanted besides the log-probabilities.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Wanted {
-    LogProbs,
-    Gradient,
+/// The weight, and what is wanted besides the log-probabilities.
+enum Wanted<'a> {
+    /// Nothing.
+    LogProbs(&'a dyn Weight),
+    /// The hidden states' gradient, and the weight's own where it is trained.
+    Gradient(&'a mut dyn Weight),
+}
+
+impl Wanted<'_> {
+    fn weight(&self) -> &dyn Weight {
+        match self {
+            Wanted::LogProbs(weight) => *weight,
+            Wanted::Gradient(weight) => *weight,
+        }
+    }
+
+    /// hidden = dz·W, and dW += dzᵀ·hidden, where gradients are wanted.
+    fn backward(&mut self, dz: &Tensor, hidden: &mut Tensor) -> Result<()> {
+        let Wanted::Gradient(weight) = self else { return Ok(()) };
+        weight.accumulate_grad(hidden, dz, 0)?;
+        weight.backward(dz, 0, 0.0, hidden)
+    }
 }
 
 impl Head {
@@ -52,26 +66,27 @@ impl Head {
     ///
     /// # Errors
     /// When shapes don't fit.
-    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        let mut logits = hidden.empty_like(hidden.rows(), self.weight.rows())?;
-        self.weight.forward(hidden, &mut logits, 0)?;
+    pub fn logits(&self, weight: &dyn Weight, hidden: &Tensor) -> Result<Tensor> {
+        let mut logits = hidden.empty_like(hidden.rows(), weight.rows())?;
+        weight.forward(hidden, &mut logits, 0)?;
         self.bend(logits)
     }
 
-    /// Whether [`Head::row`] takes such a hidden state.
-    pub fn takes_row(&self, like: &Tensor) -> bool {
-        takes_plain(self.weight.as_ref(), like)
+    /// Whether [`Head::row`] takes this weight and such a hidden state.
+    pub fn takes_row(&self, weight: &dyn Weight, like: &Tensor) -> bool {
+        takes_plain(weight, like)
     }
 
     /// (1, C) → (1, V) on a GPU.
     ///
     /// # Errors
     /// When [`Head::takes_row`] says no.
-    pub fn row(&self, hidden: &Tensor) -> Result<Tensor> {
-        self.bend(plain_row(self.weight.as_ref(), hidden)?)
+    pub fn row(&self, weight: &dyn Weight, hidden: &Tensor) -> Result<Tensor> {
+        self.bend(plain_row(weight, hidden)?)
     }
 
     fn bend(&self, mut logits: Tensor) -> Result<Tensor> {
+        let width = logits.cols();
         if let Some(gpu) = logits.gpu() {
             if self.scale != 1.0 || self.softcap.is_some() {
                 let launch = gpu.kernel("cross_entropy", "bend", logits.dtype())?.grid(4096, 256);
@@ -82,7 +97,7 @@ impl Head {
             return Ok(logits);
         }
         for_real!("head", logits.dtype(), T => {
-            let rows = logits.values_mut::<T>()?.par_chunks_mut(self.weight.rows());
+            let rows = logits.values_mut::<T>()?.par_chunks_mut(width);
             rows.for_each(|row| bend::<T>(self.scale, self.softcap, row));
             Ok(())
         })?;
@@ -93,8 +108,14 @@ impl Head {
     ///
     /// # Errors
     /// When shapes don't fit or a target is outside the vocabulary.
-    pub fn log_probs(&self, hidden: &Tensor, targets: &[u32], weights: &[f64]) -> Result<HeadPass> {
-        self.pass(hidden, targets, weights, Wanted::LogProbs)
+    pub fn log_probs(
+        &self,
+        weight: &dyn Weight,
+        hidden: &Tensor,
+        targets: &[u32],
+        weights: &[f64],
+    ) -> Result<HeadPass> {
+        self.pass(hidden, targets, weights, Wanted::LogProbs(weight))
     }
 
     /// Log-probabilities and the hidden states' gradient, given how much each row's log-probability
@@ -102,12 +123,24 @@ impl Head {
     ///
     /// # Errors
     /// When shapes don't fit or a target is outside the vocabulary.
-    pub fn with_gradient(&self, hidden: &Tensor, targets: &[u32], dlogp: &[f64]) -> Result<HeadPass> {
-        self.pass(hidden, targets, dlogp, Wanted::Gradient)
+    pub fn with_gradient(
+        &self,
+        weight: &mut dyn Weight,
+        hidden: &Tensor,
+        targets: &[u32],
+        dlogp: &[f64],
+    ) -> Result<HeadPass> {
+        self.pass(hidden, targets, dlogp, Wanted::Gradient(weight))
     }
 
-    fn pass(&self, hidden: &Tensor, targets: &[u32], dlogp: &[f64], wanted: Wanted) -> Result<HeadPass> {
-        let (n, width, vocab_size) = (hidden.rows(), hidden.cols(), self.weight.rows());
+    fn pass(
+        &self,
+        hidden: &Tensor,
+        targets: &[u32],
+        dlogp: &[f64],
+        mut wanted: Wanted<'_>,
+    ) -> Result<HeadPass> {
+        let (n, width, vocab_size) = (hidden.rows(), hidden.cols(), wanted.weight().rows());
         if targets.len() != n || dlogp.len() != n {
             let message =
                 format!("head: {n} rows, but {} targets and {} weights", targets.len(), dlogp.len());
@@ -122,15 +155,13 @@ impl Head {
             return self.pass_on_gpu(gpu, hidden, targets, dlogp, &rows, wanted);
         }
         let (mut logp, mut correct) = (vec![0.0; n], vec![false; n]);
-        let mut dhidden = match wanted {
-            Wanted::Gradient => Some(hidden.zeros_like(n, width)?),
-            Wanted::LogProbs => None,
-        };
+        let gradient = matches!(wanted, Wanted::Gradient(_));
+        let mut dhidden = gradient.then(|| hidden.zeros_like(n, width)).transpose()?;
         let chunk = (CHUNK_BYTES / (vocab_size * hidden.dtype().size_in_bytes())).max(16);
         for_real!("head", hidden.dtype(), T => {
             for rows in rows.chunks(chunk) {
                 let gathered = gather::<T>(hidden, rows)?;
-                let mut logits = self.logits(&gathered)?;
+                let mut logits = self.logits(wanted.weight(), &gathered)?;
                 let by_row = logits.values_mut::<T>()?.par_chunks_mut(vocab_size).zip(rows);
                 let facts: Vec<(f64, bool)> = by_row
                     .map(|(z, row)| {
@@ -138,7 +169,7 @@ impl Head {
                         let (lse, best) = log_sum_exp::<T>(z);
                         let logp = (z[target] - lse).wide();
                         let correct = z[target] >= best;
-                        if wanted == Wanted::Gradient {
+                        if gradient {
                             let d = T::of(dlogp[*row]);
                             logits_backward::<T>(self.scale, self.softcap, lse, d, target, z);
                         }
@@ -150,7 +181,7 @@ impl Head {
                 }
                 if let Some(dhidden) = &mut dhidden {
                     let mut chunk_grad = gathered;
-                    self.weight.backward(&logits, 0, 0.0, &mut chunk_grad)?;
+                    wanted.backward(&logits, &mut chunk_grad)?;
                     let all = dhidden.values_mut::<T>()?;
                     for (row, grad) in rows.iter().zip(chunk_grad.values::<T>()?.chunks(width)) {
                         all[row * width..(row + 1) * width].copy_from_slice(grad);
@@ -172,10 +203,10 @@ impl Head {
         targets: &[u32],
         dlogp: &[f64],
         rows: &[usize],
-        wanted: Wanted,
+        mut wanted: Wanted<'_>,
     ) -> Result<HeadPass> {
         let (n, width, vocab_size, device) =
-            (hidden.rows(), hidden.cols(), self.weight.rows(), hidden.device());
+            (hidden.rows(), hidden.cols(), wanted.weight().rows(), hidden.device());
         let (count, dtype) = (rows.len(), hidden.dtype());
         let upload = |words: Vec<u32>| Tensor::from_vec(1, count, words)?.to_device(&device);
         let row_ids = upload(rows.iter().map(|it| *it as u32).collect())?;
@@ -184,7 +215,7 @@ impl Head {
         let weights = Tensor::from_vec(1, count, weights)?.to_device(&device)?;
         let logp_out = Tensor::empty(1, count, DType::F32, &device)?;
         let correct_out = Tensor::empty(1, count, DType::U32, &device)?;
-        let gradient = wanted == Wanted::Gradient;
+        let gradient = matches!(wanted, Wanted::Gradient(_));
         let dhidden = if gradient { Some(hidden.zeros_like(n, width)?) } else { None };
         let chunk = (GPU_CHUNK_BYTES / (vocab_size * dtype.size_in_bytes())).max(64);
         for start in (0..count).step_by(chunk) {
@@ -195,7 +226,7 @@ impl Head {
             // SAFETY: gather_rows(out, x, rows, n, width); the rows are those of `hidden`.
             unsafe { launch.int(len).int(width).run() }?;
             let mut logits = hidden.empty_like(len, vocab_size)?;
-            self.weight.forward(&gathered, &mut logits, 0)?;
+            wanted.weight().forward(&gathered, &mut logits, 0)?;
             let launch = gpu.kernel("cross_entropy", "cross_entropy", dtype)?.grid(len, LOSS_BLOCK);
             let launch = launch.tensor(&logits).tensor_at(&target_ids, start).tensor_at(&weights, start);
             let launch = launch.tensor_at(&logp_out, start).tensor_at(&correct_out, start).int(len);
@@ -204,7 +235,7 @@ impl Head {
             // targets are within the vocabulary.
             unsafe { launch.flag(gradient).run() }?;
             if let Some(dhidden) = &dhidden {
-                self.weight.backward(&logits, 0, 0.0, &mut gathered)?;
+                wanted.backward(&logits, &mut gathered)?;
                 let launch = gpu.kernel("embedding", "scatter_rows", dtype)?.grid(len, 256);
                 let launch = launch.tensor(dhidden).tensor(&gathered).tensor_at(&row_ids, start);
                 // SAFETY: scatter_rows(out, x, rows, n, width); the rows are those of `dhidden`.

@@ -10,7 +10,8 @@ pub use fused::Room;
 use ferrotune_tensor::{Real, Result, Tensor, for_real};
 use rayon::prelude::*;
 
-use crate::{Context, Parameter, Weight};
+use crate::numbers::{add_column_sums, on_host};
+use crate::{Context, Numbers, Parameter, Weight};
 
 /// A trained change of a weight.
 pub trait Adapter: Send + Sync {
@@ -80,8 +81,8 @@ pub struct Part {
     pub name: String,
     /// (output, input), frozen or trained.
     pub weight: Box<dyn Weight>,
-    /// (1, output), frozen, f32.
-    pub bias: Option<Tensor>,
+    /// (1, output), f32.
+    pub bias: Option<Numbers>,
     /// The trained change, if there is one.
     pub adapter: Option<Box<dyn Adapter>>,
 }
@@ -89,7 +90,8 @@ pub struct Part {
 impl Part {
     fn parameters(&mut self) -> Vec<&mut Parameter> {
         let adapter = self.adapter.iter_mut().flat_map(|it| it.parameters());
-        self.weight.parameters().into_iter().chain(adapter).collect()
+        let bias = self.bias.iter_mut().filter_map(Numbers::parameter);
+        self.weight.parameters().into_iter().chain(bias).chain(adapter).collect()
     }
 }
 
@@ -166,6 +168,7 @@ impl Linear {
         holds: Room,
         dy: &Tensor,
     ) -> Result<Tensor> {
+        self.add_bias_gradients(dy)?;
         if let Some(fused) = self.fused(ctx, x) {
             let (dx, low) = fused.backward(x, holds, dy)?;
             low.add_gradients(&mut self.parts, x, dy)?;
@@ -184,6 +187,25 @@ impl Linear {
             at += part.weight.rows();
         }
         Ok(dx)
+    }
+
+    /// dbias += Σ dy
+    fn add_bias_gradients(&mut self, dy: &Tensor) -> Result<()> {
+        if !self.parts.iter().any(|it| it.bias.as_ref().is_some_and(Numbers::is_trained)) {
+            return Ok(());
+        }
+        let (dy_here, stride, mut at) = (on_host(dy)?, dy.cols(), 0);
+        for part in &mut self.parts {
+            let rows = part.weight.rows();
+            if let Some(grad) = part.bias.as_mut().and_then(Numbers::grad_mut) {
+                add_column_sums(grad, dy.rows(), |row, sum| {
+                    let dy = &dy_here[row * stride + at..][..rows];
+                    sum.iter_mut().zip(dy).for_each(|(sum, dy)| *sum += dy);
+                })?;
+            }
+            at += rows;
+        }
+        Ok(())
     }
 
     /// The trained tensors of all parts.

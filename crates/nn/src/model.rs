@@ -25,11 +25,12 @@ pub trait LanguageModel {
     /// When a target is outside the vocabulary.
     fn log_probs(&self, hidden: &Tensor, targets: &[u32], weights: &[f64]) -> Result<HeadPass>;
 
-    /// Log-probabilities and dhidden, given ∂loss/∂log p of every row.
+    /// Log-probabilities and dhidden, given ∂loss/∂log p of every row; adds to the gradient of the head where
+    /// that is trained.
     ///
     /// # Errors
     /// When a target is outside the vocabulary.
-    fn head_backward(&self, hidden: &Tensor, targets: &[u32], dlogp: &[f64]) -> Result<HeadPass>;
+    fn head_backward(&mut self, hidden: &Tensor, targets: &[u32], dlogp: &[f64]) -> Result<HeadPass>;
 
     /// Adds to the gradients of all parameters.
     ///

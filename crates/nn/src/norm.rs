@@ -1,13 +1,15 @@
 //! RMSNorm:   y = x·r·w,            r = 1/√(mean(x²) + ε)
 //!   backward dx = r·(g − x̂·mean(g·x̂)),  x̂ = x·r,  g = dy·w
 //! LayerNorm is the same with x − mean(x) for x, and g − mean(g) for the first g.
-//! The weight is frozen. A weight narrower than a row norms each group of it by itself (Qwen3's q and k).
+//! Where they are trained, dw = Σ dy·x̂ and dbias = Σ dy. A weight narrower than a row norms each group of it by itself (Qwen3's q and k).
 //! Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
 
 use ferrotune_tensor::{Gpu, Launch, Real, Result, Tensor, for_real};
 use rayon::prelude::*;
 
 use crate::lanes::{sum_of, vectorised};
+use crate::numbers::{add_column_sums, on_host};
+use crate::{Numbers, Parameter};
 
 /// Threads of a block of `kernels/norm.cu`, and the widest group that a warp takes.
 const BLOCK: u32 = 256;
@@ -28,9 +30,9 @@ pub struct Norm {
     /// Which statistics.
     pub kind: NormKind,
     /// (1, group), f32.
-    pub weight: Tensor,
+    pub weight: Numbers,
     /// (1, group), f32.
-    pub bias: Option<Tensor>,
+    pub bias: Option<Numbers>,
     /// Added to the variance.
     pub eps: f64,
 }
@@ -63,7 +65,7 @@ impl Norm {
             let launch = self.launch(gpu, "norm_forward", x, &columns)?;
             let launch = launch.tensor_at(y, columns.start).tensor_at(x, columns.start).tensor(&self.weight);
             let launch =
-                launch.optional(self.bias.as_ref()).int(x.rows()).int(columns.len() / self.weight.cols());
+                launch.optional(self.bias.as_deref()).int(x.rows()).int(columns.len() / self.weight.cols());
             let launch = launch.int(self.weight.cols()).int(y.cols()).int(x.cols());
             // SAFETY: norm_forward(y, x, weight, bias, rows, groups, group, y_stride, x_stride, eps, centered)
             return unsafe { launch.float(self.eps).flag(self.kind == NormKind::Layer).run() };
@@ -83,6 +85,42 @@ impl Norm {
         })
     }
 
+    /// The gradients of weight and bias, where these are trained.
+    fn add_gradients(&mut self, x: &Tensor, columns: std::ops::Range<usize>, dy: &Tensor) -> Result<()> {
+        if !self.weight.is_trained() && !self.bias.as_ref().is_some_and(Numbers::is_trained) {
+            return Ok(());
+        }
+        // No kernel does this yet: a GPU's numbers come over.
+        let (x_here, dy_here) = (on_host(x)?, on_host(dy)?);
+        let (group, rows, kind, eps) = (self.weight.cols(), x.rows(), self.kind, self.eps);
+        let pairs = |row: usize| {
+            let x = &x_here[row * x.cols()..][columns.clone()];
+            x.chunks(group).zip(dy_here[row * dy.cols()..][columns.clone()].chunks(group))
+        };
+        if let Some(grad) = self.weight.grad_mut() {
+            add_column_sums(grad, rows, |row, sum| {
+                for (x, dy) in pairs(row) {
+                    let (mean, r) = statistics(kind, eps, x);
+                    let normed = x.iter().map(|x| (x - mean) * r);
+                    sum.iter_mut().zip(dy.iter().zip(normed)).for_each(|(sum, (dy, x))| *sum += dy * x);
+                }
+            })?;
+        }
+        if let Some(grad) = self.bias.as_mut().and_then(Numbers::grad_mut) {
+            add_column_sums(grad, rows, |row, sum| {
+                for (_, dy) in pairs(row) {
+                    sum.iter_mut().zip(dy).for_each(|(sum, dy)| *sum += dy);
+                }
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Weight and bias, where they are trained.
+    pub fn parameters(&mut self) -> impl Iterator<Item = &mut Parameter> {
+        self.weight.parameter().into_iter().chain(self.bias.as_mut().and_then(Numbers::parameter))
+    }
+
     fn launch<'a>(
         &self,
         gpu: &'a Gpu,
@@ -100,7 +138,7 @@ impl Norm {
     ///
     /// # Errors
     /// When the type is not a real one.
-    pub fn backward(&self, x: &Tensor, mut dy: Tensor) -> Result<Tensor> {
+    pub fn backward(&mut self, x: &Tensor, mut dy: Tensor) -> Result<Tensor> {
         self.backward_columns(x, 0..x.cols(), &mut dy)?;
         Ok(dy)
     }
@@ -110,11 +148,12 @@ impl Norm {
     /// # Errors
     /// When the type is not a real one.
     pub fn backward_columns(
-        &self,
+        &mut self,
         x: &Tensor,
         columns: std::ops::Range<usize>,
         dy: &mut Tensor,
     ) -> Result<()> {
+        self.add_gradients(x, columns.clone(), dy)?;
         if let Some(gpu) = x.gpu() {
             let launch = self.launch(gpu, "norm_backward", x, &columns)?;
             let launch = launch.tensor_at(dy, columns.start).tensor_at(dy, columns.start);

@@ -143,7 +143,7 @@ fn row_part<'a>(ctx: &Context, part: &'a Part) -> Option<RowPart<'a>> {
         _ => None,
     };
     let (weight, rows) = (part.weight.stored_rows()?, part.weight.rows());
-    Some(RowPart { weight, rows, low_rank, bias: part.bias.as_ref() })
+    Some(RowPart { weight, rows, low_rank, bias: part.bias.as_deref() })
 }
 
 /// Whether the kernels take these parts for activations of this kind.
@@ -194,7 +194,7 @@ fn prepare(
         RowSource::Plain => launch.int(0).word(0).word(0).float(0.0).flag(false).flag(false).int(0),
         RowSource::Normed(norm) => {
             Error::check_shape("a norm's weight", (1, cols), norm.weight.shape())?;
-            let launch = launch.int(1).tensor(&norm.weight).optional(norm.bias.as_ref()).float(norm.eps);
+            let launch = launch.int(1).tensor(&norm.weight).optional(norm.bias.as_deref()).float(norm.eps);
             launch.flag(norm.kind == NormKind::Layer).flag(false).int(0)
         }
         RowSource::Activated(mlp) => {

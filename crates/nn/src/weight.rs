@@ -7,7 +7,7 @@ use ferrotune_tensor::{
 };
 use half::slice::HalfFloatSliceExt;
 
-use crate::{Parameter, StoredRows};
+use crate::{Numbers, Parameter, StoredRows};
 
 /// A matrix W of (output, input) features.
 pub trait Weight: Send + Sync {
@@ -29,6 +29,14 @@ pub trait Weight: Send + Sync {
     /// # Errors
     /// When shapes or types don't fit.
     fn backward(&self, dy: &Tensor, at: usize, beta: f64, dx: &mut Tensor) -> Result<()>;
+
+    /// Makes W trained, under this name.
+    ///
+    /// # Errors
+    /// When its numbers are kept in a form that can't be, or the device has no room.
+    fn train(&mut self, name: &str) -> Result<()> {
+        Err(Error::msg(format!("`{name}` can't be trained: its numbers are quantised")))
+    }
 
     /// Adds `dy[:, at..at + rows]ᵀ·x[:, 0..cols]` to W's own gradient; nothing unless W is trained.
     ///
@@ -66,7 +74,7 @@ pub trait Weight: Send + Sync {
 /// A weight stored as plain numbers: f32, bf16 or f16.
 pub struct DenseWeight {
     /// (output, input)
-    pub value: Tensor,
+    pub value: Numbers,
     /// How exactly its products are computed.
     pub precision: Precision,
 }
@@ -129,6 +137,21 @@ impl Weight for DenseWeight {
             return backward_whole(&self.value, self.precision, dy, at, beta, dx);
         }
         backward_tiles(self, self.precision, dy, at, beta, dx)
+    }
+
+    fn train(&mut self, name: &str) -> Result<()> {
+        self.value.train(name)
+    }
+
+    fn accumulate_grad(&mut self, x: &Tensor, dy: &Tensor, at: usize) -> Result<()> {
+        let (rows, cols, precision) = (self.value.rows(), self.value.cols(), self.precision);
+        let Some(grad) = self.value.grad_mut() else { return Ok(()) };
+        let (dy, x) = (Operand::columns(dy, at..at + rows).transposed(), Operand::columns(x, 0..cols));
+        multiply(precision, 1.0, dy, x, 1.0, grad, 0..cols)
+    }
+
+    fn parameters(&mut self) -> Vec<&mut Parameter> {
+        self.value.parameter().into_iter().collect()
     }
 
     fn to_dense(&self) -> Result<Tensor> {

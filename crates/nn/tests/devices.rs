@@ -2,8 +2,6 @@
 //! Where there is no GPU these tests do nothing and say so. With FERROTUNE_TEST_SMALL only small sizes are
 //! tried, for tools that slow a GPU down a thousand times.
 
-use std::sync::Arc;
-
 use ferrotune_nn::check::seeded;
 use ferrotune_nn::{
     Activation, Attention, Context, DenseWeight, Embedding, Head, Layer, Linear, Mlp, Norm, NormKind, Part,
@@ -56,7 +54,7 @@ impl Arm {
     fn weights(&self, values: &Tensor) -> (DenseWeight, DenseWeight) {
         let (there, _) = self.both(values);
         let here = there.to_cpu().unwrap();
-        let weight = |value| DenseWeight { value, precision: Precision::Full };
+        let weight = |value: Tensor| DenseWeight { value: value.into(), precision: Precision::Full };
         (weight(there), weight(here))
     }
 
@@ -156,9 +154,14 @@ fn norms() {
                 let bias = (kind == NormKind::Layer).then(|| seeded(1, group, 4).cast(DType::F32).unwrap());
                 let on = |device: &Device| {
                     let place = |it: &Tensor| it.try_clone().unwrap().to_device(device).unwrap();
-                    Norm { kind, weight: place(&weight), bias: bias.as_ref().map(place), eps: 1e-5 }
+                    {
+                        let bias = bias.as_ref().map(|it| place(it).into());
+                        let mut norm = Norm { kind, weight: place(&weight).into(), bias, eps: 1e-5 };
+                        norm.weight.train("norm.weight").unwrap();
+                        norm
+                    }
                 };
-                let (there, here) = (on(&arm.gpu), on(&Device::Cpu));
+                let (mut there, mut here) = (on(&arm.gpu), on(&Device::Cpu));
                 let (x, x_here) = arm.random(rows, width, 8);
                 let what = format!("{kind:?} norm {rows}×{width}/{group}");
                 arm.check(
@@ -170,6 +173,8 @@ fn norms() {
                 let (dx, dx_here) =
                     (there.backward(&x, dy).unwrap(), here.backward(&x_here, dy_here).unwrap());
                 arm.check(&format!("{what}, backward"), &dx, &dx_here);
+                let dw_here = here.weight.grad_mut().unwrap().try_clone().unwrap().cast(DType::F64).unwrap();
+                arm.check(&format!("{what}, weight"), there.weight.grad_mut().unwrap(), &dw_here);
             }
         }
     }
@@ -229,7 +234,8 @@ fn attention() {
                     weight: Tensor::from_vec(1, head_dim, vec![1.5f32; head_dim])
                         .unwrap()
                         .to_device(device)
-                        .unwrap(),
+                        .unwrap()
+                        .into(),
                     bias: None,
                     eps: 1e-6,
                 };
@@ -321,9 +327,9 @@ fn no_rows_at_all() {
         assert_eq!(y.shape(), (0, head_dim));
         let dx = attention.backward(&ctx, &x, saved, y).unwrap();
         assert_eq!(dx.shape(), (0, width));
-        let (table, _) = arm.weights(&seeded(300, width, 1));
-        let head = Head { weight: Arc::new(table), scale: 1.0, softcap: None };
-        assert!(head.with_gradient(&x, &[], &[]).unwrap().logp.is_empty());
+        let (mut table, _) = arm.weights(&seeded(300, width, 1));
+        let head = Head { scale: 1.0, softcap: None };
+        assert!(head.with_gradient(&mut table, &x, &[], &[]).unwrap().logp.is_empty());
     }
 }
 
@@ -358,30 +364,37 @@ fn embedding_and_head() {
             &[(1, 8, 11, None), (37, 64, 1003, Some(10.0)), (70, 48, 128_256, None), (5, 40, 262_144, None)],
         ) {
             let (table, table_here) = arm.weights(&seeded(vocab, width, 1));
-            let (table, table_here) = (Arc::new(table), Arc::new(table_here));
             let tokens: Vec<u32> = (0..rows as u32).map(|i| i * 7919 % vocab as u32).collect();
-            let embedding = Embedding { table: table.clone(), scale: 2.0 };
-            let embedding_here = Embedding { table: table_here.clone(), scale: 2.0 };
+            let mut embedding = Embedding { table, scale: 2.0 };
+            let mut embedding_here = Embedding { table: table_here, scale: 2.0 };
             let what = format!("embedding {rows}×{width} of {vocab}");
             let x = embedding.forward(&tokens, arm.dtype).unwrap();
             arm.check(&what, &x, &embedding_here.forward(&tokens, DType::F64).unwrap());
 
-            let head = Head { weight: table, scale: 1.5, softcap };
-            let head_here = Head { weight: table_here, scale: 1.5, softcap };
+            let head = Head { scale: 1.5, softcap };
+            let (table, table_here) = (&mut embedding.table, &mut embedding_here.table);
             let (hidden, hidden_here) = arm.random(rows, width, 2);
             let targets: Vec<u32> = (0..rows as u32).map(|i| i * 104_729 % vocab as u32).collect();
             // Some rows aren't trained on.
             // In f16 small gradients would be lost: there the loss is scaled.
             let scale = if arm.dtype == DType::F16 { 1024.0 } else { 1.0 } / rows as f64;
             let dlogp: Vec<f64> = (0..rows).map(|i| if i % 3 == 1 { 0.0 } else { -scale }).collect();
-            let got = head.with_gradient(&hidden, &targets, &dlogp).unwrap();
-            let expected = head_here.with_gradient(&hidden_here, &targets, &dlogp).unwrap();
+            let got = head.with_gradient(table, &hidden, &targets, &dlogp).unwrap();
+            let expected = head.with_gradient(table_here, &hidden_here, &targets, &dlogp).unwrap();
             let logp = |it: &[f64]| Tensor::from_vec(1, rows, it.to_vec()).unwrap();
             let what = format!("head {rows}×{width}×{vocab}");
             arm.check(&format!("{what}, log p"), &logp(&got.logp), &logp(&expected.logp));
             arm.check(&format!("{what}, gradient"), &got.dhidden.unwrap(), &expected.dhidden.unwrap());
-            let nothing = head.with_gradient(&hidden, &targets, &vec![0.0; rows]).unwrap();
+            let nothing = head.with_gradient(table, &hidden, &targets, &vec![0.0; rows]).unwrap();
             assert!(nothing.dhidden.unwrap().to_f32().unwrap().iter().all(|it| *it == 0.0));
+            for it in [&mut embedding, &mut embedding_here] {
+                it.table.value.train("model.embed_tokens.weight").unwrap();
+            }
+            embedding.backward(&tokens, &hidden).unwrap();
+            embedding_here.backward(&tokens, &hidden_here).unwrap();
+            let (there, here) = (embedding.table.value.grad_mut(), embedding_here.table.value.grad_mut());
+            let here = here.unwrap().try_clone().unwrap().cast(DType::F64).unwrap();
+            arm.check(&format!("embedding's gradient {rows}×{width}×{vocab}"), there.unwrap(), &here);
         }
     }
 }

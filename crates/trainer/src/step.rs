@@ -38,20 +38,40 @@ pub struct StepOutcome {
     pub trained_tokens: usize,
     /// Tokens that went through the model.
     pub tokens: usize,
-    /// The scaled gradients overflowed, and no step was taken.
-    pub skipped: bool,
+    /// Why no step was taken.
+    pub skipped: Option<Skipped>,
+}
+
+/// Why a step was left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Skipped {
+    /// The scaled gradients overflowed f16, which is no news of the model.
+    Overflow,
+    /// The loss or the gradients aren't finite.
+    NotFinite,
 }
 
 /// Takes one step, in the next epoch where this one has ended; none when there is no data.
 ///
 /// # Errors
-/// When the data can't be read, the device can't, or loss or gradients aren't finite.
+/// When the data can't be read or the device can't.
 pub fn optimizer_step<M: LanguageModel>(
     settings: &StepSettings,
     model: &mut M,
     batches: &mut dyn BatchSource,
     objective: &dyn Objective,
     optimizer: &mut dyn Optimizer,
+) -> Result<Option<StepOutcome>> {
+    let Some(outcome) = add_gradients(settings, model, batches, objective)? else { return Ok(None) };
+    apply_gradients(settings, outcome, model, optimizer).map(Some)
+}
+
+/// The first half of a step: adds to the gradients of all parameters, which were zero.
+pub(crate) fn add_gradients<M: LanguageModel>(
+    settings: &StepSettings,
+    model: &mut M,
+    batches: &mut dyn BatchSource,
+    objective: &dyn Objective,
 ) -> Result<Option<StepOutcome>> {
     let accumulation = settings.gradient_accumulation_steps;
     if batches.trained_ahead(accumulation) == 0 {
@@ -95,22 +115,25 @@ pub fn optimizer_step<M: LanguageModel>(
         outcome.trained_tokens += batch.trained_tokens();
         outcome.tokens += batch.tokens.len();
     }
-    if outcome.tokens == 0 {
-        return Ok(None);
-    }
+    Ok((outcome.tokens > 0).then_some(outcome))
+}
+
+/// The second half: moves the parameters, and sets their gradients to zero. One whose loss or gradients
+/// aren't finite moves nothing.
+pub(crate) fn apply_gradients<M: LanguageModel>(
+    settings: &StepSettings,
+    mut outcome: StepOutcome,
+    model: &mut M,
+    optimizer: &mut dyn Optimizer,
+) -> Result<StepOutcome> {
     let mut parameters = model.parameters();
     outcome.grad_norm = square_sum(&parameters)?.sqrt() / settings.loss_scale;
-    let finite = outcome.grad_norm.is_finite();
-    if !outcome.loss.is_finite() || (!finite && settings.loss_scale == 1.0) {
-        let (step, loss, norm) = (settings.step + 1, outcome.loss, outcome.grad_norm);
-        let message = format!(
-            "step {step}: the loss is {loss} and the gradients' norm {norm}; lower learning_rate, or look for damaged samples with `ferrotune data`"
-        );
-        return Err(Error::msg(message));
-    }
-    // Scaled gradients that overflow f16 are no news of the model: the step is left out, and the scale falls.
-    outcome.skipped = !finite;
-    if finite {
+    outcome.skipped = match (outcome.loss.is_finite(), outcome.grad_norm.is_finite()) {
+        (true, true) => None,
+        (true, false) if settings.loss_scale != 1.0 => Some(Skipped::Overflow),
+        _ => Some(Skipped::NotFinite),
+    };
+    if outcome.skipped.is_none() {
         let clip = match settings.max_grad_norm > 0.0 && outcome.grad_norm > settings.max_grad_norm {
             true => settings.max_grad_norm / (outcome.grad_norm + 1e-6),
             false => 1.0,
@@ -118,25 +141,7 @@ pub fn optimizer_step<M: LanguageModel>(
         optimizer.step(&mut parameters, settings.learning_rate, clip / settings.loss_scale)?;
     }
     parameters.iter_mut().try_for_each(|it| it.grad.set_zero())?;
-    Ok(Some(outcome))
-}
-
-/// The mean loss over the trained tokens of some batches; nothing is trained.
-///
-/// # Errors
-/// When the device can't.
-pub fn mean_loss<M: LanguageModel>(model: &M, batches: &[Batch]) -> Result<f64> {
-    let (mut sum, mut count) = (0.0, 0);
-    for batch in batches {
-        let hidden = model.hidden(&context(batch), &batch.tokens)?;
-        let trained: Vec<f64> = batch.trained.iter().map(|it| f64::from(u8::from(*it))).collect();
-        sum -= model.log_probs(&hidden, &batch.targets, &trained)?.logp.iter().sum::<f64>();
-        count += batch.trained_tokens();
-    }
-    if count == 0 {
-        return Err(Error::msg("no token to take the loss of"));
-    }
-    Ok(sum / count as f64)
+    Ok(outcome)
 }
 
 fn scaled(dlogp: &[f64], scale: f64) -> Vec<f64> {
@@ -147,7 +152,7 @@ fn next_batch(batches: &mut dyn BatchSource) -> Result<Option<Batch>> {
     batches.next().map_err(|error| Error::msg(error.to_string()))
 }
 
-fn context(batch: &Batch) -> Context {
+pub(crate) fn context(batch: &Batch) -> Context {
     Context::new(batch.sequence_starts.iter().map(|it| *it as usize).collect())
 }
 

@@ -189,7 +189,8 @@ impl Pace {
     }
 }
 
-fn sampling(config: &RunConfig) -> Sampling {
+/// How the config says that tokens are chosen.
+pub fn sampling(config: &RunConfig) -> Sampling {
     match config.do_sample {
         false => Sampling::Greedy,
         true => Sampling::Random {

@@ -31,7 +31,7 @@ pub fn logits(args: &LogitsArgs, console: &Console) -> anyhow::Result<Outcome> {
     config.adapter_name_or_path = args.adapter.clone().or(config.adapter_name_or_path);
     let (_, decoder) = open_decoder(&config, console)?;
     let hidden = decoder.hidden(&Context::new(vec![0, args.ids.len()]), &args.ids)?;
-    let logits = decoder.head.logits(&hidden)?;
+    let logits = decoder.logits(&hidden)?;
     let values = logits.to_f32()?;
     let rows = values.chunks(logits.cols());
     let rows: Vec<Value> = match args.top {

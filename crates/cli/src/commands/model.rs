@@ -73,7 +73,14 @@ pub fn run(args: &ModelArgs, console: &Console) -> anyhow::Result<Outcome> {
         ("16 bit", BaseWeights::SixteenBit, false),
         ("16 bit, recompute: all", BaseWeights::SixteenBit, true),
     ] {
-        let plan = MemoryPlan { base, lora_rank: config.lora_rank, tokens, activation_bytes, recompute };
+        let plan = MemoryPlan {
+            base,
+            lora_rank: config.lora_rank,
+            trained_weights: 0,
+            tokens,
+            activation_bytes,
+            recompute,
+        };
         let estimate = spec.memory(&plan);
         let columns = [
             estimate.linears + estimate.others,

@@ -6,34 +6,46 @@ use std::io::Write as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use ferrotune_data::BatchSource as _;
-use ferrotune_export::{ModelCard, PeftAdapter};
+use ferrotune_export::{ModelCard, SavedAs};
 use ferrotune_model::spec::MemoryPlan;
 use ferrotune_model::{BuildOptions, Decoder, Recompute};
 use ferrotune_nn::LanguageModel as _;
-use ferrotune_tensor::{DType, Error, Result, peak_resident_bytes};
+use ferrotune_tensor::{DType, Error, Result, peak_resident_bytes, resident_bytes};
 use ferrotune_trainer::{
-    AdamW, AdamW8bit, Control, Ending, LogWriter, LossScale, NextToken, Optimizer, RunHooks, Schedule,
-    ScheduleKind, Settings, StepReport, Summary, read_state, train,
+    Adafactor, AdamW, AdamW8bit, Control, Ending, EvalReport, Evaluation, EventWriter, Lion, LogWriter,
+    LossScale, Metric, Muon, NextToken, OnHost, Optimizer, ParameterGroups, RunHooks, Schedule, Settings,
+    Sgd, Skipped, StateMemory, StepReport, Summary, checkpoints, clear_leftovers, discard, read_state, train,
 };
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::Outcome;
+use super::predict;
 use crate::args::TrainArgs;
-use crate::config::{self, RunConfig, SaveStrategy};
+use crate::config::{self, BestMetric, EvalStrategy, FinetuningType, Resume, RunConfig, SaveStrategy};
 use crate::console::{Console, bytes, clock, thousands};
 use crate::machine::write_kernel_times;
+use crate::plot::plot_losses;
+use crate::results::{train_results, write_results};
 use crate::run::{
-    Adapters, Run, RunBatches, available_memory, build_decoder, lora_config, memory_plan, peft_adapter,
+    Adapters, Run, RunBatches, available_memory, build_decoder, load_trained, memory_plan, save_trained,
     warn_of_rows,
 };
+use crate::{INTERRUPTED, Outcome};
 
 /// Keys that a resumed run may change.
-const FREE_KEYS: [&str; 24] = [
+const FREE_KEYS: [&str; 31] = [
     "overwrite_cache",
     "tokenized_path",
+    "plot_loss",
+    "report_to",
+    "per_device_eval_batch_size",
+    "do_eval",
+    "do_predict",
+    "predict_with_generate",
+    "max_time",
     "cache_dir",
     "output_dir",
     "overwrite_output_dir",
@@ -60,40 +72,52 @@ const FREE_KEYS: [&str; 24] = [
 
 /// Trains what the config says.
 pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
-    let mut run = Run::open(RunConfig::load(Some(&args.config), &args.overrides)?, console)?;
+    let started = Instant::now();
+    let config = RunConfig::load(Some(&args.config), &args.overrides)?;
+    if !config.trains() {
+        return predict::run(&config, console);
+    }
+    let mut run = Run::open(config, console)?;
     let longest_batch = run.data.longest_batch(&run.config);
     let mut batches = run.batches()?;
     let steps_per_epoch = batches.steps_per_epoch(run.config.gradient_accumulation_steps);
     let total_steps = run.config.total_steps(steps_per_epoch);
-    let settings = settings(&run, &batches, total_steps, steps_per_epoch as u64);
-    let (adapters, resumed) = match &run.resume_from {
+    let settings = settings(&run, &batches, total_steps, steps_per_epoch as u64, started)?;
+    let resumed = match &run.resume_from {
         Some(checkpoint) => {
-            let adapter = PeftAdapter::read(checkpoint)?;
             let (state, optimizer) = read_state(checkpoint)?;
+            state.check_identity(&settings.identity)?;
             console.note(format!("going on from {} after step {}", checkpoint.display(), state.step));
-            (Adapters::Trained(Box::new(adapter)), Some((state, optimizer)))
+            Some((state, optimizer))
         }
         None => {
-            remove_old_checkpoints(&run.output_dir)?;
-            (Adapters::New(lora_config(&run.config)), None)
+            for (_, checkpoint) in checkpoints(&run.output_dir) {
+                // A new run in a folder that held one: the old ones would be taken for its own.
+                discard(&checkpoint)?;
+            }
+            None
         }
     };
-    let model = build_decoder(&run.config, &run.model.files, &run.computing, adapters);
+    let model = build_decoder(&run.config, &run.model.files, &run.computing, Adapters::ToTrain);
     let mut model = model.map_err(|error| match error.downcast::<Error>() {
         Ok(error) => out_of_memory(error, &run, longest_batch),
         Err(error) => error,
     })?;
+    if let Some(checkpoint) = &run.resume_from {
+        load_trained(&run.config, &mut model, checkpoint)?;
+    }
+    model.neftune_noise_alpha = run.config.neftune_noise_alpha.unwrap_or(0.0);
     model.recompute = recompute(&run, longest_batch);
     describe(&run, &mut model, &batches, total_steps, console)?;
     let mut optimizer = optimizer(&run.config);
-    let done = resumed.as_ref().map_or(0, |(state, _)| state.step);
+    clear_leftovers(&run.output_dir)?;
+    let done = resumed.as_ref().map(|(state, _)| state.step);
     let mut hooks = Hooks {
         run: &run,
         console,
         bar: bar(console, total_steps),
         log: LogWriter::new(&run.output_dir, done),
-        logging_steps: run.config.logging_steps.of(total_steps).max(1) as usize,
-        since_log: (0.0, 0),
+        events: run.config.reports_to_tensorboard().then(|| EventWriter::new(&run.output_dir)),
         interrupted: interrupted()?,
     };
     let summary =
@@ -103,17 +127,43 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
     if let RunBatches::Streamed(batches) = &batches {
         batches.counts().iter().for_each(|counts| warn_of_rows(counts, console));
     }
-    if let Ending::Stopped(checkpoint) = &summary.ending {
+    let stopped = match &summary.ending {
+        Ending::Finished | Ending::Early => None,
+        Ending::Stopped(checkpoint) => Some((checkpoint, "interrupted", " resume_from_checkpoint=true")),
+        Ending::OutOfTime(checkpoint) => {
+            Some((checkpoint, "`max_time` is over", " resume_from_checkpoint=true"))
+        }
+    };
+    if let Some((checkpoint, why, resume)) = stopped {
         console.warn(format!(
-            "interrupted after step {} of {total_steps}; saved to {}. Go on with: ferrotune train {}{} resume_from_checkpoint=true",
+            "{why} after step {} of {total_steps}; saved to {}. Go on with: ferrotune train {}{}{}",
             summary.steps,
             checkpoint.display(),
             args.config.display(),
-            args.overrides.iter().map(|word| format!(" '{word}'")).collect::<String>()
+            args.overrides.iter().map(|word| format!(" '{word}'")).collect::<String>(),
+            // Restarted by the same command, a run with `auto` goes on by itself.
+            if run.config.resume_from_checkpoint == Resume::No { resume } else { "" },
         ));
         return Ok(Outcome::Interrupted);
     }
-    hooks.save_model(&mut model, &run.output_dir.clone())?;
+    if summary.ending == Ending::Early {
+        console.note(format!("stopped after step {}: evaluations got no better", summary.steps));
+    }
+    if let Some(best) = &summary.loaded {
+        console.note(format!("the model of step {} is the best: {:.4}", best.step, best.metric));
+    }
+    hooks.save_model(&mut model, &run.output_dir)?;
+    let samples_in_step = run.config.per_device_train_batch_size * run.config.gradient_accumulation_steps;
+    write_results(&run.output_dir, "train", &train_results(&summary, samples_in_step))?;
+    if run.config.plot_loss {
+        plot_losses(&run.output_dir)?;
+    }
+    if let Some(data) = &run.evaluation {
+        predict::evaluate_at_end(&run.config, &model, data, &run.output_dir, console)?;
+        if run.config.do_predict {
+            predict::predict(&run.config, &run.model, &model, data, &run.output_dir, console)?;
+        }
+    }
     finish(&run, &summary, console)
 }
 
@@ -122,7 +172,7 @@ fn out_of_memory(error: Error, run: &Run, longest_batch: usize) -> anyhow::Error
     if !matches!(error, Error::OutOfMemory { .. }) {
         return error.into();
     }
-    let plan = memory_plan(&run.config, &run.computing, longest_batch);
+    let plan = memory_plan(&run.config, &run.model.files.spec, &run.computing, longest_batch);
     let lean = MemoryPlan { recompute: true, ..plan };
     let spec = &run.model.files.spec;
     anyhow::anyhow!(
@@ -134,21 +184,30 @@ fn out_of_memory(error: Error, run: &Run, longest_batch: usize) -> anyhow::Error
     )
 }
 
-fn settings(run: &Run, batches: &RunBatches, total_steps: u64, steps_per_epoch: u64) -> Settings {
+fn settings(
+    run: &Run,
+    batches: &RunBatches,
+    total_steps: u64,
+    steps_per_epoch: u64,
+    started: Instant,
+) -> anyhow::Result<Settings> {
     let config = &run.config;
     let save_steps = match config.save_strategy {
         SaveStrategy::No => 0,
         SaveStrategy::Epoch => steps_per_epoch,
         SaveStrategy::Steps => config.save_steps.of(total_steps),
     };
-    Settings {
+    Ok(Settings {
         output_dir: run.output_dir.clone(),
         schedule: Schedule {
-            kind: schedule_kind(config.lr_scheduler_type),
+            kind: config.schedule_kind().map_err(anyhow::Error::msg)?,
             learning_rate: config.learning_rate,
             warmup_steps: config.warmup(total_steps) as usize,
             total_steps: total_steps as usize,
         },
+        train_batch_size: config.per_device_train_batch_size,
+        num_train_epochs: (total_steps as f64 / steps_per_epoch as f64).ceil() as usize,
+        evaluation: evaluation(run, total_steps, steps_per_epoch),
         gradient_accumulation_steps: config.gradient_accumulation_steps,
         max_grad_norm: config.max_grad_norm,
         seed: config.seed,
@@ -156,26 +215,56 @@ fn settings(run: &Run, batches: &RunBatches, total_steps: u64, steps_per_epoch: 
             DType::F16 => LossScale::dynamic(),
             _ => LossScale::none(),
         },
+        logging_steps: config.logging_steps.of(total_steps).max(1) as usize,
         save_steps: save_steps as usize,
+        deadline: config.max_time.map(|it| started + Duration::from_secs_f64(it.0)),
         save_total_limit: config.save_total_limit,
         identity: identity(run, batches),
-    }
+    })
+}
+
+/// What is evaluated during the run, and at its end.
+fn evaluation(run: &Run, total_steps: u64, steps_per_epoch: u64) -> Option<Evaluation> {
+    let (data, config) = (run.evaluation.as_ref()?, &run.config);
+    let steps = match config.eval_strategy {
+        EvalStrategy::No => 0,
+        EvalStrategy::Epoch => steps_per_epoch,
+        EvalStrategy::Steps => config.eval_steps.unwrap_or(config.logging_steps).of(total_steps).max(1),
+    };
+    let metric = match config.metric_for_best_model {
+        BestMetric::Loss => Metric::Loss,
+        BestMetric::Accuracy => Metric::Accuracy,
+        BestMetric::Perplexity => Metric::Perplexity,
+    };
+    Some(Evaluation {
+        samples: data.samples.clone(),
+        batch_size: config.per_device_eval_batch_size,
+        steps: steps as usize,
+        on_start: config.eval_on_start,
+        metric,
+        greater_is_better: config.greater_is_better.unwrap_or(metric == Metric::Accuracy),
+        patience: config.early_stopping_steps,
+        load_best_model_at_end: config.load_best_model_at_end,
+    })
 }
 
 fn optimizer(config: &RunConfig) -> Box<dyn Optimizer> {
+    use config::Optimizer as Kind;
     let (beta1, beta2, epsilon) = (config.adam_beta1, config.adam_beta2, config.adam_epsilon);
-    match config.optim {
-        config::Optimizer::AdamW => Box::new(AdamW::new(beta1, beta2, epsilon, config.weight_decay)),
-        config::Optimizer::AdamW8bit => Box::new(AdamW8bit::new(beta1, beta2, epsilon, config.weight_decay)),
-    }
-}
-
-fn schedule_kind(kind: config::Schedule) -> ScheduleKind {
-    match kind {
-        config::Schedule::Linear => ScheduleKind::Linear,
-        config::Schedule::Cosine => ScheduleKind::Cosine,
-        config::Schedule::Constant => ScheduleKind::Constant,
-        config::Schedule::ConstantWithWarmup => ScheduleKind::ConstantWithWarmup,
+    let groups =
+        ParameterGroups { weight_decay: config.weight_decay, loraplus_lr_ratio: config.loraplus_lr_ratio };
+    let adamw = |memory| AdamW::new(beta1, beta2, epsilon, groups, memory);
+    let adamw_8bit = |memory| AdamW8bit::new(beta1, beta2, epsilon, groups, memory);
+    let momentum = config.optim_args.momentum;
+    match config.optimizer() {
+        Kind::AdamW => Box::new(adamw(StateMemory::Device)),
+        Kind::AdamW8bit => Box::new(adamw_8bit(StateMemory::Device)),
+        Kind::PagedAdamW => Box::new(adamw(StateMemory::Host)),
+        Kind::PagedAdamW8bit => Box::new(adamw_8bit(StateMemory::Host)),
+        Kind::Sgd => Box::new(OnHost::new(Sgd { momentum: momentum.unwrap_or(0.0) }, groups)),
+        Kind::Lion => Box::new(OnHost::new(Lion { beta1, beta2 }, groups)),
+        Kind::Adafactor => Box::new(OnHost::new(Adafactor, groups)),
+        Kind::Muon => Box::new(Muon::new(momentum.unwrap_or(0.95), groups, adamw(StateMemory::Device))),
     }
 }
 
@@ -201,15 +290,6 @@ fn identity(run: &Run, batches: &RunBatches) -> Vec<(String, String)> {
     all
 }
 
-/// A new run in a folder that held one: the old checkpoints would be taken for its own.
-fn remove_old_checkpoints(output_dir: &Path) -> anyhow::Result<()> {
-    while let Some(checkpoint) = ferrotune_trainer::latest_checkpoint(output_dir) {
-        fs::remove_dir_all(&checkpoint)
-            .with_context(|| format!("can't remove the old {}", checkpoint.display()))?;
-    }
-    Ok(())
-}
-
 /// What each block keeps. `auto` keeps as many blocks whole as memory allows.
 fn recompute(run: &Run, longest_batch: usize) -> Vec<Recompute> {
     let blocks = run.model.files.spec.layers.len();
@@ -218,7 +298,7 @@ fn recompute(run: &Run, longest_batch: usize) -> Vec<Recompute> {
         config::Recompute::All => 0,
         config::Recompute::Offload => return vec![Recompute::Offload; blocks],
         config::Recompute::Auto => {
-            let plan = memory_plan(&run.config, &run.computing, longest_batch);
+            let plan = memory_plan(&run.config, &run.model.files.spec, &run.computing, longest_batch);
             available_memory(&run.computing)
                 .map_or(blocks, |available| run.model.files.spec.blocks_kept(&plan, available / 10 * 9))
         }
@@ -235,7 +315,8 @@ fn describe(
     console: &Console,
 ) -> anyhow::Result<()> {
     let trainable: usize = model.parameters().iter().map(|it| it.value.rows() * it.value.cols()).sum();
-    let all = run.model.files.spec.parameter_count() + trainable as u64;
+    let added = if run.config.finetuning_type == FinetuningType::Lora { trainable as u64 } else { 0 };
+    let all = run.model.files.spec.parameter_count() + added;
     let share = 100.0 * trainable as f64 / all as f64;
     console.note(format!(
         "trainable params: {} || all params: {} || trainable%: {share:.4}",
@@ -253,11 +334,8 @@ fn describe(
         ),
         RunBatches::Streamed(_) => "samples as they are read".to_string(),
     };
-    if !run.data.evaluation.is_empty() {
-        console.note(format!(
-            "{} samples are set apart for evaluation, which is not there yet",
-            thousands(run.data.evaluation.len() as u64)
-        ));
+    if let Some(data) = &run.evaluation {
+        console.note(format!("{} samples to evaluate on", thousands(data.samples.len() as u64)));
     }
     console.note(format!(
         "{samples}, {step} samples in a step, {total_steps} steps on {}; weights {} in memory",
@@ -292,7 +370,7 @@ fn interrupted() -> anyhow::Result<Arc<AtomicBool>> {
     let set = flag.clone();
     ctrlc::set_handler(move || {
         if set.swap(true, Ordering::SeqCst) {
-            std::process::exit(130);
+            std::process::exit(i32::from(INTERRUPTED));
         }
         let _ = writeln!(std::io::stderr(), "\nfinishing the step, then saving; once more to leave at once");
     })
@@ -305,44 +383,95 @@ struct Hooks<'a> {
     console: &'a Console,
     bar: ProgressBar,
     log: LogWriter,
-    logging_steps: usize,
-    /// Sum and count of the losses since the last line of the log.
-    since_log: (f64, usize),
+    events: Option<EventWriter>,
     interrupted: Arc<AtomicBool>,
 }
 
 impl RunHooks<Decoder> for Hooks<'_> {
     fn save_model(&mut self, model: &mut Decoder, folder: &Path) -> Result<()> {
-        let plain = |error: anyhow::Error| Error::msg(format!("{error:#}"));
-        let adapter = peft_adapter(&self.run.config, &self.run.model.name, model).map_err(plain)?;
-        adapter.write(folder, &card(self.run))?;
         let saved = self.run.model.vocabulary.tokenizer.save(folder);
-        saved.map_err(|error| Error::msg(error.to_string()))
+        saved.map_err(|error| Error::msg(error.to_string()))?;
+        let exact = if folder == self.run.output_dir { SavedAs::Stored } else { SavedAs::Trained };
+        let (config, base) = (&self.run.config, &self.run.model);
+        // Last, with its config at the very end: where that is, the model is whole.
+        save_trained(config, base, model, folder, exact, &card(self.run))
     }
 
     fn report(&mut self, report: &StepReport) -> Result<Control> {
-        self.since_log.0 += report.loss;
-        self.since_log.1 += 1;
+        if report.skipped == Some(Skipped::NotFinite) {
+            let places: Vec<String> = report.samples.iter().map(|it| self.run.data.origin(*it)).collect();
+            self.console.warn(format!(
+                "step {} is left out: its loss is {} and its gradients' norm {}; its samples: {}",
+                report.step,
+                report.loss,
+                report.grad_norm,
+                places.join(", ")
+            ));
+        }
         self.bar.set_position(report.step as u64);
-        // The mean since the last line of the log, on the console as there.
-        let loss = self.since_log.0 / self.since_log.1 as f64;
         let line = format!(
-            "loss {loss:.4}  lr {:.2e}  {:.0} tokens/s  {} left",
+            "loss {:.4}  lr {:.2e}  {:.0} tokens/s  {} left",
+            report.mean_loss,
             report.learning_rate,
             report.tokens_per_second,
             clock(report.remaining_seconds)
         );
-        if report.step.is_multiple_of(self.logging_steps) || report.step == report.total_steps {
-            self.since_log = (0.0, 0);
-            self.log.write(&StepReport { loss, ..*report })?;
+        if report.logged {
+            self.log.write(report)?;
+            self.events.as_mut().map_or(Ok(()), |events| events.write(report))?;
             if !self.console.shows_progress() && !self.console.quiet {
                 self.console.plain(format!("step {}/{}  {line}", report.step, report.total_steps));
             }
         }
-        self.bar.set_message(line);
+        let memory = match self.run.computing.device.gpu() {
+            Some(gpu) => Some(gpu.memory().in_use),
+            None => resident_bytes(),
+        };
+        let memory = memory.map_or_else(String::new, |it| format!("  {}", bytes(it)));
+        self.bar.set_message(format!("{line}  norm {:.2}{memory}", report.grad_norm));
         let stop = self.interrupted.load(Ordering::SeqCst);
         Ok(if stop { Control::Stop } else { Control::Continue })
     }
+
+    fn load_model(&mut self, model: &mut Decoder, folder: &Path) -> Result<()> {
+        load_trained(&self.run.config, model, folder)
+    }
+
+    fn report_evaluation(&mut self, report: &EvalReport) -> Result<()> {
+        self.log.write_evaluation(report)?;
+        self.events.as_mut().map_or(Ok(()), |events| events.write_evaluation(report))?;
+        let line = format!("step {}/{}  {}", report.step, report.total_steps, evaluation_line(report));
+        if self.console.shows_progress() {
+            self.bar.println(line);
+        } else if !self.console.quiet {
+            self.console.plain(line);
+        }
+        Ok(())
+    }
+
+    /// `recompute: auto` computes half of the blocks that were kept again.
+    fn spare_memory(&mut self, model: &mut Decoder, error: &Error) -> bool {
+        let kept = model.recompute.iter().filter(|it| **it == Recompute::Keep).count();
+        if kept == 0 || self.run.config.recompute_policy() != config::Recompute::Auto {
+            return false;
+        }
+        let (left, blocks) = (kept / 2, model.recompute.len());
+        model.recompute[left..].fill(Recompute::Recompute);
+        self.console.warn(format!(
+            "{error}; going on with the activations of {left} of {blocks} blocks kept instead of {kept}"
+        ));
+        true
+    }
+}
+
+/// An evaluation in a line.
+pub fn evaluation_line(report: &EvalReport) -> String {
+    format!(
+        "eval_loss {:.4}  perplexity {:.3}  token accuracy {:.1} %",
+        report.loss,
+        report.perplexity(),
+        100.0 * report.accuracy
+    )
 }
 
 fn card(run: &Run) -> ModelCard {
@@ -407,6 +536,7 @@ fn finish(run: &Run, summary: &Summary, console: &Console) -> anyhow::Result<Out
         fs::read_dir(&run.output_dir).with_context(|| format!("can't read {}", run.output_dir.display()))?;
     let mut names: Vec<(String, u64)> = entries
         .flatten()
+        .filter(|entry| !entry.file_name().to_string_lossy().starts_with('.'))
         .filter_map(|entry| {
             let metadata = entry.metadata().ok()?;
             let slash = if metadata.is_dir() { "/" } else { "" };

@@ -67,6 +67,18 @@ impl Setting for u64 {
     }
 }
 
+impl Setting for i64 {
+    fn expected() -> String {
+        "a whole number".to_string()
+    }
+    fn read(node: &Node) -> Result<i64, String> {
+        scalar::<i64>(node)?.replace('_', "").parse().map_err(|_| mismatch::<i64>(node))
+    }
+    fn shown(&self) -> String {
+        self.to_string()
+    }
+}
+
 impl Setting for usize {
     fn expected() -> String {
         u64::expected()
@@ -176,7 +188,8 @@ impl Setting for BTreeMap<String, String> {
         }
     }
     fn shown(&self) -> String {
-        "none".to_string()
+        let entries: Vec<String> = self.iter().map(|(name, value)| format!("{name}: {value}")).collect();
+        if entries.is_empty() { "none".to_string() } else { format!("{{{}}}", entries.join(", ")) }
     }
 }
 
@@ -240,6 +253,28 @@ impl Setting for Steps {
     }
 }
 
+/// A time in seconds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Time(pub f64);
+
+impl Setting for Time {
+    fn expected() -> String {
+        "seconds, or a time such as 90m, 11.5h or 1:30:00".to_string()
+    }
+    fn read(node: &Node) -> Result<Time, String> {
+        let text = scalar::<Time>(node)?.trim();
+        let number = |text: &str| text.parse::<f64>().ok().filter(|it| it.is_finite() && *it >= 0.0);
+        let with_unit = [("s", 1.0), ("m", 60.0), ("h", 3600.0), ("d", 86400.0)]
+            .iter()
+            .find_map(|(unit, seconds)| Some(number(text.strip_suffix(unit)?)? * seconds));
+        let clock = || text.split(':').try_fold(0.0, |sum, part| Some(60.0 * sum + number(part)?));
+        with_unit.or_else(clock).filter(|it| *it > 0.0).map(Time).ok_or_else(|| mismatch::<Time>(node))
+    }
+    fn shown(&self) -> String {
+        format!("{}s", self.0)
+    }
+}
+
 /// `max_steps`: a limit, or none (transformers writes -1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MaxSteps(pub Option<u64>);
@@ -258,6 +293,34 @@ impl Setting for MaxSteps {
     }
     fn shown(&self) -> String {
         self.0.shown()
+    }
+}
+
+/// `optim_args`, as transformers writes them: `name=value` with commas between.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct OptimArgs {
+    /// Of SGD and Muon.
+    pub momentum: Option<f64>,
+}
+
+impl Setting for OptimArgs {
+    fn expected() -> String {
+        "momentum=NUMBER".to_string()
+    }
+    fn read(node: &Node) -> Result<OptimArgs, String> {
+        let mut args = OptimArgs::default();
+        if node.is_null() {
+            return Ok(args);
+        }
+        for word in scalar::<OptimArgs>(node)?.split(',').map(str::trim).filter(|it| !it.is_empty()) {
+            let number = word.strip_prefix("momentum=").and_then(|text| text.parse().ok());
+            let momentum = number.filter(|it| (0.0..1.0).contains(it));
+            args.momentum = Some(momentum.ok_or_else(|| mismatch::<OptimArgs>(node))?);
+        }
+        Ok(args)
+    }
+    fn shown(&self) -> String {
+        self.momentum.map_or_else(|| "none".to_string(), |momentum| format!("momentum={momentum}"))
     }
 }
 
@@ -343,8 +406,12 @@ choice! {
     FinetuningType {
         /// Low-rank adapters on frozen weights.
         Lora = "lora",
+        /// All weights.
+        Full = "full",
+        /// Some layers' weights.
+        Freeze = "freeze",
     }
-    later { "full", "freeze", "oft" } wrong {}
+    later { "oft" } wrong {}
 }
 
 /// `template`
@@ -433,15 +500,24 @@ choice! {
         Linear = "linear",
         /// Down to zero along half a cosine.
         Cosine = "cosine",
+        /// Several half cosines.
+        CosineWithRestarts = "cosine_with_restarts",
+        /// Along a cosine to a lowest rate.
+        CosineWithMinLr = "cosine_with_min_lr",
+        /// Down along a power of what is left.
+        Polynomial = "polynomial",
         /// Always the same, without warm-up.
         Constant = "constant",
         /// Always the same after the warm-up.
         ConstantWithWarmup = "constant_with_warmup",
+        /// Down with the square root of the step.
+        InverseSqrt = "inverse_sqrt",
+        /// Up, level, down.
+        WarmupStableDecay = "warmup_stable_decay",
+        /// Lower when evaluations get no better.
+        ReduceLrOnPlateau = "reduce_lr_on_plateau",
     }
-    later {
-        "cosine_with_restarts", "polynomial", "inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr",
-        "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
-    } wrong {}
+    later { "cosine_warmup_with_min_lr", "greedy" } wrong {}
 }
 
 choice! {
@@ -451,12 +527,20 @@ choice! {
         AdamW = "adamw_torch" | "adamw_torch_fused" | "adamw_hf",
         /// AdamW with 8-bit states in blocks of 256, as bitsandbytes keeps them.
         AdamW8bit = "adamw_8bit" | "adamw_bnb_8bit",
+        /// AdamW with 32-bit states in the host's memory.
+        PagedAdamW = "paged_adamw_32bit" | "paged_adamw",
+        /// AdamW with 8-bit states in the host's memory.
+        PagedAdamW8bit = "paged_adamw_8bit",
+        /// Stochastic gradient descent.
+        Sgd = "sgd",
+        /// Lion with 32-bit momentum.
+        Lion = "lion_32bit" | "lion",
+        /// Adafactor by the schedule's learning rate.
+        Adafactor = "adafactor",
+        /// Muon for matrices, AdamW for the others.
+        Muon = "muon",
     }
-    later {
-        "paged_adamw_8bit", "paged_adamw", "paged_adamw_32bit", "sgd", "lion",
-        "lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit", "adafactor", "muon", "adagrad",
-        "rmsprop",
-    } wrong {}
+    later { "lion_8bit", "paged_lion_32bit", "paged_lion_8bit", "adagrad", "rmsprop" } wrong {}
 }
 
 choice! {
@@ -472,6 +556,32 @@ choice! {
         Offload = "offload",
     }
     later {} wrong {}
+}
+
+choice! {
+    /// `eval_strategy`
+    EvalStrategy {
+        /// Every `eval_steps` steps.
+        Steps = "steps",
+        /// At the end of each epoch.
+        Epoch = "epoch",
+        /// Not during the run.
+        No = "no" | "false" | "off",
+    }
+    later { "best" } wrong {}
+}
+
+choice! {
+    /// `metric_for_best_model`
+    BestMetric {
+        /// Of the tokens.
+        Loss = "loss" | "eval_loss",
+        /// Of the tokens.
+        Accuracy = "accuracy" | "eval_accuracy",
+        /// exp(loss)
+        Perplexity = "perplexity" | "eval_perplexity",
+    }
+    later { "rouge-1", "rouge-2", "rouge-l", "bleu-4" } wrong {}
 }
 
 choice! {

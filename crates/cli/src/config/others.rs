@@ -65,21 +65,20 @@ const LATER: &[&str] = &[
     // Data.
     "media_dir", "eval_on_each_dataset", "tool_format", "preserve_thinking", "eval_num_beams",
     // Adapters and what is trained.
-    "additional_target", "loraplus_lr_ratio", "use_dora", "pissa_init", "pissa_convert", "create_new_adapter",
-    "module_dropout", "oft_rank", "freeze_extra_modules", "modules_to_save", "layers_to_transform",
+    "additional_target", "use_dora", "pissa_init", "pissa_convert", "create_new_adapter",
+    "module_dropout", "oft_rank", "modules_to_save", "layers_to_transform",
     "rank_pattern", "alpha_pattern", "use_llama_pro", "new_special_tokens_config", "train_from_scratch", "adapter_folder",
     // Preferences.
     "pref_ftx", "pref_bco_weight", "dpo_label_smoothing", "ref_model", "ref_model_adapters",
     "ref_model_quantization_bit", "reward_model", "reward_model_adapters", "reward_model_quantization_bit",
     "ppo_score_norm", "ppo_whiten_rewards", "ld_alpha",
     // Optimizers and losses.
-    "use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon", "use_dft_loss", "use_asft_loss",
-    "use_eaft_loss", "neftune_noise_alpha", "label_smoothing_factor", "optim_args", "optim_target_modules",
-    "lr_scheduler_kwargs", "early_stopping_steps", "compute_accuracy", "data_seed",
-    "group_by_length", "auto_find_batch_size", "dataloader_drop_last", "ignore_data_skip", "max_time",
+    "use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_dft_loss", "use_asft_loss",
+    "use_eaft_loss", "label_smoothing_factor", "optim_target_modules",
+    "data_seed",
+    "auto_find_batch_size", "dataloader_drop_last", "ignore_data_skip",
     // Evaluation.
-    "do_eval", "do_predict", "predict_with_generate", "eval_steps", "eval_strategy", "evaluation_strategy",
-    "eval_delay", "eval_on_start", "load_best_model_at_end", "metric_for_best_model", "eval_accumulation_steps",
+    "eval_delay", "eval_accumulation_steps",
     "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval", "prediction_loss_only",
     // Models.
     "rope_scaling", "shift_attn", "mixture_of_depths", "moe_aux_loss_coef", "upcast_layernorm",
@@ -105,8 +104,6 @@ const LATER_WITH_DEFAULT: &[(&str, &[&str])] = &[
     ("bias", &["none"]),
     ("oft_block_size", &["32"]),
     ("oft_target", &["all"]),
-    ("freeze_trainable_layers", &["2"]),
-    ("freeze_trainable_modules", &["all"]),
     ("pref_beta", &["0.1"]),
     ("pref_loss", &["sigmoid"]),
     ("kto_chosen_weight", &["1"]),
@@ -126,8 +123,8 @@ const LATER_WITH_DEFAULT: &[(&str, &[&str])] = &[
 
 /// Taken, and of no effect.
 const IGNORED: &[(&str, &str)] = &[
-    ("plot_loss", "no plots yet; the losses are in trainer_log.jsonl"),
-    ("report_to", "nothing is sent anywhere yet; the losses are in trainer_log.jsonl"),
+    ("compute_accuracy", "evaluation always counts the accuracy of tokens"),
+    ("loraplus_lr_embedding", "the embedding has no adapter"),
     ("run_name", "nothing is sent anywhere yet"),
     ("logging_dir", "the log is in output_dir"),
     ("trust_remote_code", "no code of a model is ever run"),
@@ -166,9 +163,7 @@ const IGNORED: &[(&str, &str)] = &[
     ("use_cache", "chat always keeps keys and values"),
     ("infer_dtype", "chat computes as training does"),
     ("skip_special_tokens", "chat never shows control tokens"),
-    ("eval_do_concat_batches", "there is no evaluation yet"),
-    ("per_device_eval_batch_size", "there is no evaluation yet"),
-    ("greater_is_better", "there is no evaluation yet"),
+    ("eval_do_concat_batches", "sums are kept, not batches"),
     ("include_tokens_per_second", "tokens per second are always shown"),
     ("include_num_input_tokens_seen", "tokens are always counted"),
     ("include_effective_tokens_per_second", "tokens per second are always shown"),
@@ -187,7 +182,7 @@ const IGNORED: &[(&str, &str)] = &[
     ("remove_unused_columns", "columns without a meaning are never kept"),
     ("label_names", "labels come from the conversation"),
     ("length_column_name", "lengths are counted"),
-    ("include_inputs_for_metrics", "there is no evaluation yet"),
+    ("include_inputs_for_metrics", "metrics take what they need"),
     ("skip_memory_metrics", "peak memory is always shown"),
     ("accelerator_config", "there is no accelerate"),
     ("gradient_checkpointing_kwargs", "`recompute` says what is kept"),
@@ -202,6 +197,7 @@ const IGNORED: &[(&str, &str)] = &[
 
 /// Another program's name for something there is, or something that will not come.
 const INSTEAD: &[(&str, &str)] = &[
+    ("evaluation_strategy", "use `eval_strategy`"),
     (
         "split_special_tokens",
         "control tokens inside a message are text already; `allow_control_tokens: true` changes that",

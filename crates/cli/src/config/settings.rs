@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use ferrotune_trainer::ScheduleKind;
+
 use super::kinds::*;
 use super::yaml::Node;
 
@@ -72,7 +74,7 @@ settings! {
     "Model" {
         /// The base model: a folder, a GGUF file or a model's name on the hub.
         model_name_or_path: Option<String> = None,
-        /// A trained adapter to put on the model (chat and debug).
+        /// A trained adapter to put on the model (chat, debug, and train without training).
         adapter_name_or_path: Option<PathBuf> = None,
         /// Where downloaded models are kept instead of the model cache.
         cache_dir: Option<PathBuf> = None,
@@ -92,9 +94,9 @@ settings! {
     "Method" {
         /// What is trained for: sft (answers) or pt (plain texts, as a whole).
         stage: Stage = Stage::Sft,
-        /// Whether to train.
+        /// Whether to train; without (or without a dataset), there is `do_eval` and `do_predict`.
         do_train: bool = true,
-        /// What is trained: lora.
+        /// What is trained: lora (adapters), full (all weights) or freeze (some layers' weights).
         finetuning_type: FinetuningType = FinetuningType::Lora,
         /// Rank of the adapters.
         lora_rank: usize = 8,
@@ -108,6 +110,12 @@ settings! {
         lora_exclude: Vec<String> = Vec::new(),
         /// Divide the scale by the square root of the rank instead.
         use_rslora: bool = false,
+        /// freeze: how many of the last layers are trained; of the first ones, where it is negative.
+        freeze_trainable_layers: i64 = 2,
+        /// freeze: which of their modules: all, or names such as mlp,self_attn.
+        freeze_trainable_modules: Vec<String> = vec!["all".to_string()],
+        /// freeze: modules beside the layers that are trained too: embed_tokens, norm, lm_head.
+        freeze_extra_modules: Vec<String> = Vec::new(),
         /// Bits of a frozen weight: 4, or null for the model's own type.
         quantization_bit: Option<QuantizationBit> = None,
         /// The 4-bit code: nf4.
@@ -170,6 +178,10 @@ settings! {
         overwrite_output_dir: bool = false,
         /// Go on from a checkpoint: true (the newest), auto (the newest, if any) or a path.
         resume_from_checkpoint: Resume = Resume::No,
+        /// Draw the losses when the run has ended: training_loss.svg and .png, training_eval_loss likewise.
+        plot_loss: bool = false,
+        /// Who is told of the curves: none, tensorboard (event files in output_dir/runs).
+        report_to: Vec<String> = Vec::new(),
         /// Steps between two entries of the log.
         logging_steps: Steps = Steps::Count(10),
         /// When checkpoints are written: steps, epoch or no.
@@ -190,13 +202,17 @@ settings! {
         num_train_epochs: f64 = 3.0,
         /// Steps, whatever num_train_epochs says; null or -1 for no limit.
         max_steps: MaxSteps = MaxSteps(None),
-        /// Curve of the learning rate: linear, cosine, constant, constant_with_warmup.
+        /// Save and stop before this time is over, loading included: seconds, or such as 90m, 11.5h, 1:30:00; null for no limit.
+        max_time: Option<Time> = None,
+        /// Curve of the learning rate: linear, cosine, cosine_with_restarts, cosine_with_min_lr, polynomial, constant, constant_with_warmup, inverse_sqrt, warmup_stable_decay, reduce_lr_on_plateau.
         lr_scheduler_type: Schedule = Schedule::Linear,
+        /// What that curve takes, by transformers' names, such as {num_cycles: 2}.
+        lr_scheduler_kwargs: BTreeMap<String, String> = BTreeMap::new(),
         /// Steps until the learning rate is at its highest.
         warmup_steps: Steps = Steps::Count(0),
         /// The same as a share of all steps.
         warmup_ratio: f64 = 0.0,
-        /// Decay of trained weights, apart from the gradient.
+        /// Decay of trained weights except biases and norms, apart from the gradient.
         weight_decay: f64 = 0.0,
         /// AdamW's decay of the mean.
         adam_beta1: f64 = 0.9,
@@ -206,10 +222,44 @@ settings! {
         adam_epsilon: f64 = 1e-8,
         /// Longest gradient, all weights together; 0 for no limit.
         max_grad_norm: f64 = 1.0,
-        /// Optimizer: adamw_torch or adamw_8bit.
+        /// Optimizer: adamw_torch, adamw_8bit, paged_adamw_32bit, paged_adamw_8bit (states in the host's memory), sgd, lion, adafactor, muon.
         optim: Optimizer = Optimizer::AdamW,
+        /// More for the optimizer: momentum=0.9 (sgd: 0 unless given, muon: 0.95).
+        optim_args: OptimArgs = OptimArgs::default(),
+        /// LoRA+: what the learning rate of B is multiplied by.
+        loraplus_lr_ratio: Option<f64> = None,
+        /// The same as `optim: muon`.
+        use_muon: bool = false,
+        /// NEFTune: noise on embedded tokens in training, such as 5; null for none.
+        neftune_noise_alpha: Option<f64> = None,
+        /// Put samples of like lengths into the same step.
+        group_by_length: bool = false,
         /// Seed of everything random.
         seed: u64 = 42,
+    }
+    "Evaluation" {
+        /// Evaluate after training; so it is wherever there is something to evaluate on.
+        do_eval: bool = false,
+        /// After training, or without any (`do_train: false`), answer the questions of eval_dataset; with predict_with_generate.
+        do_predict: bool = false,
+        /// Write the answers and how like the expected ones they are: BLEU-4, ROUGE-1, 2 and L.
+        predict_with_generate: bool = false,
+        /// When to evaluate: steps, epoch or no (at the end only).
+        eval_strategy: EvalStrategy = EvalStrategy::No,
+        /// Steps between two evaluations; null for logging_steps.
+        eval_steps: Option<Steps> = None,
+        /// Evaluate before the first step as well.
+        eval_on_start: bool = false,
+        /// Samples of a batch in evaluation; fewer where memory runs out.
+        per_device_eval_batch_size: usize = 8,
+        /// What says how good the model is: loss, accuracy or perplexity.
+        metric_for_best_model: BestMetric = BestMetric::Loss,
+        /// Whether more of it is better; null for what fits the metric.
+        greater_is_better: Option<bool> = None,
+        /// End with the best model that was evaluated, of which a checkpoint is kept.
+        load_best_model_at_end: bool = false,
+        /// Stop after so many evaluations in a row without a better one.
+        early_stopping_steps: Option<usize> = None,
     }
     "Device" {
         /// auto, cpu, cuda or cuda:N.
@@ -262,6 +312,30 @@ impl RunConfig {
         if self.disable_gradient_checkpointing { Recompute::Keep } else { self.recompute }
     }
 
+    /// The curve of the learning rate.
+    ///
+    /// # Errors
+    /// Saying what is wrong with `lr_scheduler_kwargs`.
+    pub fn schedule_kind(&self) -> Result<ScheduleKind, String> {
+        ScheduleKind::named(&self.lr_scheduler_type.shown(), &self.lr_scheduler_kwargs, self.learning_rate)
+    }
+
+    /// Whether event files are written for TensorBoard.
+    pub fn reports_to_tensorboard(&self) -> bool {
+        self.report_to.iter().any(|it| it == "tensorboard" || it == "all")
+    }
+
+    /// Whether to train. LLaMA-Factory's configs that only predict or evaluate don't say that they don't.
+    pub fn trains(&self) -> bool {
+        let judges = (self.do_predict || self.do_eval) && self.dataset.is_empty();
+        self.do_train && (self.places.contains_key("do_train") || !judges)
+    }
+
+    /// What `optim` and LLaMA-Factory's `use_muon` come to.
+    pub fn optimizer(&self) -> Optimizer {
+        if self.use_muon { Optimizer::Muon } else { self.optim }
+    }
+
     /// Steps of warm-up in a run of `total`; as in transformers, `warmup_steps` wins.
     pub fn warmup(&self, total: u64) -> u64 {
         match self.warmup_steps.of(total) {
@@ -288,6 +362,17 @@ impl RunConfig {
         check(self.lora_rank > 0, "lora_rank", "expected 1 or more");
         check(self.lora_alpha.is_none_or(|alpha| alpha > 0.0), "lora_alpha", "expected a number over 0");
         check(share.contains(&self.lora_dropout), "lora_dropout", "expected a share, from 0 to under 1");
+        let other = self.report_to.iter().find(|it| !["none", "tensorboard", "all"].contains(&it.as_str()));
+        let message = format!("expected none or tensorboard, found `{}`", other.map_or("", |it| it));
+        check(other.is_none(), "report_to", &message);
+        let alpha = self.neftune_noise_alpha.is_none_or(|alpha| alpha >= 0.0);
+        check(alpha, "neftune_noise_alpha", "expected 0 or more");
+        check(self.freeze_trainable_layers != 0, "freeze_trainable_layers", "expected a number other than 0");
+        check(
+            self.finetuning_type == FinetuningType::Lora || self.quantization_bit.is_none(),
+            "quantization_bit",
+            "quantised weights can't be trained; use `finetuning_type: lora`, or leave it out",
+        );
         check(!self.lora_target.is_empty(), "lora_target", "expected `all` or names of linear layers");
         check(
             !(self.mask_history && self.train_on_prompt),
@@ -329,6 +414,11 @@ impl RunConfig {
             "a stream has no share; give a number of samples",
         );
         check(
+            !self.streaming || !self.group_by_length,
+            "group_by_length",
+            "`streaming` doesn't know all lengths; leave one of them out",
+        );
+        check(
             !self.streaming || self.tokenized_path.is_none(),
             "tokenized_path",
             "a stream is never kept; leave out one of the two",
@@ -350,6 +440,42 @@ impl RunConfig {
             "expected more than 0",
         );
         check((0.0..=1.0).contains(&self.warmup_ratio), "warmup_ratio", "expected a share, from 0 to 1");
+        if let Err(message) = self.schedule_kind() {
+            check(false, "lr_scheduler_kwargs", &message);
+        }
+        let momentum = matches!(self.optimizer(), Optimizer::Sgd | Optimizer::Muon);
+        check(
+            momentum || self.optim_args.momentum.is_none(),
+            "optim_args",
+            "`momentum` is for sgd and muon; leave it out",
+        );
+        let ratio = self.loraplus_lr_ratio.is_none_or(|ratio| ratio > 0.0);
+        check(ratio, "loraplus_lr_ratio", "expected a number over 0");
+        let evaluates = self.eval_strategy != EvalStrategy::No;
+        let has_samples = !self.eval_dataset.is_empty() || self.val_size > 0.0;
+        let samples = "there is nothing to evaluate on; name an `eval_dataset`, or set `val_size`";
+        check(has_samples || !evaluates, "eval_strategy", samples);
+        check(has_samples || !self.do_eval, "do_eval", samples);
+        let asked = !self.eval_dataset.is_empty() || !self.do_predict;
+        check(asked, "do_predict", "there is nothing to answer; name an `eval_dataset`");
+        check(
+            self.predict_with_generate || !self.do_predict,
+            "do_predict",
+            "set `predict_with_generate: true` as well; without answers, `do_eval` gives the loss",
+        );
+        check(has_samples || !self.eval_on_start, "eval_on_start", samples);
+        let strategy = "needs evaluations during the run; set `eval_strategy: steps` or `epoch`";
+        check(evaluates || !self.load_best_model_at_end, "load_best_model_at_end", strategy);
+        check(evaluates || self.early_stopping_steps.is_none(), "early_stopping_steps", strategy);
+        let plateau = self.lr_scheduler_type == Schedule::ReduceLrOnPlateau;
+        check(
+            evaluates || !plateau,
+            "lr_scheduler_type",
+            "reduce_lr_on_plateau needs evaluations during the run; set `eval_strategy: steps` or `epoch`",
+        );
+        check(self.early_stopping_steps != Some(0), "early_stopping_steps", "expected 1 or more");
+        check(self.eval_steps != Some(Steps::Count(0)), "eval_steps", "expected 1 or more");
+        check(self.per_device_eval_batch_size > 0, "per_device_eval_batch_size", "expected 1 or more");
         check(self.weight_decay >= 0.0, "weight_decay", "expected 0 or more");
         check(share.contains(&self.adam_beta1), "adam_beta1", "expected a number from 0 to under 1");
         check(share.contains(&self.adam_beta2), "adam_beta2", "expected a number from 0 to under 1");

@@ -30,6 +30,15 @@ pub enum DataUse {
     Show,
     /// To be trained on, by a model of so many tokens.
     Train(usize),
+    /// To be evaluated on by such a model, and answered.
+    Evaluate(usize),
+}
+
+/// Where a sample was before samples were mixed.
+#[derive(Clone, Copy, Debug, Default)]
+struct Origin {
+    set: usize,
+    index: usize,
 }
 
 /// The data sets of a run, read and encoded.
@@ -44,6 +53,8 @@ pub struct OpenData {
     pub samples: Vec<Sample>,
     /// What is set apart for evaluation.
     pub evaluation: Vec<Sample>,
+    /// Data set and number of each sample, both from 0.
+    origins: Vec<Origin>,
     /// What was cut and left out.
     pub report: Report,
     /// Instead of `samples` where the data is read as it is needed.
@@ -74,18 +85,23 @@ impl OpenData {
             sets.push(set);
         }
         let mut dropped = Vec::new();
-        let mut samples = Vec::new();
+        let mut samples: Vec<Vec<(Sample, Origin)>> = Vec::new();
         for set in sets {
             data.sets.push((set.counts.name.clone(), set.counts.format.clone()));
             data.counts.push(set.counts);
             dropped.extend(set.dropped);
-            samples.push(set.samples);
+            let number = samples.len();
+            let origin = |index| Origin { set: number, index };
+            samples
+                .push(set.samples.into_iter().enumerate().map(|(index, it)| (it, origin(index))).collect());
         }
         if samples.iter().all(Vec::is_empty) {
             let first = dropped.first().map(|it| format!("; the first one: {}: {}", it.place, it.reason));
             bail!("no conversation gives anything to train on{}", first.unwrap_or_default());
         }
-        for name in &config.eval_dataset {
+        // A run opens these by themselves.
+        let shown = if wanted == DataUse::Show { &config.eval_dataset[..] } else { &[] };
+        for name in shown {
             let (_, set) = opener.set(name)?;
             data.counts.push(set.counts);
             data.evaluation.extend(set.samples);
@@ -97,7 +113,7 @@ impl OpenData {
                 bail!("`val_size` leaves nothing to train on: there are {} samples", data.evaluation.len());
             }
         }
-        data.samples = mixed(samples, config);
+        (data.samples, data.origins) = mixed(samples, config).into_iter().unzip();
         data.report = Report::new(&data.samples, dropped);
         Ok(data)
     }
@@ -109,9 +125,50 @@ impl OpenData {
             counts: Vec::new(),
             samples: Vec::new(),
             evaluation: Vec::new(),
+            origins: Vec::new(),
             report: Report::default(),
             stream: None,
         }
+    }
+
+    /// What the config evaluates on, if it names data sets for it.
+    ///
+    /// # Errors
+    /// As [`OpenData::open`].
+    pub fn open_evaluation(
+        config: &RunConfig,
+        vocabulary: &Arc<Vocabulary>,
+        tokens: usize,
+        console: &Console,
+    ) -> anyhow::Result<Option<OpenData>> {
+        if config.eval_dataset.is_empty() {
+            return Ok(None);
+        }
+        let config = RunConfig {
+            dataset: config.eval_dataset.clone(),
+            eval_dataset: Vec::new(),
+            val_size: 0.0,
+            streaming: false,
+            mix_strategy: config::MixStrategy::Concat,
+            ..config.clone()
+        };
+        OpenData::open(&config, vocabulary, DataUse::Evaluate(tokens), console).map(Some)
+    }
+
+    /// The samples that `val_size` has set apart, if any.
+    pub fn take_evaluation(&mut self) -> Option<OpenData> {
+        let samples = std::mem::take(&mut self.evaluation);
+        let report = Report::new(&samples, Vec::new());
+        (!samples.is_empty()).then(|| OpenData { samples, report, ..OpenData::empty() })
+    }
+
+    /// Where a sample comes from, for people.
+    pub fn origin(&self, sample: usize) -> String {
+        let origin = self.origins.get(sample).and_then(|it| Some((&self.sets.get(it.set)?.0, it.index + 1)));
+        origin.map_or_else(
+            || format!("sample {} of the run", sample + 1),
+            |(set, number)| format!("sample {number} of data set `{set}`"),
+        )
     }
 
     /// Says what was cut and left out.
@@ -208,7 +265,7 @@ impl Opener<'_> {
                 tracing::info!("data set `{name}`: {} samples out of the cache", prepared.samples.len());
                 check_purpose(config, self.wanted, &prepared.counts)?;
                 let conversations = match self.wanted {
-                    DataUse::Show => set.load(&options)?.conversations,
+                    DataUse::Show | DataUse::Evaluate(_) => set.load(&options)?.conversations,
                     DataUse::Train(_) => Vec::new(),
                 };
                 Ok((conversations, *prepared))
@@ -304,11 +361,6 @@ impl Opener<'_> {
             check_purpose(config, self.wanted, &counts)?;
             data.sets.push((counts.name, counts.format));
         }
-        for name in &config.eval_dataset {
-            let (_, set) = self.set(name)?;
-            data.counts.push(set.counts);
-            data.evaluation.extend(set.samples);
-        }
         data.evaluation.extend(stream.evaluation()?);
         data.stream = Some(stream);
         Ok(data)
@@ -361,7 +413,7 @@ fn check_purpose(config: &RunConfig, wanted: DataUse, counts: &SetCounts) -> any
 }
 
 /// Takes a share of the samples (or so many) out of the sets.
-fn set_apart(sets: &mut [Vec<Sample>], val_size: f64, seed: u64) -> Vec<Sample> {
+fn set_apart(sets: &mut [Vec<(Sample, Origin)>], val_size: f64, seed: u64) -> Vec<Sample> {
     let length: usize = sets.iter().map(Vec::len).sum();
     let count = if val_size < 1.0 { (val_size * length as f64).ceil() } else { val_size };
     let chosen = split(length, count as usize, seed);
@@ -371,7 +423,7 @@ fn set_apart(sets: &mut [Vec<Sample>], val_size: f64, seed: u64) -> Vec<Sample> 
         let mut kept = Vec::with_capacity(set.len());
         for sample in set.drain(..) {
             if next.next_if(|it| **it == index).is_some() {
-                evaluation.push(sample);
+                evaluation.push(sample.0);
             } else {
                 kept.push(sample);
             }
@@ -383,7 +435,7 @@ fn set_apart(sets: &mut [Vec<Sample>], val_size: f64, seed: u64) -> Vec<Sample> 
 }
 
 /// The samples of all sets in one order.
-fn mixed(mut sets: Vec<Vec<Sample>>, config: &RunConfig) -> Vec<Sample> {
+fn mixed(mut sets: Vec<Vec<(Sample, Origin)>>, config: &RunConfig) -> Vec<(Sample, Origin)> {
     let lengths: Vec<usize> = sets.iter().map(Vec::len).collect();
     let order = order(mix_strategy(config), &lengths, &config.interleave_probs.0, config.seed);
     let mut uses: BTreeMap<(usize, usize), usize> = BTreeMap::new();
@@ -417,6 +469,10 @@ pub fn batch_options(config: &RunConfig) -> BatchOptions {
         cutoff_len: config.cutoff_len,
         seed: config.seed,
         shuffle: !config.disable_shuffling,
+        group_by_length: match config.group_by_length {
+            true => config.per_device_train_batch_size * config.gradient_accumulation_steps,
+            false => 0,
+        },
     }
 }
 

@@ -11,15 +11,17 @@ use ferrotune_nn::{LanguageModel, Parameter, Part, Weight};
 use ferrotune_quant::{Nf4GpuWeight, Nf4Weight, Scales};
 use ferrotune_tensor::{DType, Device, Precision, Result, Tensor};
 
-use super::{OpenModel, open_device, set_threads};
-use crate::config::RunConfig;
+use super::{OpenModel, is_trained, open_device, set_threads};
+use crate::config::{FinetuningType, RunConfig};
 use crate::console::Console;
 
 /// The adapters that a decoder is built with.
 pub enum Adapters {
     /// None: the base model.
     None,
-    /// New ones, as a run starts with.
+    /// What a run starts with, by the config: new ones, or none where weights are trained themselves.
+    ToTrain,
+    /// New ones.
     New(LoraConfig),
     /// Trained ones, read from a folder; dropout counts where they are trained further.
     Trained(Box<PeftAdapter>),
@@ -36,6 +38,12 @@ pub fn build_decoder(
     adapters: Adapters,
 ) -> anyhow::Result<Decoder> {
     let start = Instant::now();
+    let training = matches!(adapters, Adapters::ToTrain);
+    let adapters = match (adapters, config.finetuning_type) {
+        (Adapters::ToTrain, FinetuningType::Lora) => Adapters::New(lora_config(config)),
+        (Adapters::ToTrain, _) => Adapters::None,
+        (other, _) => other,
+    };
     let mut adapters = Maker::new(adapters, files, computing.precision)?;
     let scales = if config.double_quantization { Scales::Nested } else { Scales::Plain };
     let mut make = |spec: &PartSpec, stored: Stored| -> Result<Part> {
@@ -54,7 +62,11 @@ pub fn build_decoder(
         }
         Ok(part)
     };
-    let decoder = build(&files.spec, files.source.as_ref(), computing.clone(), &mut make)?;
+    let mut decoder = build(&files.spec, files.source.as_ref(), computing.clone(), &mut make)?;
+    if training {
+        let layers = files.spec.layers.len();
+        decoder.train(&files.spec, &|name| is_trained(config, layers, name))?;
+    }
     if let Some(gpu) = computing.device.gpu() {
         gpu.synchronize()?;
     }
@@ -88,7 +100,7 @@ enum Maker {
 impl Maker {
     fn new(adapters: Adapters, files: &ModelFiles, precision: Precision) -> anyhow::Result<Maker> {
         Ok(match adapters {
-            Adapters::None => Maker::None,
+            Adapters::None | Adapters::ToTrain => Maker::None,
             Adapters::New(config) => {
                 config.check(&projections(files))?;
                 Maker::New(config, precision)

@@ -36,6 +36,7 @@ fn options() -> StreamOptions {
             cutoff_len: 8,
             seed: 7,
             shuffle: false,
+            group_by_length: 0,
         },
         buffer_size: 4,
         strategy: MixStrategy::Concat,

@@ -16,6 +16,8 @@ pub struct MemoryPlan {
     pub base: BaseWeights,
     /// Rank of the adapters, on all projections.
     pub lora_rank: usize,
+    /// Weights that are trained themselves.
+    pub trained_weights: u64,
     /// Tokens in one micro-batch, all sequences together.
     pub tokens: usize,
     /// Bytes of one activation: 4 on the CPU, 2 in 16-bit training on a GPU.
@@ -31,7 +33,7 @@ pub struct MemoryEstimate {
     pub linears: u64,
     /// Embedding, head, norms, biases.
     pub others: u64,
-    /// Adapters, their gradients and the two moments of AdamW, all in f32.
+    /// Adapters and other trained weights, their gradients and the two moments of AdamW, all in f32.
     pub adapters: u64,
     /// What the blocks keep for the backward pass.
     pub activations: u64,
@@ -70,7 +72,7 @@ impl ModelSpec {
                 BaseWeights::SixteenBit => linears * 2,
             },
             others: (self.parameter_count() - linears) * 2,
-            adapters: self.adapter_parameter_count(plan.lora_rank) * 16,
+            adapters: (self.adapter_parameter_count(plan.lora_rank) + plan.trained_weights) * 16,
             activations: activations * tokens,
             logits: tokens.min(LOGIT_CHUNK) * self.vocab_size as u64 * 4,
         }

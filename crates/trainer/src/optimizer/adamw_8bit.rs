@@ -9,10 +9,12 @@
 use std::collections::BTreeMap;
 
 use ferrotune_nn::Parameter;
-use ferrotune_tensor::{DType, Result, Tensor, dynamic_map, unsigned_dynamic_map};
+use ferrotune_tensor::{DType, Device, Result, Tensor, dynamic_map, unsigned_dynamic_map};
 use rayon::prelude::*;
 
-use super::{AdamW, Chunks, Moved, Optimizer, State, StepNumbers, take};
+use super::adamw::StepNumbers;
+use super::gpu::{Chunks, Moved};
+use super::{AdamW, Optimizer, ParameterGroups, State, StateMemory, in_host_memory, take};
 
 #[cfg(test)]
 mod tests;
@@ -44,20 +46,25 @@ struct Moment {
 
 impl AdamW8bit {
     /// Before the first step: [`AdamW::new`].
-    pub fn new(beta1: f64, beta2: f64, epsilon: f64, weight_decay: f64) -> AdamW8bit {
-        AdamW8bit { small: AdamW::new(beta1, beta2, epsilon, weight_decay), moments: BTreeMap::new() }
+    pub fn new(
+        beta1: f64,
+        beta2: f64,
+        epsilon: f64,
+        groups: ParameterGroups,
+        memory: StateMemory,
+    ) -> AdamW8bit {
+        AdamW8bit { small: AdamW::new(beta1, beta2, epsilon, groups, memory), moments: BTreeMap::new() }
     }
 }
 
 impl Optimizer for AdamW8bit {
     fn step(&mut self, parameters: &mut [&mut Parameter], learning_rate: f64, grad_scale: f64) -> Result<()> {
-        let (mut small, large): (Vec<_>, Vec<_>) =
+        let (mut small, mut large): (Vec<_>, Vec<_>) =
             parameters.iter_mut().map(|it| &mut **it).partition(|it| is_small(it));
         self.small.step(&mut small, learning_rate, grad_scale)?;
-        let numbers = self.small.numbers(learning_rate, grad_scale);
         for parameter in &large {
             if !self.moments.contains_key(&parameter.name) {
-                let (value, device) = (&parameter.value, parameter.value.device());
+                let (value, device) = (&parameter.value, self.small.memory.of(parameter));
                 let zeros = || -> Result<Moment> {
                     Ok(Moment {
                         codes: Tensor::zeros(value.rows(), value.cols(), DType::U8, &device)?,
@@ -67,26 +74,33 @@ impl Optimizer for AdamW8bit {
                 self.moments.insert(parameter.name.clone(), [zeros()?, zeros()?]);
             }
         }
-        if let Some(device) = large.first().map(|it| it.value.device())
-            && let Some(gpu) = device.gpu()
-        {
-            let chunks = Chunks::new(large.iter().map(|it| {
-                let both = self.moments.get(&it.name).map(|both| both.each_ref());
-                Moved {
-                    parameter: it,
-                    moments: both.map(|both| both.map(|it| &it.codes)),
-                    scales: both.map(|both| both.map(|it| &it.absmax)),
-                }
-            }));
-            let on_gpu = |map: &[f32]| Tensor::from_vec(1, map.len(), map.to_vec())?.to_device(&device);
-            let maps = [on_gpu(dynamic_map())?, on_gpu(unsigned_dynamic_map())?];
-            return chunks.step(gpu, "adamw_8bit", &maps, &numbers);
-        }
+        let on_gpu = self.small.memory == StateMemory::Device;
+        let gpu = large.first().and_then(|it| it.value.gpu().cloned()).filter(|_| on_gpu);
         let maps = [Map::new(dynamic_map()), Map::new(unsigned_dynamic_map())];
-        large.into_iter().try_for_each(|parameter| {
-            let moments = self.moments.get_mut(&parameter.name).expect("put there above");
-            step_on_cpu(parameter, moments, &maps, &numbers)
-        })
+        for group in self.small.groups.among(large.iter().map(|it| &**it)) {
+            let numbers = self.small.numbers(group, learning_rate, grad_scale);
+            let of_group = |it: &Parameter| self.small.groups.of(it) == group;
+            if let Some(gpu) = &gpu {
+                let moved = large.iter().filter(|it| of_group(it)).map(|it| {
+                    let both = self.moments.get(&it.name).map(|both| both.each_ref());
+                    Moved {
+                        parameter: it,
+                        moments: both.map(|both| both.map(|it| &it.codes)),
+                        scales: both.map(|both| both.map(|it| &it.absmax)),
+                    }
+                });
+                let device = Device::Cuda(gpu.clone());
+                let upload = |it: &Map| Tensor::from_vec(1, 256, it.numbers.to_vec())?.to_device(&device);
+                let maps = [upload(&maps[0])?, upload(&maps[1])?];
+                Chunks::new(moved).step(gpu, "adamw_8bit", &maps, &numbers)?;
+                continue;
+            }
+            for parameter in large.iter_mut().filter(|it| of_group(it)) {
+                let moments = self.moments.get_mut(&parameter.name).expect("put there above");
+                in_host_memory(parameter, |value, grad| step_on_cpu(value, grad, moments, &maps, &numbers))?;
+            }
+        }
+        Ok(())
     }
 
     fn state(&self) -> Result<State> {
@@ -103,7 +117,7 @@ impl Optimizer for AdamW8bit {
     fn restore(&mut self, mut state: State, parameters: &[&mut Parameter]) -> Result<()> {
         self.moments.clear();
         for parameter in parameters.iter().filter(|it| !is_small(it)) {
-            let (value, device, name) = (&parameter.value, parameter.value.device(), &parameter.name);
+            let (value, device, name) = (&parameter.value, self.small.memory.of(parameter), &parameter.name);
             let mut moment = |kind: &str| -> Result<Moment> {
                 let absmax = (1, value.len().div_ceil(BLOCK));
                 Ok(Moment {
@@ -157,13 +171,13 @@ impl Moment {
 }
 
 fn step_on_cpu(
-    parameter: &mut Parameter,
+    value: &mut Tensor,
+    grad: &Tensor,
     moments: &mut [Moment; 2],
     maps: &[Map; 2],
     it: &StepNumbers,
 ) -> Result<()> {
     let [m, v] = moments;
-    let Parameter { value, grad, .. } = parameter;
     let numbers =
         value.values_mut::<f32>()?.par_chunks_mut(BLOCK).zip(grad.values::<f32>()?.par_chunks(BLOCK));
     let moments = m.blocks()?.zip(v.blocks()?);

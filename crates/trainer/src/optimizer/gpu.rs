@@ -4,7 +4,8 @@ use ferrotune_nn::Parameter;
 use ferrotune_tensor::{DType, Device, Gpu, Result, Tensor};
 use std::sync::Arc;
 
-use super::{StepNumbers, adamw_8bit};
+use super::adamw::StepNumbers;
+use super::adamw_8bit;
 
 /// Elements of one chunk: chunks of a tensor start at multiples of 4096.
 const CHUNK: usize = 16 * 1024;

@@ -8,7 +8,7 @@ use super::*;
 use crate::checkpoint;
 
 fn adamw_8bit() -> AdamW8bit {
-    AdamW8bit::new(0.9, 0.999, 1e-8, 0.01)
+    AdamW8bit::new(0.9, 0.999, 1e-8, ParameterGroups::with_decay(0.01), StateMemory::Device)
 }
 
 /// What bitsandbytes gives: `make_adamw_8bit` in tests/fixtures/make.py.

@@ -1,0 +1,172 @@
+//! What is trained, and its numbers to files and back.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use ferrotune_export::{ModelCard, PeftAdapter, SavedAs, write_model};
+use ferrotune_model::Decoder;
+use ferrotune_model::source::{FileKind, SafetensorsSource, Stored, WeightSource as _};
+use ferrotune_nn::{LanguageModel as _, Parameter};
+use ferrotune_tensor::{DType, Error, Result, Tensor};
+
+use super::decoder::peft_adapter;
+use super::{OpenModel, mistake};
+use crate::config::{FinetuningType, RunConfig};
+
+/// Whether a weight of this canonical name is trained itself, by the config.
+pub fn is_trained(config: &RunConfig, layers: usize, name: &str) -> bool {
+    match config.finetuning_type {
+        FinetuningType::Lora => false,
+        FinetuningType::Full => true,
+        FinetuningType::Freeze => is_thawed(config, layers, name),
+    }
+}
+
+/// LLaMA-Factory's freeze-tuning: the last layers (the first, where the number is negative), or some of
+/// their modules, and extra ones outside of the layers.
+fn is_thawed(config: &RunConfig, layers: usize, name: &str) -> bool {
+    let Some((layer, rest)) = name.strip_prefix("model.layers.").and_then(|it| it.split_once('.')) else {
+        return config.freeze_extra_modules.iter().any(|it| name.split('.').any(|part| part == it));
+    };
+    let layer: usize = layer.parse().unwrap_or(usize::MAX);
+    let count = usize::try_from(config.freeze_trainable_layers.unsigned_abs()).unwrap_or(layers).min(layers);
+    let chosen = match config.freeze_trainable_layers > 0 {
+        true => layers - count..layers,
+        false => 0..count,
+    };
+    let modules = &config.freeze_trainable_modules;
+    chosen.contains(&layer) && modules.iter().any(|it| it == "all" || rest.split('.').next() == Some(it))
+}
+
+/// Checks that the config's way of training goes with the model, and that its modules are there.
+///
+/// # Errors
+/// Naming the key.
+pub fn check_trained(config: &RunConfig, model: &OpenModel) -> anyhow::Result<()> {
+    if config.finetuning_type == FinetuningType::Lora {
+        return Ok(());
+    }
+    if model.files.kind != FileKind::Folder {
+        let message =
+            "training whole weights needs a model folder as Hugging Face lays it out, not a GGUF file";
+        return Err(mistake(config, "finetuning_type", message));
+    }
+    if config.finetuning_type == FinetuningType::Freeze {
+        let names = model.files.source.names();
+        let inside = |module: &String| names.iter().any(|it| it.split('.').nth(3) == Some(module));
+        if let Some(module) = config.freeze_trainable_modules.iter().find(|it| *it != "all" && !inside(it)) {
+            let message = format!("`{module}` is no module of a layer; there are self_attn, mlp and norms");
+            return Err(mistake(config, "freeze_trainable_modules", &message));
+        }
+        let outside = |module: &String| {
+            names.iter().any(|it| !it.contains(".layers.") && it.split('.').any(|part| part == module))
+        };
+        if let Some(module) = config.freeze_extra_modules.iter().find(|it| !outside(it)) {
+            let message =
+                format!("`{module}` is no module beside the layers; there are embed_tokens, norm, lm_head");
+            return Err(mistake(config, "freeze_extra_modules", &message));
+        }
+    }
+    Ok(())
+}
+
+/// Writes what was trained: an adapter, or the whole model.
+///
+/// # Errors
+/// When a file can't be written.
+pub fn save_trained(
+    config: &RunConfig,
+    base: &OpenModel,
+    model: &mut Decoder,
+    folder: &Path,
+    saved_as: SavedAs,
+    card: &ModelCard,
+) -> Result<()> {
+    if config.finetuning_type == FinetuningType::Lora {
+        let adapter = peft_adapter(config, &base.name, model).map_err(|it| Error::msg(format!("{it:#}")))?;
+        return adapter.write(folder, card);
+    }
+    let trained = model.parameters().into_iter().map(|it| Ok((it.name.clone(), it.value.to_cpu()?)));
+    write_model(folder, &base.files, &trained.collect::<Result<BTreeMap<_, _>>>()?, saved_as)
+}
+
+/// Puts the numbers of a folder that [`save_trained`] wrote into the model's parameters.
+///
+/// # Errors
+/// When a file is damaged, or holds other parameters than the model has.
+pub fn load_trained(config: &RunConfig, model: &mut Decoder, folder: &Path) -> Result<()> {
+    if config.finetuning_type != FinetuningType::Lora {
+        let source = SafetensorsSource::open_file(&folder.join("model.safetensors"))?;
+        return model.parameters().into_iter().try_for_each(|parameter| {
+            let Stored::Dense(tensor) = source.get(&parameter.name)? else {
+                return Err(Error::file(folder, format!("`{}` is in few bits", parameter.name)));
+            };
+            set(parameter, tensor)
+        });
+    }
+    let adapter = PeftAdapter::read(folder)?;
+    let tensors = adapter.tensors.into_iter().flat_map(|it| {
+        [(format!("{}.lora_A.weight", it.module), it.a), (format!("{}.lora_B.weight", it.module), it.b)]
+    });
+    let mut tensors: HashMap<String, Tensor> = tensors.collect();
+    for parameter in model.parameters() {
+        let Some(tensor) = tensors.remove(&parameter.name) else {
+            return Err(Error::file(folder, format!("has no `{}`, which is trained", parameter.name)));
+        };
+        set(parameter, tensor).map_err(|error| Error::file(folder, error.to_string()))?;
+    }
+    match tensors.keys().next() {
+        None => Ok(()),
+        Some(name) => Err(Error::file(folder, format!("has `{name}`, which is not trained"))),
+    }
+}
+
+fn set(parameter: &mut Parameter, tensor: Tensor) -> Result<()> {
+    let tensor = tensor.cast(DType::F32)?.to_device(&parameter.value.device())?;
+    parameter.value.copy_from(&tensor)?;
+    match &mut parameter.copy {
+        Some(copy) => parameter.value.cast_into(copy),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(layers: i64, modules: &[&str], extra: &[&str], expected: &[&str]) {
+        let owned = |it: &[&str]| it.iter().map(|it| it.to_string()).collect();
+        let config = RunConfig {
+            finetuning_type: FinetuningType::Freeze,
+            freeze_trainable_layers: layers,
+            freeze_trainable_modules: owned(modules),
+            freeze_extra_modules: owned(extra),
+            ..RunConfig::default()
+        };
+        let names = [
+            "model.embed_tokens.weight",
+            "model.layers.0.mlp.up_proj.weight",
+            "model.layers.1.input_layernorm.weight",
+            "model.layers.11.mlp.up_proj.weight",
+            "model.layers.11.self_attn.q_proj.bias",
+            "model.norm.weight",
+        ];
+        let got: Vec<&str> = names.into_iter().filter(|it| is_trained(&config, 12, it)).collect();
+        assert_eq!(got, expected, "{layers} {modules:?} {extra:?}");
+    }
+
+    #[test]
+    fn layers_and_modules_that_are_thawed() {
+        let (up, bias) = ("model.layers.11.mlp.up_proj.weight", "model.layers.11.self_attn.q_proj.bias");
+        check(2, &["all"], &[], &[up, bias]);
+        check(2, &["mlp"], &["norm"], &[up, "model.norm.weight"]);
+        check(
+            -1,
+            &["all"],
+            &["embed_tokens"],
+            &["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"],
+        );
+        check(-2, &["input_layernorm"], &[], &["model.layers.1.input_layernorm.weight"]);
+        check(99, &["self_attn"], &[], &[bias]);
+    }
+}
