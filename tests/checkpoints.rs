@@ -183,7 +183,7 @@ fn two_runs_do_not_share_a_folder() {
 fn steps_that_are_not_finite_are_left_out_and_then_the_run_stops() {
     let dir = with_config("max_steps: 50\nsave_steps: 1\n");
     let ran = dir.ferrotune(&["train", "c.yaml", "learning_rate=1e38"]).fails(1);
-    let ran = ran.says("is left out: its loss is NaN").says("its samples: rows.jsonl:");
+    let ran = ran.says("is left out: its loss is NaN").says("of data set `rows.jsonl`");
     ran.says("3 steps in a row were left out").says("The last checkpoint is as good as it was");
     let newest = names(&dir.path().join("out"))
         .iter()

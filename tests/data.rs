@@ -159,7 +159,7 @@ fn sets_are_mixed() {
     wrong(&["streaming=true"], "set `max_steps`");
     dir.ferrotune(&["train", "c.yaml", "dataset=a.jsonl", "eval_dataset=b.jsonl", "max_steps=1"])
         .succeeds()
-        .says("2 samples are set apart for evaluation");
+        .says("2 samples to evaluate on");
 }
 
 #[test]

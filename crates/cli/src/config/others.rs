@@ -98,7 +98,6 @@ const LATER: &[&str] = &[
 /// Planned; LLaMA-Factory's defaults and the like ask for nothing.
 const LATER_WITH_DEFAULT: &[(&str, &[&str])] = &[
     ("ignore_pad_token_for_loss", &["true"]),
-    ("loraplus_lr_embedding", &["1e-6"]),
     ("pissa_iter", &["16"]),
     ("init_special_tokens", &["noise_init"]),
     ("bias", &["none"]),
@@ -275,6 +274,5 @@ mod tests {
         assert!(!off("bias", "all"));
         assert!(off("repetition_penalty", "1.0"));
         assert!(off("ppo_target", "6.0"));
-        assert!(off("report_to", "none"));
     }
 }
