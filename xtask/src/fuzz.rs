@@ -1,12 +1,12 @@
-//! Fuzzing the readers of data: with cargo-fuzz where it is installed, else by mutations within a test.
+//! Fuzzing the readers of data and chat templates: with cargo-fuzz where it is installed, else by mutations within a test.
 
 use std::fs;
 use std::process::{Command, Stdio};
 
 use crate::{Result, cargo, root, run};
 
-/// The kinds of files, each a target of its own.
-const TARGETS: [&str; 7] = ["json", "jsonl", "csv", "tsv", "txt", "parquet", "arrow"];
+/// Chat templates, and the kinds of files of data, each a target of its own.
+const TARGETS: [&str; 8] = ["template", "json", "jsonl", "csv", "tsv", "txt", "parquet", "arrow"];
 
 /// `cargo xtask fuzz [target] [--runs N]`
 pub fn run_all(words: &[&str]) -> Result<()> {
@@ -34,16 +34,9 @@ pub fn run_all(words: &[&str]) -> Result<()> {
             run(Command::new("cargo").args(words).arg(format!("-runs={runs}")).current_dir(root()))?;
         } else {
             eprintln!("{target}: by mutations; `cargo install cargo-fuzz` and a nightly Rust look deeper");
-            let words = [
-                "test",
-                "--release",
-                "--package",
-                "ferrotune-data",
-                "--test",
-                "fuzz_readers",
-                "--",
-                "--nocapture",
-            ];
+            let test = if target == "template" { "fuzz_templates" } else { "fuzz_readers" };
+            let words =
+                ["test", "--release", "--package", "ferrotune-data", "--test", test, "--", "--nocapture"];
             run(cargo(&words).env("FUZZ_TARGET", target).env("FUZZ_RUNS", &runs))?;
         }
     }
@@ -52,12 +45,16 @@ pub fn run_all(words: &[&str]) -> Result<()> {
 
 /// Puts the small files of the tests where cargo-fuzz begins.
 fn seed(target: &str) -> Result<()> {
+    let (folder, ending) = match target {
+        "template" => ("tests/fixtures/llama_tiny", "jinja"),
+        kind => ("tests/fixtures/rows", kind),
+    };
     let corpus = root().join("fuzz/corpus").join(target);
     let wrong = |error: std::io::Error| format!("{}: {error}", corpus.display());
     fs::create_dir_all(&corpus).map_err(wrong)?;
-    for entry in fs::read_dir(root().join("tests/fixtures/rows")).map_err(wrong)?.flatten() {
+    for entry in fs::read_dir(root().join(folder)).map_err(wrong)?.flatten() {
         let path = entry.path();
-        if path.extension().is_some_and(|it| it == target) {
+        if path.extension().is_some_and(|it| it == ending) {
             fs::copy(&path, corpus.join(entry.file_name())).map_err(wrong)?;
         }
     }

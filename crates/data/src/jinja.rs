@@ -4,10 +4,11 @@
 //!   before parsing into a filter block (in a `with`, because the original opens a scope). The filter puts two
 //!   non-characters around the block's text; [`crate::template`] takes them out and keeps their positions.
 //! - `tojson` with the spacing of Python's `json.dumps(ensure_ascii=False)` and no HTML escaping.
-//! - `raise_exception(message)`, `strftime_now(format)`.
+//! - `raise_exception(message)`, `strftime_now(format)`, and `'…' % value`.
 //! - Python's string methods, dictionary methods (minijinja-contrib), and those it lacks.
 
 mod clock;
+mod held;
 mod json;
 mod methods;
 mod rewrite;
@@ -17,7 +18,7 @@ use minijinja::value::ValueKind;
 use minijinja::{Environment, Error, ErrorKind, Value};
 
 pub use clock::Now;
-pub(crate) use rewrite::rewrite;
+pub(crate) use rewrite::{LONGEST_TAG, rewrite};
 
 /// Opens a generated span in rendered text; a non-character, so no text contains it by accident.
 pub(crate) const GENERATION_START: char = '\u{FDD0}';
@@ -49,6 +50,8 @@ pub(crate) fn environment(now: Now) -> Environment<'static> {
     env.add_filter("__generation", |text: &str| format!("{GENERATION_START}{text}{GENERATION_END}"));
     env.add_filter("__iterable", iterable);
     env.add_filter("__add", add_markup);
+    env.add_filter("__held", held::held);
+    env.add_filter("__kept", held::kept);
     env.add_test("iterable", |value: &Value| is_iterable(value));
     env.add_test("sequence", |value: &Value| {
         matches!(value.kind(), ValueKind::String | ValueKind::Undefined) || value.len().is_some()
@@ -119,7 +122,10 @@ mod tests {
     fn check(source: &str, expected: &str) {
         let mut env = environment(Now::parse("2026-02-03T04:05:06").unwrap());
         let source = rewrite(source).source;
-        env.add_template_owned("test", source).unwrap();
+        if let Err(error) = env.add_template_owned("test", source) {
+            assert_eq!(error.detail(), Some(expected));
+            return;
+        }
         let value =
             serde_json::json!({"b": [1, 2.0, "é<\"'"], "a": {"x": null, "y": true}, "e": [], "n": null});
         let rendered =
@@ -160,6 +166,65 @@ mod tests {
         check("{% for x in v.n %}{% endfor %}", "a value of kind none is not iterable");
         check("{{ 'a' if v.n is iterable else 'b' }}", "b");
         check("{{ '<'|safe + '<' + v.b[2] }}", "<&lt;é&lt;&#34;&#39;");
+    }
+
+    #[test]
+    fn percent_formats_as_in_python() {
+        check(
+            "{{ '%s' % v.a.y }}{{ '%d%%' % 3 }}{% set x = \"[%s]\" % 'a'|upper ~ 'b' %}{{ x }}",
+            "True3%[A]b",
+        );
+        check("{{ '%s|%5.2f|%03d|%-3s|%x' % ('a', 1.5, 7, 'b', 255) }}", "a| 1.50|007|b  |ff");
+        check("{{ '%s %s' % (v.b[0], ['x'][0].upper()) + '%' }}{{ 7 % 4 }}{{ v.b[0] % 2 }}", "1 X%31");
+        check("{{ '%s' % ('%s' % (1)) }}{{ '%s' % v.n }}{{ '%.1f' % 2 }}", "1None2.0");
+    }
+
+    #[test]
+    fn names_hold_what_is_finite() {
+        let loops = |start: &str, step: &str| {
+            format!(
+                "{{% set ns = namespace(x={start}) %}}{{% for i in range(1000) %}}{{% set ns.x = {step} %}}{{% endfor %}}"
+            )
+        };
+        let within = "a namespace, a loop or a macro can't be within another value";
+        check("{% set ns = namespace() %}{% set ns.n = ns %}", within);
+        check("{% set ns = namespace() %}{% set ns.n = [{'a': ns}] %}", within);
+        check("{% set ns = namespace() %}{% set a = namespace(b=ns) %}", within);
+        check("{% macro m() %}{% endmacro %}{% set a = [m] %}", within);
+        check(&loops("1", "[ns.x]"), "a value nests too deep");
+        check(&loops("1", "{'a': ns.x}"), "a value nests too deep");
+        check(&loops("[1]", "ns.x + ns.x"), "a value is too large");
+        check(&loops("1", "[ns.x, ns.x]"), "a value is too large");
+        check("{% macro m(x, y=1) %}{{ m([[[[x]]]]) }}{% endmacro %}{{ m(1) }}", "a value nests too deep");
+        check("{% for x in [[1]] recursive %}{{ loop([[x, x]]) }}{% endfor %}", "a value is too large");
+        check("{% with x = [1] * 1000000 %}{% endwith %}", "a value is too large");
+        check("{{ {'a': {}} ~ '{# ' }}{% set x = [1] * 1000000 %}{{ '#}' }}", "a value is too large");
+        check("{% set x = [1]) , (1 %}", "unexpected `)`, expected end of block");
+    }
+
+    #[test]
+    fn names_hold_everything_else() {
+        check("{% set ns = namespace(a=1) %}{% set n = ns %}{% set n.a = 2 %}{{ ns.a }}", "2");
+        check(
+            "{% macro m(ns, k='b') -%}\n{% set ns.a = k %}{% endmacro %}{% set n = namespace() %}{{ m(n) }}{{ n.a }}",
+            "b",
+        );
+        check(
+            "{% for i in [1] %}{% set outer = loop %}{% for j in [1, 2] %}{{ outer.index }}{{ loop.index }}{% endfor %}{% endfor %}",
+            "1112",
+        );
+        check("{% set x = [1, 2, 3][1:] + [4] %}{{ x }}{{ x[0] }}{{ [x[1:]] | length }}", "[2, 3, 4]21");
+        check("{% set a, b = 1, [2] %}{{ a }}{{ b }}{% set c %}x{% endset %}{{ c }}", "1[2]x");
+        check("{% with a = 1, b = [2] -%}\n {{ a }}{{ b }}{% endwith %}{{ a is defined }}", "1[2]False");
+        check(
+            "{% macro m() %}{{ caller('x', 2) }}{% endmacro %}{% call(a, b) m() %}{{ a }}{{ b }}{% endcall %}",
+            "x2",
+        );
+        check("{% for a, b in {'x': [[1, []]]}.x recursive %}{{ a }}{{ loop(b) }}{% endfor %}", "1");
+        check(
+            "{% set a = {'b': (1, 'c')} %}{{ a }}{% set u = undefined_name %}{{ u is defined }}",
+            "{'b': (1, 'c')}False",
+        );
     }
 
     #[test]

@@ -17,7 +17,7 @@ use crate::cut::{Keep, Pair, cut};
 use crate::error::{Error, Place, Result};
 use crate::report::Report;
 use crate::source::Dropped;
-use crate::spans::assistant_spans;
+use crate::spans::{Turn, assistant_spans};
 use crate::template::Template;
 use crate::tokenizer::{Encoded, Tokenizer};
 use crate::typed::{Escape, escaped, typed_in, without_typed};
@@ -201,9 +201,16 @@ pub fn mark_conversation(
         }
     }
     let (spans, typed) = found.unwrap_or((plain, Vec::new()));
-    // The last turn, with the marks that touch it where a template marks a turn in pieces.
+    if let Some(name) = call_not_rendered(conversation, &spans.text) {
+        let message =
+            format!("it does not render the call of tool `{name}`; use a template that renders tool calls");
+        return Err(Error::Template { name: template.name().to_string(), message });
+    }
+    // The last turn, with its other pieces: marks that touch, or those of the same message.
     let mut last = spans.turns.len().saturating_sub(1);
-    while last > 0 && spans.turns[last - 1].range.end == spans.turns[last].range.start {
+    let one =
+        |a: &Turn, b: &Turn| a.range.end == b.range.start || a.message.is_some() && a.message == b.message;
+    while last > 0 && one(&spans.turns[last - 1], &spans.turns[last]) {
         last -= 1;
     }
     let turns: Vec<Range<usize>> = spans.turns.iter().map(|turn| turn.range.clone()).collect();
@@ -226,6 +233,13 @@ pub fn mark_conversation(
         });
     }
     Ok(MarkedText { text: spans.text, trained, turns, typed })
+}
+
+/// The name of a tool that is called, and isn't in what the template made of the conversation.
+fn call_not_rendered<'a>(conversation: &'a Conversation, text: &str) -> Option<&'a str> {
+    let calls = conversation.messages.iter().filter_map(|message| message.tool_calls.as_ref()?.as_array());
+    let names = calls.flatten().filter_map(|call| call.get("function").unwrap_or(call).get("name")?.as_str());
+    names.into_iter().find(|name| !text.contains(name))
 }
 
 /// Encodes all conversations on all cores, in order. Those that give nothing to train on, and those the template
@@ -322,6 +336,17 @@ mod tests {
             "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[<|im_end|>]\n",
         );
         check(&[(Text, "abc")], "[abc<|im_end|>]");
+    }
+
+    #[test]
+    fn calls_that_are_not_rendered_are_refused() {
+        let mut chat = conversation(&[(User, "q"), (Assistant, "")]);
+        chat.messages[1].tool_calls = Some(serde_json::json!([{"function": {"name": "find"}}]));
+        let expected = "chat template `t`: it does not render the call of tool `find`; use a template that renders tool calls";
+        check_with(CHATML, &chat, &MarkOptions::new(1000), expected);
+        chat.messages[1].content = "find()".to_string();
+        let rendered = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[find()<|im_end|>]\n";
+        check_with(CHATML, &chat, &MarkOptions::new(1000), rendered);
     }
 
     #[test]

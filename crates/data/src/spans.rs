@@ -21,7 +21,7 @@ use crate::template::{Ending, Template};
 /// Put into a content to see where it comes out; a non-character.
 const PROBE: char = '\u{FDD3}';
 
-/// One assistant turn in a rendered text.
+/// One assistant turn in a rendered text, or a piece of one that the template renders as several.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Turn {
     /// Index of the message among those rendered; none where the template's marks don't tell.
@@ -81,7 +81,8 @@ pub fn assistant_spans(
         if start < previous || end < start {
             return Err(search.not_found(index, "its turn overlaps the one before"));
         }
-        turns.push(Turn { message: Some(index), range: start..end });
+        let pieces = search.without_headers(index, start..end).into_iter();
+        turns.extend(pieces.map(|range| Turn { message: Some(index), range }));
     }
     Ok(Spans { text: search.full, turns })
 }
@@ -163,16 +164,33 @@ impl Search<'_> {
         ending: Ending,
     ) -> Option<usize> {
         let mut messages = self.messages.get(..count)?.to_vec();
-        let content = messages.get(index)?.get("content")?.as_str()?;
-        let probed = if after { format!("{content}{PROBE}") } else { format!("{PROBE}{content}") };
-        messages[index]["content"] = Value::from(probed);
-        let probed = self.template.render(&messages, self.tools, ending, self.extra).ok()?.text;
-        // A probe that was dropped, or came out changed (as an escape), shows nothing.
-        let at = common_prefix(text, &probed);
-        probed[at..].starts_with(PROBE).then_some(at).or_else(|| {
-            // Around the probe the template may have kept whitespace that it trims without it.
-            let rest = &probed[at..];
-            rest.trim_start().starts_with(PROBE).then_some(at)
+        let content = messages.get(index)?.get("content")?.as_str()?.to_string();
+        let mut shown = |place: usize| {
+            let (before, rest) = content.split_at(place);
+            messages[index]["content"] = Value::from(format!("{before}{PROBE}{rest}"));
+            let probed = self.template.render(&messages, self.tools, ending, self.extra).ok()?.text;
+            // A probe that was dropped, or came out changed (as an escape), shows nothing. Around it the template may
+            // have kept whitespace that it trims without it.
+            let at = common_prefix(text, &probed);
+            probed[at..].trim_start().starts_with(PROBE).then_some(at)
+        };
+        if after {
+            return shown(content.len());
+        }
+        shown(0).or_else(|| {
+            // Its beginning may be left out (a thought): then what is left begins at the first place that shows.
+            let places: Vec<usize> =
+                content.char_indices().map(|(at, _)| at).chain([content.len()]).collect();
+            let mut at = shown(content.len())?;
+            let (mut hidden, mut seen) = (0, places.len() - 1);
+            while hidden + 1 < seen {
+                let middle = usize::midpoint(hidden, seen);
+                match shown(places[middle]) {
+                    Some(place) => (seen, at) = (middle, place),
+                    None => hidden = middle,
+                }
+            }
+            Some(at)
         })
     }
 
@@ -291,6 +309,39 @@ impl Search<'_> {
         text[in_text..].starts_with(header).then_some(in_text + header.len())
     }
 
+    /// The pieces of a turn whose header is written again within it, as where calls and content are turns of their own.
+    fn without_headers(&self, index: usize, range: Range<usize>) -> Vec<Range<usize>> {
+        let message = &self.messages[index];
+        let header = Some(message)
+            .filter(|message| message.get("tool_calls").is_some_and(|calls| !calls.is_null()))
+            .and_then(|_| self.part(index, Ending::GenerationPrompt).zip(self.part(index, Ending::Complete)))
+            .and_then(|(prompt, before)| {
+                // The prompt may go on where the text doesn't (an opened thought).
+                let header = &prompt[common_prefix(&prompt, &before)..];
+                let ends = header.char_indices().map(|(at, c)| at + c.len_utf8());
+                let end = ends.filter(|end| self.full[..range.start].ends_with(&header[..*end])).last()?;
+                Some(header[..end].trim().to_string())
+            })
+            .filter(|header| first_tag(header).is_some());
+        // What the message itself says is no header.
+        let Some(header) = header.filter(|header| !message.to_string().contains(header.as_str())) else {
+            return vec![range];
+        };
+        let mut pieces = Vec::new();
+        let mut start = range.start;
+        for (at, _) in self.full[range.clone()].match_indices(&header) {
+            pieces.push(start..range.start + at);
+            start = range.start + at + header.len();
+        }
+        pieces.push(start..range.end);
+        let trimmed = |piece: Range<usize>| {
+            let text = &self.full[piece.clone()];
+            let skipped = if piece.start == range.start { 0 } else { text.len() - text.trim_start().len() };
+            piece.start + skipped..piece.start + text.trim_end().len().max(skipped)
+        };
+        pieces.into_iter().map(trimmed).filter(|piece| !piece.is_empty()).collect()
+    }
+
     /// The end of turn `index` where the template writes the end-of-turn token only before the next message:
     /// what stands between, less the header that a person's first message has as well.
     fn end_in_next_header(&self, index: usize, end: usize) -> Option<usize> {
@@ -388,6 +439,29 @@ mod tests {
         let no_header = "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]\
                          {% else %} {{ m.content }}</s>{% endif %}{% endfor %}";
         check(no_header, CHAT, Ok(&[" ö</s>", " user</s>"]));
+    }
+
+    #[test]
+    fn a_header_within_a_turn_is_not_trained() {
+        let twice = "{% for m in messages %}{% if m.role == 'user' %}<user>{{ m.content }}{% else %}\
+                     {% if m.tool_calls %}<assistant>call<end>{% endif %}<assistant>{{ m.content }}<end>{% endif %}\
+                     {% endfor %}{% if add_generation_prompt %}<assistant><think>{% endif %}";
+        let template = Template::new("t", twice, &BTreeMap::new()).unwrap();
+        let calls = json!([{"function": {"name": "f"}}]);
+        let check = |content: &str, expected: &[&str]| {
+            let messages = [
+                json!({"role": "user", "content": "q"}),
+                json!({"role": "assistant", "content": content, "tool_calls": calls}),
+                json!({"role": "assistant", "content": "a"}),
+            ];
+            let spans = assistant_spans(&template, &messages, None, &Map::new()).unwrap();
+            let turns: Vec<&str> = spans.turns.iter().map(|turn| &spans.text[turn.range.clone()]).collect();
+            assert_eq!(turns, expected);
+        };
+        check("", &["call<end>", "<end>", "a<end>"]);
+        check("c", &["call<end>", "c<end>", "a<end>"]);
+        // What was typed is text.
+        check("<assistant>", &["call<end><assistant><assistant><end>", "a<end>"]);
     }
 
     #[test]

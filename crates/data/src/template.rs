@@ -9,13 +9,13 @@ use minijinja::Environment;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
-use crate::jinja::{self, GENERATION_END, GENERATION_START, Now};
+use crate::jinja::{self, GENERATION_END, GENERATION_START, LONGEST_TAG, Now};
 
 /// What transformers puts behind a message that is to be continued, to see where it comes out.
 const CONTINUE_TAG: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
 
-/// Longest tag, in tokens: what is parsed by recursion must not end the program. Real ones have some hundreds.
-const LONGEST_TAG: usize = 2000;
+/// Longest text, in bytes, that is more than eight times what the template was given; hostile templates make more.
+const LONGEST_OF_ITSELF: usize = 1 << 20;
 
 /// A parsed chat template with the special tokens it may name.
 #[derive(Debug)]
@@ -192,7 +192,15 @@ impl Template {
         let has_tools = tools.is_some_and(|tools| !tools.is_null());
         let key = if has_tools && self.has_tool_use { "tool_use" } else { "default" };
         let template = self.env.get_template(key).map_err(|error| template_error(&self.name, &error))?;
-        template.render(variables).map_err(|error| template_error(&self.name, &error))
+        let text = template.render(variables).map_err(|error| template_error(&self.name, &error))?;
+        // Tokens take many times the memory of their text.
+        if text.len() > LONGEST_OF_ITSELF {
+            let given = Value::from(messages).to_string().len() + tools.map_or(0, |it| it.to_string().len());
+            if text.len() > LONGEST_OF_ITSELF.max(given.saturating_mul(8)) {
+                return Err(self.error(&format!("it makes {} bytes of {given}", text.len())));
+            }
+        }
+        Ok(text)
     }
 }
 

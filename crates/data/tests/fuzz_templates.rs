@@ -53,8 +53,7 @@ fn conversation() -> Conversation {
     Conversation { messages, tools: Some(json!([{"function": {"name": "f"}}])), ..Conversation::default() }
 }
 
-/// What asks for more time, memory or stack than there is. Not among them, because minijinja 3.1 has no answer to it: a
-/// list that is added to itself 33 times (no fuel is charged), and lists nested 50,000 deep (dropped by recursion).
+/// What asks for more time, memory or stack than there is.
 fn hostile() -> Vec<String> {
     let deep =
         |open: &str, close: &str| format!("{{{{ {}1{} }}}}", open.repeat(20_000), close.repeat(20_000));
@@ -76,6 +75,8 @@ fn hostile() -> Vec<String> {
         "{{ messages | tojson(indent='x' * 1000000) | length }}",
         "{{ messages | tojson(indent=100000000) | length }}",
         "{{ '%9999999999d' | format(1) }}{{ '{:9999999999}'.format(1) }}",
+        "{{ '%9999999999d' % 1 }}",
+        "{{ '%99999999s' % 'a' }}",
         "{{ 'a' | indent(1000000000) }}{{ 'a\nb' | indent(1000000000) }}",
         "{{ strftime_now('%Y' * 1000000) | length }}",
         "{{ messages | batch(1000000000000) | list }}{{ messages | slice(1000000000000) | list | length }}",
@@ -83,6 +84,28 @@ fn hostile() -> Vec<String> {
         "{% generation %}{% endgeneration %}{% endgeneration %}",
         "\u{FDD1}\u{FDD0}{{ '\u{FDD0}' }}{% generation %}\u{FDD1}{% endgeneration %}\u{FDD3}\u{FDD2}",
         "{% include 'default' %}{% extends 'default' %}",
+        "{% set ns = namespace() %}{% set ns.n = ns %}{{ ns }}",
+        "{% set ns = namespace() %}{% set ns.n = [{'a': ns}] %}{{ ns }}",
+        "{% set ns = namespace(a=1) %}{% set ns = namespace(n=ns) %}{{ ns }}",
+        "{% macro m() %}{{ ns }}{% endmacro %}{% set ns = namespace() %}{% set ns.m = m %}{{ ns }}",
+        "{% set ns = namespace(x=[]) %}{% for i in range(100000) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}",
+        "{% set ns = namespace(x=[]) %}{% for i in range(100000) %}{% set ns.x = {'a': ns.x} %}{% endfor %}{{ ns.x }}",
+        "{% set ns = namespace(x=[1]) %}{% for i in range(100000) %}{% set ns.x = ns.x[0:] %}{% endfor %}{{ ns.x | list }}",
+        "{% set ns = namespace(x=[1]) %}{% for i in range(100000) %}{% set ns.x = [ns.x[0][0:]] %}{% endfor %}{{ ns.x | list }}",
+        "{% set ns = namespace(x=[1]) %}{% for i in range(100000) %}{% set ns.x = ns.x + [i] %}{% endfor %}{{ ns.x }}",
+        "{% set ns = namespace(x=[1]) %}{% for i in range(33) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x | length }}{{ ns.x }}",
+        "{% set ns = namespace(x=[1]) %}{% for i in range(64) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x == [ns.x, ns.x] }}",
+        "{% set ns = namespace(x=[1]) %}{% for i in range(64) %}{% set ns.x = ns.x * 1000 %}{% endfor %}{{ ns.x }}",
+        "{% set x = [1] * 200000 %}{{ (x + x + x + x + x + x + x + x) * 1000 == x * 8000 }}{{ (x * 8000) | length }}",
+        "{% macro m(n, x) %}{{ m(n, [[[[[[[[[[[[[[[[x]]]]]]]]]]]]]]]]) }}{% endmacro %}{{ m(0, 1) }}",
+        "{% macro m(x) %}{{ m([x, x]) }}{{ x == [x] }}{% endmacro %}{{ m(1) }}",
+        "{% macro m(x) %}{{ m(x[0:]) }}{{ x | list }}{% endmacro %}{{ m([1]) }}",
+        "{% for x in [[1]] recursive %}{{ loop([[x, x]]) }}{% endfor %}",
+        "{% for x in [[1]] recursive %}{{ loop([x[0:]]) }}{% endfor %}",
+        "{% macro m() %}{{ caller([[1]]) }}{% endmacro %}{% call(x) m() %}{{ x }}{% endcall %}",
+        // What hides a binding from the rewriting, or would get around it.
+        "{{ {'a': {}} ~ '{# ' }}{% set x = [x] %}{{ '#}' }}",
+        "{#}{% set x = [x]) , (1 %}{% set x = [x) , (1] %}#}",
     ]
     .map(str::to_string)
     .into_iter()
@@ -99,6 +122,14 @@ fn hostile() -> Vec<String> {
         deep("{'a':", "}"),
         "{% if true %}".repeat(20_000),
         "{% for x in messages %}".repeat(20_000),
+        "{% set x = [x] %}".repeat(60_000) + "{{ x }}",
+        "{% set x = {'a': x} %}".repeat(60_000) + "{{ x }}",
+        "{% with x = [x] %}".repeat(140) + "{{ x }}" + &"{% endwith %}".repeat(140),
+        "{% macro m() %}{{ n() }}{% endmacro %}{% set n = m %}".repeat(20_000),
+        format!("{{{{ {}1{} }}}}", "[".repeat(900), "]".repeat(900)),
+        format!("{{{{ {}1{} }}}}", "{'a':".repeat(480), "}".repeat(480)),
+        format!("{{{{ [1]{} }}}}", "|batch(1)".repeat(300)),
+        format!("{{% set x = [1] %}}{{{{ x{} }}}}", "[0:]".repeat(400)),
         "{% raw %}".to_string() + &"{% ".repeat(20_000),
         "{{ 'a".repeat(20_000),
         "{#".repeat(20_000),
@@ -143,7 +174,7 @@ impl Draws {
 /// Changes a text in a few places: pieces are taken away, doubled, brought in from another text, or replaced by words of
 /// the language.
 fn mutated(seeds: &[String], draws: &mut Draws) -> String {
-    const WORDS: [&str; 28] = [
+    const WORDS: [&str; 34] = [
         "{%",
         "%}",
         "{{",
@@ -172,6 +203,12 @@ fn mutated(seeds: &[String], draws: &mut Draws) -> String {
         "safe",
         "\u{FDD0}",
         "99999999999999999999",
+        "namespace(x=[ns, x])",
+        "{% set ns.x = [ns.x, ns.x[0:]] %}",
+        "{% set x = x + x %}",
+        "{% macro m(x) %}",
+        "m([x, ns])",
+        "recursive",
     ];
     let boundary = |text: &str, at: usize| {
         (0..=at.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0)
@@ -210,6 +247,7 @@ fn mutated_templates_never_panic() {
     seeds.extend(
         ferrotune_data::template_names().map(|name| ferrotune_data::named_template(name).unwrap().source),
     );
+    seeds.extend(hostile().into_iter().filter(|seed| seed.len() < 400));
     let (tokenizer, conversation) = (tokenizer(), conversation());
     seeds.iter().for_each(|seed| one(seed, &tokenizer, &conversation));
     let runs: usize = std::env::var("FUZZ_RUNS").ok().and_then(|runs| runs.parse().ok()).unwrap_or(2_000);

@@ -178,13 +178,15 @@ impl OpenData {
         }
         let report = &self.report;
         if let Some(first) = report.dropped.first() {
-            let count = report.dropped.len();
+            let count = thousands(report.dropped.len() as u64);
             console.warn(format!("{count} rows are left out; the first, {}: {}", first.place, first.reason));
         }
         if report.truncated > 0 {
             console.warn(format!(
                 "{} of {} samples are longer than `cutoff_len` and lose {} tokens",
-                report.truncated, report.samples, report.cut_tokens
+                thousands(report.truncated as u64),
+                thousands(report.samples as u64),
+                thousands(report.cut_tokens as u64)
             ));
         }
     }

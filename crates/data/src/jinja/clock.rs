@@ -89,7 +89,7 @@ impl Now {
     /// As C's `strftime` in the C locale; an unknown directive stays as it is.
     pub(super) fn format(self, format: &str) -> String {
         let weekday = WEEKDAYS[(self.days_from_epoch() + 3).rem_euclid(7) as usize];
-        let month = MONTHS[(self.month as usize - 1).min(11)];
+        let month = MONTHS[(self.month as usize).saturating_sub(1).min(11)];
         let hour_of_12 = (self.hour + 11) % 12 + 1;
         let half = if self.hour < 12 { "AM" } else { "PM" };
         let day_of_year = self.days_from_epoch() - Now { month: 1, day: 1, ..self }.days_from_epoch() + 1;

@@ -20,7 +20,6 @@ struct ArrowRows<R> {
     /// The next row within `batch`.
     next: usize,
     place: Place,
-    over: bool,
 }
 
 /// The rows of an Arrow file or stream; a row's line is its number.
@@ -32,7 +31,8 @@ pub(super) fn rows(mut file: impl BufRead + Send + 'static, place: Place) -> Res
         file.read_exact(&mut [0; 8]).map_err(read)?;
     }
     let batches = Batches { file, decoder: StreamDecoder::new(), chunk: Buffer::default() };
-    Ok(Box::new(ArrowRows { batches, batch: None, next: 0, place, over: false }))
+    let mut rows = ArrowRows { batches, batch: None, next: 0, place };
+    Ok(super::until_over(move || rows.read()))
 }
 
 /// The batches of a stream. The decoder holds no more than the bytes that came, whatever lengths the file claims.
@@ -101,19 +101,6 @@ impl<R: BufRead> ArrowRows<R> {
                 return Ok(None);
             }
         }
-    }
-}
-
-impl<R: BufRead> Iterator for ArrowRows<R> {
-    type Item = Result<Row>;
-
-    fn next(&mut self) -> Option<Result<Row>> {
-        if self.over {
-            return None;
-        }
-        let row = self.read().transpose();
-        self.over = super::ends(&row);
-        row
     }
 }
 

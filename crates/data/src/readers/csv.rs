@@ -18,7 +18,6 @@ pub(super) struct CsvRows {
     /// None until the first line was read.
     columns: Option<Vec<String>>,
     record: ByteRecord,
-    over: bool,
 }
 
 /// Reads only so much for one record: a quote that is never closed takes the rest of the file with it.
@@ -50,10 +49,10 @@ impl CsvRows {
         let mut builder = ReaderBuilder::new();
         builder.delimiter(delimiter).has_headers(false).flexible(true);
         let reader = builder.from_reader(Capped { source, left: left.clone() });
-        CsvRows { reader, place, left, columns: None, record: ByteRecord::new(), over: false }
+        CsvRows { reader, place, left, columns: None, record: ByteRecord::new() }
     }
 
-    fn read(&mut self) -> Result<Option<Row>> {
+    pub(super) fn read(&mut self) -> Result<Option<Row>> {
         if self.columns.is_none() {
             let Some(place) = self.record()? else { return Ok(None) };
             let wrong = |message: String| Error::Broken { place: place.clone(), message };
@@ -99,18 +98,5 @@ impl CsvRows {
                 Err(Error::Broken { place, message: error.to_string() })
             }
         }
-    }
-}
-
-impl Iterator for CsvRows {
-    type Item = Result<Row>;
-
-    fn next(&mut self) -> Option<Result<Row>> {
-        if self.over {
-            return None;
-        }
-        let row = self.read().transpose();
-        self.over = super::ends(&row);
-        row
     }
 }

@@ -158,12 +158,19 @@ pub fn read_through(name: &str, bytes: &[u8]) -> usize {
 
 fn text_rows(kind: Kind, reader: Box<dyn BufRead + Send>, place: Place) -> Rows {
     let source = Source::new(reader, place);
+    let separated = |source, separator| {
+        let mut rows = csv::CsvRows::new(source, separator);
+        until_over(move || rows.read())
+    };
     match kind {
         Kind::Json => Box::new(json::JsonRows::new(source, json::Shape::Any)),
         Kind::JsonLines => Box::new(json::JsonRows::new(source, json::Shape::Lines)),
-        Kind::Csv => Box::new(csv::CsvRows::new(source, b',')),
-        Kind::Tsv => Box::new(csv::CsvRows::new(source, b'\t')),
-        _ => Box::new(text::TextRows::new(source)),
+        Kind::Csv => separated(source, b','),
+        Kind::Tsv => separated(source, b'\t'),
+        _ => {
+            let mut rows = text::TextRows::new(source);
+            until_over(move || rows.read())
+        }
     }
 }
 
@@ -293,6 +300,19 @@ impl Source {
     fn at(&self, line: usize) -> Place {
         Place { line, ..self.place.clone() }
     }
+}
+
+/// What a reader reads, until nothing comes any more.
+fn until_over(mut read: impl FnMut() -> Result<Option<Row>> + Send + 'static) -> Rows {
+    let mut over = false;
+    Box::new(std::iter::from_fn(move || {
+        if over {
+            return None;
+        }
+        let row = read().transpose();
+        over = ends(&row);
+        row
+    }))
 }
 
 /// Whether nothing comes after this: the end, or an error that isn't about one row.

@@ -14,14 +14,8 @@ use super::Rows;
 use crate::error::{Error, Place, Result};
 use crate::formats::Row;
 
-struct ParquetRows {
-    records: RowIter<'static>,
-    place: Place,
-    over: bool,
-}
-
 /// The rows of a Parquet file; a row's line is its number.
-pub(super) fn rows<R: ChunkReader + 'static>(file: R, place: Place) -> Result<Rows> {
+pub(super) fn rows<R: ChunkReader + 'static>(file: R, mut place: Place) -> Result<Rows> {
     let open = || {
         let reader = SerializedFileReader::new(file)?;
         let columns = reader.metadata().file_metadata().schema_descr().num_columns();
@@ -31,8 +25,12 @@ pub(super) fn rows<R: ChunkReader + 'static>(file: R, place: Place) -> Result<Ro
         reader.metadata().row_groups().iter().try_for_each(check_sizes)?;
         Ok(RowIter::from_file_into(Box::new(reader)))
     };
-    let records = guarded(&place, open)?;
-    Ok(Box::new(ParquetRows { records, place, over: false }))
+    let mut records: RowIter<'static> = guarded(&place, open)?;
+    Ok(super::until_over(move || {
+        place.line += 1;
+        let record = guarded(&place, || records.next().transpose())?;
+        Ok(record.map(|record| Row { place: place.clone(), fields: fields(record) }))
+    }))
 }
 
 /// A damaged header may ask for more memory than the whole column has.
@@ -53,25 +51,6 @@ fn guarded<T>(place: &Place, read: impl FnOnce() -> parquet::errors::Result<T>) 
         Err(_) => "the file is damaged".to_string(),
     };
     Err(Error::Broken { place: place.clone(), message: format!("can't read Parquet: {message}") })
-}
-
-impl Iterator for ParquetRows {
-    type Item = Result<Row>;
-
-    fn next(&mut self) -> Option<Result<Row>> {
-        if self.over {
-            return None;
-        }
-        self.place.line += 1;
-        let records = &mut self.records;
-        let row = match guarded(&self.place, || records.next().transpose()) {
-            Ok(None) => None,
-            Ok(Some(record)) => Some(Ok(Row { place: self.place.clone(), fields: fields(record) })),
-            Err(error) => Some(Err(error)),
-        };
-        self.over = super::ends(&row);
-        row
-    }
 }
 
 fn fields(record: Record) -> Map<String, Value> {

@@ -9,15 +9,14 @@ use crate::formats::Row;
 pub(super) struct TextRows {
     source: Source,
     line: Vec<u8>,
-    over: bool,
 }
 
 impl TextRows {
     pub(super) fn new(source: Source) -> TextRows {
-        TextRows { source, line: Vec::new(), over: false }
+        TextRows { source, line: Vec::new() }
     }
 
-    fn read(&mut self) -> Result<Option<Row>> {
+    pub(super) fn read(&mut self) -> Result<Option<Row>> {
         let line = self.source.place.line;
         match self.source.line(&mut self.line)? {
             Line::End => return Ok(None),
@@ -28,18 +27,5 @@ impl TextRows {
             std::str::from_utf8(&self.line).map_err(|_| self.source.row_error(line, "not UTF-8 text"))?;
         let fields = Map::from_iter([("text".to_string(), Value::from(text))]);
         Ok(Some(Row { place: self.source.at(line), fields }))
-    }
-}
-
-impl Iterator for TextRows {
-    type Item = Result<Row>;
-
-    fn next(&mut self) -> Option<Result<Row>> {
-        if self.over {
-            return None;
-        }
-        let row = self.read().transpose();
-        self.over = super::ends(&row);
-        row
     }
 }

@@ -89,7 +89,8 @@ pub fn write(out: &mut impl Write, data: &OpenData, config: &RunConfig, cost: &C
     };
     writeln!(out, "cutoff    {}; {cut}", count(config.cutoff_len))?;
     let about = if config.packs() { "about " } else { "" };
-    let rows = if config.packs() { "packed rows" } else { "samples" };
+    let rows = if config.packs() { "packed row" } else { "sample" };
+    let rows = rows.to_string() + if cost.rows_per_step == 1 { "" } else { "s" };
     writeln!(out, "steps     {about}{} of {} {rows}", thousands(cost.steps), cost.rows_per_step)?;
     let time = match (cost.seconds(), cost.tokens_per_second) {
         (Some(seconds), Some(speed)) => {
@@ -116,11 +117,13 @@ fn lengths(out: &mut impl Write, data: &OpenData) -> anyhow::Result<()> {
     let empty = bars.iter().take_while(|bar| bar.samples == 0).count();
     let bars = &bars[empty..];
     let highest = bars.iter().map(|bar| bar.samples).max().unwrap_or(0).max(1);
-    let width = bars.last().map_or(0, |bar| count(bar.to).len());
+    let longest = report.quantile(1.0);
+    let last = |to: usize| count((to - 1).min(longest));
+    let width = bars.last().map_or(0, |bar| last(bar.to).len());
     for bar in bars {
         // A bar that stands for anything is seen.
         let length = (bar.samples * BAR).div_ceil(highest);
-        let (from, to) = (count(bar.from), count(bar.to - 1));
+        let (from, to) = (count(bar.from), last(bar.to));
         writeln!(out, "{from:>width$} – {to:<width$} {} {}", "█".repeat(length), count(bar.samples))?;
     }
     Ok(())
