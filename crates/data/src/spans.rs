@@ -318,9 +318,8 @@ impl Search<'_> {
             .and_then(|(prompt, before)| {
                 // The prompt may go on where the text doesn't (an opened thought).
                 let header = &prompt[common_prefix(&prompt, &before)..];
-                let ends = header.char_indices().map(|(at, c)| at + c.len_utf8());
-                let end =
-                    ends.filter(|end| self.full[..range.start].ends_with(&header[..*end])).next_back()?;
+                let mut ends = header.char_indices().map(|(at, c)| at + c.len_utf8());
+                let end = ends.rfind(|end| self.full[..range.start].ends_with(&header[..*end]))?;
                 Some(header[..end].trim().to_string())
             })
             .filter(|header| first_tag(header).is_some());
