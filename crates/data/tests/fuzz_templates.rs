@@ -64,9 +64,11 @@ fn hostile() -> Vec<String> {
         "{% macro m(n) %}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}",
         "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
         "{{ 'a' * 1000000000000 }}",
-        "{{ 'a'.center(1000000000000) }}{{ 'a' | center(1000000000000) }}",
+        "{{ 'a'.center(1000000000000) }}",
+        "{{ 'a' | center(1000000000000) }}",
         "{{ 'a'.ljust(100000000) }}",
-        "{{ 2 ** 10000000 }}{{ 10 ** 400 }}",
+        "{{ 2 ** 10000000 }}",
+        "{{ 10 ** 400 }}",
         "{{ range(1000000000000) | list | length }}",
         "{{ ['a'] * 10000000 }}",
         "{% set x %}{{ 'abc' * 1000000 }}{% endset %}{{ x.replace('', x) | length }}",
@@ -74,12 +76,18 @@ fn hostile() -> Vec<String> {
         "{% set x = 'a ' * 100000 %}{{ x.split() | map('upper') | join(x) | length }}",
         "{{ messages | tojson(indent='x' * 1000000) | length }}",
         "{{ messages | tojson(indent=100000000) | length }}",
-        "{{ '%9999999999d' | format(1) }}{{ '{:9999999999}'.format(1) }}",
+        "{{ '%9999999999d' | format(1) }}",
+        "{{ '{:9999999999}'.format(1) }}",
+        "{{ ('{0:999999}' * 100000).format(1) }}",
+        "{{ '{:.9999999999f}'.format(1.5) }}",
         "{{ '%9999999999d' % 1 }}",
         "{{ '%99999999s' % 'a' }}",
-        "{{ 'a' | indent(1000000000) }}{{ 'a\nb' | indent(1000000000) }}",
+        "{{ 'a' | indent(1000000000) }}",
+        "{{ 'a\nb' | indent(1000000000) }}",
         "{{ strftime_now('%Y' * 1000000) | length }}",
-        "{{ messages | batch(1000000000000) | list }}{{ messages | slice(1000000000000) | list | length }}",
+        "{{ messages | batch(1000000000000) | list }}",
+        "{{ messages | batch(1000000000000, 'x') | list }}",
+        "{{ messages | slice(1000000000000) | list | length }}",
         "{% generation %}{% generation %}{{ messages[0].content }}{% endgeneration %}",
         "{% generation %}{% endgeneration %}{% endgeneration %}",
         "\u{FDD1}\u{FDD0}{{ '\u{FDD0}' }}{% generation %}\u{FDD1}{% endgeneration %}\u{FDD3}\u{FDD2}",
@@ -247,7 +255,8 @@ fn mutated_templates_never_panic() {
     seeds.extend(
         ferrotune_data::template_names().map(|name| ferrotune_data::named_template(name).unwrap().source),
     );
-    seeds.extend(hostile().into_iter().filter(|seed| seed.len() < 400));
+    // With small numbers, so that a run takes no second.
+    seeds.extend(hostile().into_iter().filter(|seed| seed.len() < 400).map(|seed| seed.replace("00000", "")));
     let (tokenizer, conversation) = (tokenizer(), conversation());
     seeds.iter().for_each(|seed| one(seed, &tokenizer, &conversation));
     let runs: usize = std::env::var("FUZZ_RUNS").ok().and_then(|runs| runs.parse().ok()).unwrap_or(2_000);

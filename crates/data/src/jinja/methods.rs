@@ -46,6 +46,9 @@ pub(super) fn python_method(
                 let fill = args.get(1).and_then(|fill| fill.as_str()?.chars().next()).unwrap_or(' ');
                 return padded(text, width, method, fill).map(Value::from);
             }
+            ("format", _) if widths(text) > WIDEST => {
+                return Err(Error::new(ErrorKind::InvalidOperation, "format: a field is too wide"));
+            }
             ("splitlines", None) if args.is_empty() => {
                 return Ok(lines(text).into_iter().map(Value::from).collect());
             }
@@ -71,6 +74,24 @@ pub(super) fn python_method(
 
 /// Widest text that is filled up: hostile templates ask for more.
 const WIDEST: usize = 1 << 20;
+
+/// The sum of all numbers within the braces of a format: widths, precisions and places.
+fn widths(format: &str) -> usize {
+    let (mut sum, mut number, mut depth) = (0usize, 0usize, 0usize);
+    for c in format.chars().chain(['}']) {
+        match (c, c.to_digit(10)) {
+            (_, Some(digit)) if depth > 0 => {
+                number = number.saturating_mul(10).saturating_add(digit as usize);
+                continue;
+            }
+            ('{', _) => depth += 1,
+            ('}', _) => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        sum = sum.saturating_add(std::mem::take(&mut number));
+    }
+    sum
+}
 
 /// `text` filled up to `width` characters, as the Python method of this name does it.
 fn padded(text: &str, width: usize, method: &str, fill: char) -> Result<String, Error> {
