@@ -45,6 +45,7 @@ pub(crate) fn environment(now: Now) -> Environment<'static> {
     });
     env.add_filter("tojson", json::tojson);
     env.add_filter("center", methods::center);
+    env.add_filter("format", methods::format_filter);
     env.add_filter("wordcount", |text: &str| text.split_whitespace().count());
     env.add_function("dict", methods::dict);
     env.add_filter("__generation", |text: &str| format!("{GENERATION_START}{text}{GENERATION_END}"));

@@ -1,6 +1,6 @@
 //! Methods of Python's strings and lists, and filters of jinja2, that minijinja and its contrib lack.
 
-use minijinja::value::{Kwargs, ValueKind};
+use minijinja::value::{Kwargs, Rest, ValueKind, ValueOrKwargs};
 use minijinja::{Error, ErrorKind, State, Value};
 
 pub(super) fn python_method(
@@ -46,7 +46,7 @@ pub(super) fn python_method(
                 let fill = args.get(1).and_then(|fill| fill.as_str()?.chars().next()).unwrap_or(' ');
                 return padded(text, width, method, fill).map(Value::from);
             }
-            ("format", _) if widths(text) > WIDEST => {
+            ("format", _) if widths(text) > WIDEST_FIELD => {
                 return Err(Error::new(ErrorKind::InvalidOperation, "format: a field is too wide"));
             }
             ("splitlines", None) if args.is_empty() => {
@@ -74,6 +74,8 @@ pub(super) fn python_method(
 
 /// Widest text that is filled up: hostile templates ask for more.
 const WIDEST: usize = 1 << 20;
+/// Widest field of a format. Rust's `{:.65535e}` panics.
+const WIDEST_FIELD: usize = 1 << 15;
 
 /// The sum of all numbers within the braces of a format: widths, precisions and places.
 fn widths(format: &str) -> usize {
@@ -91,6 +93,33 @@ fn widths(format: &str) -> usize {
         sum = sum.saturating_add(std::mem::take(&mut number));
     }
     sum
+}
+
+/// The same of a format with `%`, where a `*` takes its number from the values.
+fn percent_widths(format: &str, values: &[ValueOrKwargs]) -> usize {
+    let fields = format.split('%').skip(1);
+    let specs =
+        fields.map(|it| &it[..it.find(|c: char| !"#0123456789- +.*".contains(c)).unwrap_or(it.len())]);
+    let (mut sum, mut starred) = (0usize, false);
+    for spec in specs {
+        let numbers = spec.split(|c: char| !c.is_ascii_digit()).filter(|it| !it.is_empty());
+        sum = numbers.fold(sum, |sum, it| sum.saturating_add(it.parse().unwrap_or(usize::MAX)));
+        starred |= spec.contains('*');
+    }
+    let from_values = values.iter().filter(|_| starred).filter_map(|it| it.as_i64()).map(i64::unsigned_abs);
+    from_values.fold(sum, |sum, it| sum.saturating_add(it as usize))
+}
+
+/// jinja2's `format` filter.
+pub(super) fn format_filter(
+    state: &mut State,
+    text: &Value,
+    values: Rest<ValueOrKwargs>,
+) -> Result<Value, Error> {
+    if percent_widths(text.as_str().unwrap_or_default(), &values) > WIDEST_FIELD {
+        return Err(Error::new(ErrorKind::InvalidOperation, "format: a field is too wide"));
+    }
+    minijinja::filters::format(state, text, values)
 }
 
 /// `text` filled up to `width` characters, as the Python method of this name does it.

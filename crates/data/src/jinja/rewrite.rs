@@ -131,7 +131,7 @@ fn for_loop(tag: &str) -> Option<String> {
 fn binding(tag: &str) -> Option<String> {
     let (left, body, right) = tag_parts(tag)?;
     let words = top_level_words(body);
-    match words.first()?.1 {
+    match words.first().filter(|(at, _)| *at == 0)?.1 {
         "set" => {
             let (at, _) = words.iter().find(|(_, word)| *word == "=")?;
             let (target, value) = (&body[..*at], &body[at + 1..]);
