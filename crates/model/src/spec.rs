@@ -244,6 +244,13 @@ impl AttentionSpec {
 }
 
 impl LayerSpec {
+    /// All of attention's projections add a bias, and all of the mlp's.
+    pub(crate) fn biases(&mut self, attention: bool, mlp: bool) {
+        self.attention.qkv_bias = attention;
+        self.attention.out_bias = attention;
+        self.mlp.bias = mlp;
+    }
+
     /// The projections of this layer in the order in which they are applied.
     pub fn linears(&self, hidden_size: usize) -> Vec<LinearSpec> {
         let (attention, mlp) = (&self.attention, &self.mlp);

@@ -1,8 +1,14 @@
 //! config.json in, [`ModelSpec`] out: one file for each family, and what they read it with.
 
 mod config;
+mod granite;
 mod llama;
+mod mistral;
+mod olmo2;
+mod parts;
+mod qwen;
 mod rope;
+mod smollm3;
 
 use std::path::Path;
 
@@ -16,7 +22,15 @@ pub(crate) use rope::{Llama3, llama3_factors};
 type Family = (&'static str, fn(&config::Config) -> Result<ModelSpec>);
 
 /// The families that are there.
-const FAMILIES: &[Family] = &[("llama", llama::spec)];
+const FAMILIES: &[Family] = &[
+    ("llama", llama::spec),
+    ("mistral", mistral::spec),
+    ("qwen2", qwen::qwen2),
+    ("qwen3", qwen::qwen3),
+    ("smollm3", smollm3::spec),
+    ("olmo2", olmo2::spec),
+    ("granite", granite::spec),
+];
 
 /// Reads a config.json, or what a GGUF file says in its place. `file` is for messages.
 ///
