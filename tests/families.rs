@@ -171,6 +171,22 @@ fn configs_of_the_hub_and_of_transformers_5_say_the_same() {
 }
 
 #[test]
+fn models_of_more_than_text_and_long_ropes_are_refused_by_name() {
+    let refused = |config: &Value, expected: &str| {
+        let error = families::spec(config, Path::new("config.json")).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    };
+    let golden = golden();
+    let mut gemma = golden["gemma3_text"]["config"].clone();
+    gemma["vision_config"] = serde_json::json!({ "hidden_size": 8 });
+    refused(&gemma, "`vision_config`");
+    let mut phi = golden["phi3"]["config"].clone();
+    phi["rope_scaling"] =
+        serde_json::json!({ "type": "longrope", "short_factor": [1.0], "long_factor": [2.0] });
+    refused(&phi, "`longrope`");
+}
+
+#[test]
 fn what_a_family_does_not_know_is_refused_by_name() {
     for (family, golden) in &golden() {
         let mut config = golden["config"].clone();

@@ -36,6 +36,19 @@ pub struct ModelSpec {
     pub pad_token_id: Option<u32>,
     /// One each, so that patterns such as "every sixth is global" end here.
     pub layers: Vec<LayerSpec>,
+    /// How a Hugging Face folder holds the weights.
+    pub checkpoint: CheckpointForm,
+}
+
+/// What a checkpoint's tensors are, next to the canonical ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CheckpointForm {
+    /// The same.
+    Canonical,
+    /// Norms' weights less one: Gemma.
+    NormsLessOne,
+    /// `qkv_proj` is q, k and v, `gate_up_proj` gate and up, one above the other: Phi 3.
+    Fused,
 }
 
 /// One layer.

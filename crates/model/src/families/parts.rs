@@ -1,15 +1,17 @@
 //! What most families share: the plain layer, and what stands around the layers. A family changes fields of it.
 
-use ferrotune_nn::{NormKind, Rope};
+use ferrotune_nn::{Activation, NormKind, Rope};
 use ferrotune_tensor::Result;
 use serde_json::json;
 
 use super::config::Config;
 use super::rope;
-use crate::spec::{AttentionSpec, LayerSpec, MlpSpec, ModelSpec, NormPlaces, NormSpec, QkNorm, Residual};
+use crate::spec::{
+    AttentionSpec, CheckpointForm, LayerSpec, MlpSpec, ModelSpec, NormPlaces, NormSpec, QkNorm, Residual,
+};
 
 /// A layer without biases, windows and scales, turned by `rope`.
-pub(super) fn layer(config: &Config, rope: Rope) -> Result<LayerSpec> {
+pub(super) fn layer(config: &Config, rope: Rope, activation: Activation) -> Result<LayerSpec> {
     let (num_attention_heads, head_dim) = heads(config)?;
     Ok(LayerSpec {
         attention: AttentionSpec {
@@ -27,7 +29,7 @@ pub(super) fn layer(config: &Config, rope: Rope) -> Result<LayerSpec> {
         mlp: MlpSpec {
             intermediate_size: config.size("intermediate_size")?,
             gated: true,
-            activation: config.activation("hidden_act")?,
+            activation,
             bias: false,
         },
         norms: NormPlaces::Before,
@@ -41,7 +43,7 @@ pub(super) fn turned_layer(config: &Config) -> Result<LayerSpec> {
     // transformers takes neither in these families, so anything but these is another model.
     config.only("partial_rotary_factor", json!(1.0))?;
     config.only("rope_interleaved", json!(false))?;
-    layer(config, rope::read(config, heads(config)?.1)?)
+    layer(config, rope::read(config, heads(config)?.1)?, config.activation("hidden_act")?)
 }
 
 /// Query heads, and the width of each.
@@ -66,6 +68,7 @@ pub(super) fn model(config: &Config, family: &'static str, layers: Vec<LayerSpec
         eos_token_ids: config.tokens("eos_token_id")?,
         pad_token_id: config.tokens("pad_token_id")?.first().copied(),
         layers,
+        checkpoint: CheckpointForm::Canonical,
     })
 }
 
