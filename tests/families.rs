@@ -163,6 +163,24 @@ fn logits_loss_and_adapter_gradients_equal_those_of_transformers() {
 }
 
 #[test]
+fn token_by_token_gives_what_a_whole_pass_gives() {
+    for device in Device::each() {
+        for (family, golden) in &golden() {
+            let model = Checkpoint::new(&format!("{family}-steps"), golden).decoder(&device);
+            let tokens =
+                &batch(golden["config"]["vocab_size"].as_u64().unwrap() as usize).tokens[..LENGTHS[0]];
+            let whole = model.hidden(&Context::new(vec![0, tokens.len()]), tokens).unwrap().to_f32().unwrap();
+            let mut cache = model.cache();
+            let steps = tokens.iter().flat_map(|token| {
+                model.step(&[*token], true, &mut cache).unwrap().to_f32().unwrap().to_vec()
+            });
+            let off = steps.zip(&whole).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(off < 1e-4, "{family}: off by {off:.1e}");
+        }
+    }
+}
+
+#[test]
 fn configs_of_the_hub_and_of_transformers_5_say_the_same() {
     for (family, golden) in &golden() {
         let read = |key: &str| families::spec(&golden[key], Path::new(key)).unwrap();
