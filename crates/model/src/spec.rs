@@ -36,6 +36,19 @@ pub struct ModelSpec {
     pub pad_token_id: Option<u32>,
     /// One each, so that patterns such as "every sixth is global" end here.
     pub layers: Vec<LayerSpec>,
+    /// How a Hugging Face folder holds the weights.
+    pub checkpoint: CheckpointForm,
+}
+
+/// What a checkpoint's tensors are, next to the canonical ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CheckpointForm {
+    /// The same.
+    Canonical,
+    /// Norms' weights less one: Gemma.
+    NormsLessOne,
+    /// `qkv_proj` is q, k and v, `gate_up_proj` gate and up, one above the other: Phi 3.
+    Fused,
 }
 
 /// One layer.
@@ -244,6 +257,13 @@ impl AttentionSpec {
 }
 
 impl LayerSpec {
+    /// All of attention's projections add a bias, and all of the mlp's.
+    pub(crate) fn biases(&mut self, attention: bool, mlp: bool) {
+        self.attention.qkv_bias = attention;
+        self.attention.out_bias = attention;
+        self.mlp.bias = mlp;
+    }
+
     /// The projections of this layer in the order in which they are applied.
     pub fn linears(&self, hidden_size: usize) -> Vec<LinearSpec> {
         let (attention, mlp) = (&self.attention, &self.mlp);

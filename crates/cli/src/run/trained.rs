@@ -6,6 +6,7 @@ use std::path::Path;
 use ferrotune_export::{ModelCard, PeftAdapter, SavedAs, write_model};
 use ferrotune_model::Decoder;
 use ferrotune_model::source::{FileKind, SafetensorsSource, Stored, WeightSource as _};
+use ferrotune_model::spec::CheckpointForm;
 use ferrotune_nn::{LanguageModel as _, Parameter};
 use ferrotune_tensor::{DType, Error, Result, Tensor};
 
@@ -50,6 +51,14 @@ pub fn check_trained(config: &RunConfig, model: &OpenModel) -> anyhow::Result<()
         let message =
             "training whole weights needs a model folder as Hugging Face lays it out, not a GGUF file";
         return Err(mistake(config, "finetuning_type", message));
+    }
+    if model.files.spec.checkpoint != CheckpointForm::Canonical {
+        let message = format!(
+            "training whole weights of the family {} is not there yet, LoRA is: its checkpoints have a form that \
+             can be read but not yet written",
+            model.files.spec.family
+        );
+        return Err(mistake(config, "finetuning_type", &message));
     }
     if config.finetuning_type == FinetuningType::Freeze {
         let names = model.files.source.names();

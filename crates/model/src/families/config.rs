@@ -156,7 +156,7 @@ impl<'a> Config<'a> {
         Ok(self.optional_size(key)?.unwrap_or(default))
     }
 
-    fn optional_size(&self, key: &str) -> Result<Option<usize>> {
+    pub(super) fn optional_size(&self, key: &str) -> Result<Option<usize>> {
         let Some(value) = self.get(key) else { return Ok(None) };
         match value.as_u64() {
             Some(size) if size > 0 && size < 1 << 31 => Ok(Some(size as usize)),
@@ -203,16 +203,43 @@ impl<'a> Config<'a> {
         if number > 0.0 { Ok(number) } else { Err(self.unexpected(key, "a positive number", &number.into())) }
     }
 
+    pub(super) fn positive_or(&self, key: &str, default: f64) -> Result<f64> {
+        if self.get(key).is_none() { Ok(default) } else { self.positive(key) }
+    }
+
     /// A list of `count` positive numbers.
     pub(super) fn numbers(&self, key: &str, count: usize) -> Result<Vec<f64>> {
-        let value = self.get(key).ok_or_else(|| self.missing(key))?;
-        let numbers: Option<Vec<f64>> = value
-            .as_array()
-            .and_then(|list| list.iter().map(|it| it.as_f64().filter(|it| *it > 0.0)).collect());
-        match numbers {
-            Some(numbers) if numbers.len() == count => Ok(numbers),
-            _ => Err(self.unexpected(key, &format!("{count} positive numbers"), value)),
+        let positive = |it: &Value| it.as_f64().filter(|it| *it > 0.0);
+        self.list(key, count, "a positive number", positive)?.ok_or_else(|| self.missing(key))
+    }
+
+    /// A list of `count` entries, where it is there.
+    fn list<T>(
+        &self,
+        key: &str,
+        count: usize,
+        expected: &str,
+        entry: impl Fn(&Value) -> Option<T>,
+    ) -> Result<Option<Vec<T>>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        match value.as_array().and_then(|list| list.iter().map(entry).collect::<Option<Vec<T>>>()) {
+            Some(list) if list.len() == count => Ok(Some(list)),
+            _ => Err(self.unexpected(key, &format!("{count} times {expected}"), value)),
         }
+    }
+
+    /// `layer_types`: whether each layer sees a window alone.
+    pub(super) fn layer_types(&self, count: usize) -> Result<Option<Vec<bool>>> {
+        self.list("layer_types", count, "full_attention or sliding_attention", |it| match it.as_str() {
+            Some("full_attention") => Some(false),
+            Some("sliding_attention") => Some(true),
+            _ => None,
+        })
+    }
+
+    /// A list of zeros and ones.
+    pub(super) fn switches(&self, key: &str, count: usize) -> Result<Option<Vec<bool>>> {
+        self.list(key, count, "0 or 1", |it| it.as_u64().filter(|it| *it < 2).map(|it| it == 1))
     }
 
     pub(super) fn flag(&self, key: &str, default: bool) -> Result<bool> {

@@ -1,8 +1,16 @@
 //! config.json in, [`ModelSpec`] out: one file for each family, and what they read it with.
 
 mod config;
+mod gemma;
+mod granite;
 mod llama;
+mod mistral;
+mod olmo2;
+mod parts;
+mod phi3;
+mod qwen;
 mod rope;
+mod smollm3;
 
 use std::path::Path;
 
@@ -16,7 +24,19 @@ pub(crate) use rope::{Llama3, llama3_factors};
 type Family = (&'static str, fn(&config::Config) -> Result<ModelSpec>);
 
 /// The families that are there.
-const FAMILIES: &[Family] = &[("llama", llama::spec)];
+const FAMILIES: &[Family] = &[
+    ("llama", llama::spec),
+    ("mistral", mistral::spec),
+    ("qwen2", qwen::qwen2),
+    ("qwen3", qwen::qwen3),
+    ("smollm3", smollm3::spec),
+    ("olmo2", olmo2::spec),
+    ("granite", granite::spec),
+    ("gemma", gemma::gemma),
+    ("gemma2", gemma::gemma2),
+    ("gemma3_text", gemma::gemma3),
+    ("phi3", phi3::spec),
+];
 
 /// Reads a config.json, or what a GGUF file says in its place. `file` is for messages.
 ///
@@ -31,6 +51,15 @@ pub fn spec(config: &Value, file: &Path) -> Result<ModelSpec> {
             format!("`model_type` is missing: it names the model's family (there are: {})", there.join(", "));
         return Err(Error::file(file, message));
     };
+    let modality =
+        ["vision_config", "audio_config"].into_iter().find(|it| config.get(it).is_some_and(Value::is_object));
+    if let Some(modality) = modality {
+        let message = format!(
+            "`{modality}`: a model of more than text (`{model_type}`) can't be trained; take a text-only model, \
+             such as its family's smaller ones"
+        );
+        return Err(Error::file(file, message));
+    }
     let Some((name, read)) = FAMILIES.iter().find(|(name, _)| *name == model_type) else {
         let message = format!(
             "`model_type` is `{model_type}`: that family is not there yet, only: {}",

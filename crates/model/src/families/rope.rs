@@ -13,11 +13,46 @@ pub(super) fn read(config: &Config, width: usize) -> Result<Rope> {
     let old = config.section("rope_scaling")?;
     let new = config.section("rope_parameters")?;
     let theta = config.optional_number("rope_theta")?;
-    let Some(section) = new.or(old) else {
-        return Ok(rope(base(width, theta.unwrap_or(10_000.0))));
+    let section = new.or(old);
+    if let Some(section) = &section {
+        section.only("partial_rotary_factor", Value::from(1.0))?;
+    }
+    scaled(section.as_ref(), theta.unwrap_or(10_000.0), width)
+}
+
+/// The same where `partial_rotary_factor` may leave the end of a head unturned.
+pub(super) fn read_partial(config: &Config, head_dim: usize) -> Result<Rope> {
+    let old = config.section("rope_scaling")?;
+    let section = config.section("rope_parameters")?.or(old);
+    let theta = config.number_or("rope_theta", 10_000.0)?;
+    let own = section.as_ref().map(|it| it.optional_number("partial_rotary_factor")).transpose()?.flatten();
+    let share = config.number_or("partial_rotary_factor", 1.0)?;
+    let width = (head_dim as f64 * own.unwrap_or(share)) as usize;
+    if width == 0 || width > head_dim || !width.is_multiple_of(2) {
+        let message = format!(
+            "`partial_rotary_factor` turns {width} of a head's {head_dim} channels, expected an even number of them"
+        );
+        return Err(config.error(&message));
+    }
+    scaled(section.as_ref(), theta, width)
+}
+
+/// Gemma 3: of layers with a window, and of those without, which alone are scaled.
+pub(super) fn local_and_global(config: &Config, width: usize) -> Result<(Rope, Rope)> {
+    let local = config.number_or("rope_local_base_freq", 10_000.0)?;
+    let global = config.number_or("rope_theta", 1_000_000.0)?;
+    let scaling = config.section("rope_scaling")?;
+    let Some(both) = config.section("rope_parameters")? else {
+        return Ok((scaled(None, local, width)?, scaled(scaling.as_ref(), global, width)?));
     };
-    let theta = section.optional_number("rope_theta")?.or(theta).unwrap_or(10_000.0);
-    section.only("partial_rotary_factor", Value::from(1.0))?;
+    let (sliding, full) = (both.section("sliding_attention")?, both.section("full_attention")?);
+    both.refuse_unread()?;
+    Ok((scaled(sliding.as_ref(), local, width)?, scaled(full.as_ref(), global, width)?))
+}
+
+fn scaled(section: Option<&Config>, theta: f64, width: usize) -> Result<Rope> {
+    let Some(section) = section else { return Ok(rope(base(width, theta))) };
+    let theta = section.optional_number("rope_theta")?.unwrap_or(theta);
     let base = base(width, theta);
     let old_name = section.optional_text("type")?;
     let kind = section.optional_text("rope_type")?.or(old_name).unwrap_or("default".into());

@@ -5,10 +5,11 @@ use ferrotune_tensor::{Error, Result};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use super::canonical::CanonicalSource;
 use super::gguf::GgufSource;
 use super::{GgufVocabulary, SafetensorsSource, WeightSource};
 use crate::families;
-use crate::spec::{ModelSpec, names};
+use crate::spec::{CheckpointForm, ModelSpec, names};
 
 /// A model on disk: what it is made of, and its weights.
 pub struct ModelFiles {
@@ -108,7 +109,11 @@ fn open_folder(path: &Path) -> Result<ModelFiles> {
     if generation.exists() {
         add_end_tokens(&mut spec, &read_json(&generation)?);
     }
-    let source = Box::new(SafetensorsSource::open(path)?);
+    let stored = SafetensorsSource::open(path)?;
+    let source: Box<dyn WeightSource> = match spec.checkpoint {
+        CheckpointForm::Canonical => Box::new(stored),
+        _ => Box::new(CanonicalSource::new(&spec, stored)?),
+    };
     Ok(ModelFiles { spec, source, config, kind: FileKind::Folder, path: path.into(), vocabulary: None })
 }
 

@@ -3,6 +3,7 @@
 //! A source is mapped into memory, not read: a tensor costs memory when it is asked for, and only
 //! then. Several threads may ask at once, so that layers are quantised side by side.
 
+mod canonical;
 mod files;
 mod gguf;
 mod mapped;
