@@ -3,6 +3,7 @@
 //! A source is mapped into memory, not read: a tensor costs memory when it is asked for, and only
 //! then. Several threads may ask at once, so that layers are quantised side by side.
 
+mod changed;
 mod files;
 mod gguf;
 mod mapped;
@@ -15,6 +16,7 @@ use std::path::Path;
 
 use ferrotune_tensor::{DType, Error, Result, Tensor};
 
+pub use changed::{Changed, NewRows, Replacement};
 pub use files::{FileKind, ModelFiles};
 pub use gguf::{GgufSource, GgufVocabulary};
 pub use safetensors::SafetensorsSource;
