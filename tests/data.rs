@@ -289,12 +289,3 @@ fn a_template_by_name_and_a_tokenizer_are_enough() {
     with(&["template=llama3", "add_special_tokens=<|eot_id|>,<|start_header_id|>,<|end_header_id|>"])
         .prints("⟦I am Ferris.<|eot_id|>⟧");
 }
-
-#[test]
-fn added_tokens_that_would_have_to_be_trained_are_refused() {
-    let dir = with_rows(&GOOD.replace("{{name}}", "Ferris"), "add_tokens: ['<a>', '<|im_end|>']\n");
-    dir.ferrotune(&["train", "c.yaml"])
-        .fails(2)
-        .says("c.yaml:4: `add_tokens`: `<a>` would need rows of the embedding that are trained");
-    assert!(!dir.path().join("out").exists());
-}

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use ferrotune_data::{BatchOptions, Batches, Sample};
 use ferrotune_lora::LoraAdapter;
 use ferrotune_model::source::{ModelFiles, Stored};
+use ferrotune_model::spec::names;
 use ferrotune_model::{BuildOptions, Decoder, PartSpec, build, dense_part};
 use ferrotune_nn::{Context, LanguageModel};
 use ferrotune_tensor::{DType, Device, Precision, Result};
@@ -16,7 +17,7 @@ use ferrotune_trainer::{
 };
 use serde_json::Value;
 
-use super::{Tensors, fixture, floats, json, matrix, sample};
+use super::{Tensors, fixture, floats, json, matrix, sample, tensors};
 
 /// How a run is taken: steps, batch size, micro-batches, highest rate, warm-up, decay.
 struct Plan {
@@ -141,6 +142,47 @@ fn full_fine_tuning_takes_pytorchs_steps() {
             let ends = [norm(&got), f64::from(got[0]), f64::from(got[got.len() - 1])];
             for (got, expected) in ends.into_iter().zip(expected) {
                 check_near(&format!("{folder}: {}", parameter.name), got, expected, 2e-4);
+            }
+        }
+    }
+}
+
+#[test]
+fn adapters_with_embedding_and_head_take_pefts_steps() {
+    let steps = json("lora_tiny/steps.json");
+    let rows = steps["batches"].as_array().unwrap().iter().flat_map(|it| it.as_array().unwrap());
+    let samples: Vec<Sample> = rows.flat_map(|it| it.as_array().unwrap()).map(sample).collect();
+    let plan = Plan {
+        steps: 10,
+        batch_size: 2,
+        accumulation: 2,
+        learning_rate: 1e-3,
+        warmup_steps: 2,
+        weight_decay: 0.01,
+    };
+    let (golden, lora) = (json("saved_tiny.json"), tensors("lora_tiny/adapter_model.safetensors"));
+    for device in Device::each() {
+        let mut model = decoder(&fixture("llama_tiny"), Some(&lora), &device);
+        let spec = ModelFiles::open(fixture("llama_tiny")).unwrap().spec;
+        model.train(&spec, &|name| [names::EMBEDDING, names::HEAD].contains(&name)).unwrap();
+        plan.run(&mut model, samples.clone(), |step, outcome, _| {
+            let expected = &golden["steps"][step];
+            check_near(&format!("loss {step}"), outcome.loss, expected["loss"].as_f64().unwrap(), 1e-4);
+            check_near(
+                &format!("norm {step}"),
+                outcome.grad_norm,
+                expected["grad_norm"].as_f64().unwrap(),
+                1e-4,
+            );
+        });
+        let whole = model.parameters().into_iter().filter(|it| !it.name.contains(".lora_"));
+        for parameter in whole {
+            let (got, expected) =
+                (parameter.value.to_f32().unwrap(), numbers(&golden["after"][&parameter.name]));
+            for (got, expected) in
+                [norm(&got), f64::from(got[0]), f64::from(got[got.len() - 1])].iter().zip(expected)
+            {
+                check_near(&parameter.name, *got, expected, 2e-4);
             }
         }
     }

@@ -10,6 +10,7 @@ mod evaluation;
 mod llama_factory;
 mod quickstart;
 mod run;
+mod saved_modules;
 mod smollm2;
 mod train;
 mod util;

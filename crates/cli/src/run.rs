@@ -27,7 +27,7 @@ use crate::machine;
 pub use data::{DataUse, OpenData, mark_options, warn_of_rows};
 pub use decoder::{Adapters, build_decoder, lora_tensors, open_decoder};
 pub use model::{OpenModel, TemplateSource, Vocabulary, model_spec, template_source};
-pub use trained::{check_trained, is_trained, load_trained, save_trained};
+pub use trained::{check_trained, is_trained, load_trained, prepare, save_trained};
 
 /// A training run, opened and checked.
 pub struct Run {
@@ -54,7 +54,7 @@ impl Run {
     ///
     /// # Errors
     /// At the first thing that is missing or wrong, cheapest checks first.
-    pub fn open(config: RunConfig, console: &Console) -> anyhow::Result<Run> {
+    pub fn open(mut config: RunConfig, console: &Console) -> anyhow::Result<Run> {
         config.notes.iter().for_each(|note| console.note(note));
         if config.adapter_name_or_path.is_some() {
             let message = "training an existing adapter further is not there yet; leave it out";
@@ -73,8 +73,8 @@ impl Run {
         set_threads(&config);
         let computing = open_device(&config, console)?;
         let model = OpenModel::open(&config, console)?;
+        let model = prepare(&mut config, model, console)?;
         let tokens = model.files.spec.vocab_size;
-        check_added(&config, &model)?;
         check_trained(&config, &model)?;
         let mut data = OpenData::open(&config, &model.vocabulary, DataUse::Train(tokens), console)?;
         data.warn(console);
@@ -233,22 +233,6 @@ fn output(config: &RunConfig, console: &Console) -> anyhow::Result<(PathBuf, Opt
         ));
     }
     Ok((folder, resume_from))
-}
-
-/// Whether the model can learn what was added to its vocabulary.
-fn check_added(config: &RunConfig, model: &OpenModel) -> anyhow::Result<()> {
-    let new = model.vocabulary.tokenizer.new_tokens();
-    if new.is_empty() {
-        return Ok(());
-    }
-    let key = if config.add_tokens.is_empty() { "add_special_tokens" } else { "add_tokens" };
-    let names = new.iter().take(5).map(|token| format!("`{token}`")).collect::<Vec<_>>().join(", ");
-    let more = if new.len() > 5 { format!(" and {} more", new.len() - 5) } else { String::new() };
-    let message = format!(
-        "{names}{more} would need rows of the embedding that are trained, which is not there yet; name only tokens \
-         that the model's vocabulary has"
-    );
-    Err(mistake(config, key, &message))
 }
 
 /// Checks model and data against each other.

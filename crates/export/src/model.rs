@@ -37,7 +37,13 @@ pub fn write_model(
     saved_as: SavedAs,
 ) -> Result<()> {
     let config = base.path.join(CONFIG);
-    let config = fs::read(&config).map_err(|source| Error::io(&config, source))?;
+    let mut config = fs::read(&config).map_err(|source| Error::io(&config, source))?;
+    if base.config.get("vocab_size").and_then(serde_json::Value::as_u64) != Some(base.spec.vocab_size as u64)
+    {
+        let mut grown = base.config.clone();
+        grown["vocab_size"] = base.spec.vocab_size.into();
+        config = serde_json::to_vec_pretty(&grown).map_err(|error| Error::msg(error.to_string()))?;
+    }
     fs::create_dir_all(folder).map_err(|source| Error::io(folder, source))?;
     let failed = RefCell::new(None);
     let tied = base.spec.tie_word_embeddings;

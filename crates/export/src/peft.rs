@@ -41,6 +41,10 @@ pub struct PeftAdapter {
     pub target_modules: Modules,
     /// The modules that were left out of these.
     pub exclude_modules: Option<Modules>,
+    /// The layers that were asked for; empty: all of them.
+    pub layers_to_transform: Vec<usize>,
+    /// Weights that were trained themselves and are saved whole, by canonical names such as `lm_head.weight`.
+    pub saved: BTreeMap<String, Tensor>,
     /// The modules that have an adapter.
     pub tensors: Vec<LoraTensors>,
 }
@@ -89,7 +93,7 @@ impl PeftAdapter {
     pub fn write(&self, folder: &Path, card: &ModelCard) -> Result<()> {
         self.check(folder)?;
         fs::create_dir_all(folder).map_err(|source| Error::io(folder, source))?;
-        write_tensors(&folder.join(TENSORS), &self.tensors)?;
+        write_tensors(&folder.join(TENSORS), &self.tensors, &self.saved)?;
         write_whole(&folder.join("README.md"), card.markdown(self).as_bytes())?;
         write_whole(&folder.join(CONFIG), config::write(self).as_bytes())
     }
@@ -121,7 +125,6 @@ impl PeftAdapter {
         let source = SafetensorsSource::open_file(&path)?;
         let mut pairs: BTreeMap<String, [Option<Tensor>; 2]> = BTreeMap::new();
         for name in source.names() {
-            let (module, part) = split(name).map_err(|message| Error::file(&path, message))?;
             source.shape(name)?;
             let Stored::Dense(tensor) = source.get(name)? else {
                 return Err(Error::file(
@@ -129,6 +132,12 @@ impl PeftAdapter {
                     format!("tensor `{name}` is in few bits, expected f32, f16 or bf16"),
                 ));
             };
+            let short = name.strip_prefix(PREFIX).unwrap_or(name);
+            if [names::EMBEDDING, names::HEAD].contains(&short) {
+                adapter.saved.insert(short.to_string(), tensor);
+                continue;
+            }
+            let (module, part) = split(name).map_err(|message| Error::file(&path, message))?;
             pairs.entry(module.to_string()).or_default()[part] = Some(tensor);
         }
         for (module, pair) in pairs {
@@ -166,6 +175,20 @@ impl PeftAdapter {
                 return Err(Error::msg(message));
             }
         }
+        let rows = |name: &str| self.saved.get(name).map(Tensor::rows);
+        let grown =
+            rows(names::EMBEDDING).filter(|it| *it > spec.vocab_size && rows(names::HEAD) == Some(*it));
+        let expected = (grown.unwrap_or(spec.vocab_size), spec.hidden_size);
+        for (name, tensor) in &self.saved {
+            let got = tensor.shape();
+            if got != expected {
+                let message = format!(
+                    "`{name}`: the adapter has {} x {}, the model {} x {}: {other}",
+                    got.0, got.1, expected.0, expected.1
+                );
+                return Err(Error::msg(message));
+            }
+        }
         Ok(())
     }
 
@@ -183,28 +206,30 @@ impl PeftAdapter {
                 );
                 return Err(Error::file(path, message));
             }
-            for tensor in [&it.a, &it.b] {
-                if !matches!(tensor.dtype(), DType::F32 | DType::F16 | DType::BF16) {
-                    let expected = "f32, f16 or bf16";
-                    return Err(Error::DType { what: it.module.clone(), expected, got: tensor.dtype() });
-                }
+        }
+        let pairs = self.tensors.iter().flat_map(|it| [(&it.module, &it.a), (&it.module, &it.b)]);
+        for (what, tensor) in pairs.chain(&self.saved) {
+            if !matches!(tensor.dtype(), DType::F32 | DType::F16 | DType::BF16) {
+                let expected = "f32, f16 or bf16";
+                return Err(Error::DType { what: what.clone(), expected, got: tensor.dtype() });
             }
         }
         Ok(())
     }
 }
 
-/// Writes matrices under PEFT's names; the file is whole or absent.
+/// Writes matrices and whole weights under PEFT's names; the file is whole or absent.
 ///
 /// # Errors
 /// When the file can't be written.
-pub fn write_tensors(path: &Path, modules: &[LoraTensors]) -> Result<()> {
+pub fn write_tensors(path: &Path, modules: &[LoraTensors], saved: &BTreeMap<String, Tensor>) -> Result<()> {
     let named = modules.iter().flat_map(|it| {
         let name = |part| format!("{PREFIX}{}.lora_{part}.weight", it.module);
         [(name("A"), Stacked::new(&it.a)), (name("B"), Stacked::new(&it.b))]
     });
+    let saved = saved.iter().map(|(name, it)| (format!("{PREFIX}{name}"), Stacked::new(it)));
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-    let bytes = safetensors::serialize(named, Some(metadata))
+    let bytes = safetensors::serialize(named.chain(saved), Some(metadata))
         .map_err(|error| Error::file(path, format!("can't be put together: {error}")))?;
     write_whole(path, &bytes)
 }

@@ -285,6 +285,7 @@ mod tests {
             use_rslora: false,
             target_modules: Target::All,
             exclude_modules: Vec::new(),
+            layers_to_transform: Vec::new(),
             seed: 9,
         };
         let new = |name: &str| LoraAdapter::new(name, 5, 16, &config, Precision::Full).unwrap();

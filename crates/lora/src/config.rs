@@ -24,6 +24,8 @@ pub struct LoraConfig {
     pub target_modules: Target,
     /// Projections that don't, by the same rule of names.
     pub exclude_modules: Vec<String>,
+    /// Layers whose projections get an adapter; empty: all of them.
+    pub layers_to_transform: Vec<usize>,
     /// Seed of the initialisation and of dropout.
     pub seed: u64,
 }
@@ -44,6 +46,9 @@ impl LoraConfig {
             Target::All => true,
             Target::Names(names) => names.iter().any(|it| is_or_ends(name, it)),
         };
+        let layer = || name.split('.').find_map(|part| part.parse::<usize>().ok());
+        let layers = &self.layers_to_transform;
+        let wanted = wanted && (layers.is_empty() || layer().is_some_and(|layer| layers.contains(&layer)));
         wanted && !self.exclude_modules.iter().any(|it| is_or_ends(name, it))
     }
 
@@ -75,6 +80,15 @@ impl LoraConfig {
                 }
             }
         }
+        let inside = |layer: &usize| {
+            let part = format!(".{layer}.");
+            projections.iter().any(|it| it.contains(&part))
+        };
+        if let Some(layer) = self.layers_to_transform.iter().find(|it| !inside(it)) {
+            return Err(Error::msg(format!(
+                "layers_to_transform: the model has no layer {layer}; they count from 0"
+            )));
+        }
         if !projections.iter().any(|it| self.adapts(it)) {
             return Err(Error::msg("no projection is left to adapt; check lora_target and the exclusions"));
         }
@@ -98,6 +112,7 @@ mod tests {
             use_rslora: false,
             target_modules,
             exclude_modules: exclude.iter().map(|it| it.to_string()).collect(),
+            layers_to_transform: Vec::new(),
             seed: 1,
         }
     }
@@ -110,6 +125,20 @@ mod tests {
         assert!(some.adapts("model.layers.1.mlp.up_proj") && !some.adapts("model.layers.11.mlp.up_proj"));
         let all = config(Target::All, &["k_proj"]);
         assert!(all.adapts("a.v_proj") && !all.adapts("a.k_proj"));
+    }
+
+    #[test]
+    fn some_layers_alone_are_adapted() {
+        let some = LoraConfig { layers_to_transform: vec![1, 11], ..config(Target::All, &["k_proj"]) };
+        for (name, adapted) in
+            [("layers.1.q_proj", true), ("layers.1.k_proj", false), ("layers.2.q_proj", false)]
+        {
+            assert_eq!(some.adapts(&format!("model.{name}")), adapted, "{name}");
+        }
+        assert!(some.adapts("model.layers.11.mlp.up_proj"));
+        let projections = ["model.layers.1.q_proj".to_string()];
+        let error = some.check(&projections).unwrap_err().to_string();
+        assert_eq!(error, "layers_to_transform: the model has no layer 11; they count from 0");
     }
 
     #[test]

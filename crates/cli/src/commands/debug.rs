@@ -69,7 +69,7 @@ pub fn gradients(args: &GradientsArgs, console: &Console) -> anyhow::Result<Outc
     for parameter in decoder.parameters() {
         parameter.grad.scale(1.0 / scale)?;
     }
-    write_tensors(&args.output, &lora_tensors(&mut decoder, |it| &it.grad)?)?;
+    write_tensors(&args.output, &lora_tensors(&mut decoder, |it| &it.grad)?, &BTreeMap::new())?;
     let loss: f64 = pass.logp.iter().zip(&dlogp).map(|(logp, dlogp)| logp * dlogp / scale).sum();
     print(console, &json!({ "loss": loss, "trained_tokens": batch.trained_tokens() }))
 }

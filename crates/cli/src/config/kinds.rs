@@ -173,6 +173,20 @@ impl Setting for Vec<String> {
     }
 }
 
+/// Numbers in a list, or separated by commas.
+impl Setting for Vec<usize> {
+    fn expected() -> String {
+        "whole numbers separated by commas, or a list of them".to_string()
+    }
+    fn read(node: &Node) -> Result<Vec<usize>, String> {
+        let numbers = Vec::<String>::read(node).map_err(|_| mismatch::<Vec<usize>>(node))?;
+        numbers.iter().map(|it| it.parse().map_err(|_| mismatch::<Vec<usize>>(node))).collect()
+    }
+    fn shown(&self) -> String {
+        self.iter().map(usize::to_string).collect::<Vec<_>>().shown()
+    }
+}
+
 /// Names with values.
 impl Setting for BTreeMap<String, String> {
     fn expected() -> String {

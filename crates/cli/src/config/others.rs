@@ -65,8 +65,8 @@ const LATER: &[&str] = &[
     // Data.
     "media_dir", "eval_on_each_dataset", "tool_format", "preserve_thinking", "eval_num_beams",
     // Adapters and what is trained.
-    "additional_target", "use_dora", "pissa_init", "pissa_convert", "create_new_adapter",
-    "module_dropout", "oft_rank", "modules_to_save", "layers_to_transform",
+    "use_dora", "pissa_init", "pissa_convert", "create_new_adapter",
+    "module_dropout", "oft_rank",
     "rank_pattern", "alpha_pattern", "use_llama_pro", "new_special_tokens_config", "train_from_scratch", "adapter_folder",
     // Preferences.
     "pref_ftx", "pref_bco_weight", "dpo_label_smoothing", "ref_model", "ref_model_adapters",
@@ -237,6 +237,7 @@ const INSTEAD: &[(&str, &str)] = &[
     ("target_modules", "use `lora_target`"),
     ("lora_target_modules", "use `lora_target`"),
     ("exclude_modules", "use `lora_exclude`"),
+    ("modules_to_save", "use `additional_target`"),
     ("datasets", "use `dataset`"),
     ("train_on_inputs", "use `train_on_prompt`"),
     ("system_prompt", "use `default_system`"),

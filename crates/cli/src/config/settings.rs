@@ -108,6 +108,10 @@ settings! {
         lora_target: Vec<String> = vec!["all".to_string()],
         /// Linear layers that get none, by name or part of the path.
         lora_exclude: Vec<String> = Vec::new(),
+        /// Layers that get adapters, by their numbers from 0; none: all of them.
+        layers_to_transform: Vec<usize> = Vec::new(),
+        /// Modules trained and saved whole beside the adapters: embed_tokens, lm_head.
+        additional_target: Vec<String> = Vec::new(),
         /// Divide the scale by the square root of the rank instead.
         use_rslora: bool = false,
         /// freeze: how many of the last layers are trained; of the first ones, where it is negative.
@@ -373,6 +377,10 @@ impl RunConfig {
             "quantization_bit",
             "quantised weights can't be trained; use `finetuning_type: lora`, or leave it out",
         );
+        let other =
+            self.additional_target.iter().find(|it| !["embed_tokens", "lm_head"].contains(&it.as_str()));
+        let message = format!("expected embed_tokens or lm_head, found `{}`", other.map_or("", |it| it));
+        check(other.is_none(), "additional_target", &message);
         check(!self.lora_target.is_empty(), "lora_target", "expected `all` or names of linear layers");
         check(
             !(self.mask_history && self.train_on_prompt),

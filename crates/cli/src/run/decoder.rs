@@ -1,11 +1,12 @@
 //! Model files to a decoder in memory: the one place that puts stored weights, NF4 and adapters together.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::Instant;
 
 use ferrotune_export::{LoraTensors, Modules, PeftAdapter};
 use ferrotune_lora::{LoraAdapter, LoraConfig, Target};
-use ferrotune_model::source::{ModelFiles, Stored};
+use ferrotune_model::source::{ModelFiles, Replacement, Stored};
+use ferrotune_model::spec::names;
 use ferrotune_model::{BuildOptions, Decoder, PartSpec, build, dense_part};
 use ferrotune_nn::{LanguageModel, Parameter, Part, Weight};
 use ferrotune_quant::{Nf4GpuWeight, Nf4Weight, Scales};
@@ -81,13 +82,33 @@ pub fn build_decoder(
 pub fn open_decoder(config: &RunConfig, console: &Console) -> anyhow::Result<(OpenModel, Decoder)> {
     set_threads(config);
     let computing = open_device(config, console)?;
-    let model = OpenModel::open(config, console)?;
+    let mut model = OpenModel::open(config, console)?;
     let adapters = match &config.adapter_name_or_path {
-        Some(folder) => Adapters::Trained(Box::new(PeftAdapter::read(folder)?)),
+        Some(folder) => {
+            let mut adapter = PeftAdapter::read(folder)?;
+            adapter.check_fits(&model.files.spec)?;
+            model.files = with_saved(model.files, std::mem::take(&mut adapter.saved))?;
+            Adapters::Trained(Box::new(adapter))
+        }
         None => Adapters::None,
     };
     let decoder = build_decoder(config, &model.files, &computing, adapters)?;
     Ok((model, decoder))
+}
+
+/// The model with the whole weights that were saved beside an adapter. One of an embedding and a head that
+/// were one stays as it was where the other is saved, as in PEFT.
+fn with_saved(files: ModelFiles, saved: BTreeMap<String, Tensor>) -> Result<ModelFiles> {
+    if saved.is_empty() {
+        return Ok(files);
+    }
+    let saved = saved.into_iter().map(|(name, tensor)| (name, Replacement::Tensor(tensor)));
+    let mut changes: BTreeMap<String, Replacement> = saved.collect();
+    if files.spec.tie_word_embeddings {
+        let tied = || Replacement::Other(names::EMBEDDING.to_string());
+        changes.entry(names::HEAD.to_string()).or_insert_with(tied);
+    }
+    files.change(changes)
 }
 
 /// What gives each projection its adapter.
@@ -153,6 +174,7 @@ pub fn lora_config(config: &RunConfig) -> LoraConfig {
         use_rslora: config.use_rslora,
         target_modules: if all { Target::All } else { Target::Names(config.lora_target.clone()) },
         exclude_modules: config.lora_exclude.clone(),
+        layers_to_transform: config.layers_to_transform.clone(),
         seed: config.seed,
     }
 }
@@ -163,7 +185,7 @@ pub fn lora_config(config: &RunConfig) -> LoraConfig {
 /// When a tensor can't be read.
 pub fn lora_tensors(model: &mut Decoder, tensor: fn(&Parameter) -> &Tensor) -> Result<Vec<LoraTensors>> {
     let mut pairs: Vec<LoraTensors> = Vec::new();
-    let mut parameters = model.parameters().into_iter();
+    let mut parameters = model.parameters().into_iter().filter(|it| it.name.contains(".lora_"));
     while let (Some(a), Some(b)) = (parameters.next(), parameters.next()) {
         let module = a.name.trim_end_matches(".lora_A.weight").to_string();
         pairs.push(LoraTensors { module, a: tensor(a).to_cpu()?, b: tensor(b).to_cpu()? });
@@ -177,6 +199,8 @@ pub fn lora_tensors(model: &mut Decoder, tensor: fn(&Parameter) -> &Tensor) -> R
 /// When a tensor can't be read.
 pub fn peft_adapter(config: &RunConfig, base: &str, model: &mut Decoder) -> anyhow::Result<PeftAdapter> {
     let pairs = lora_tensors(model, |it| &it.value)?;
+    let saved = model.parameters().into_iter().filter(|it| !it.name.contains(".lora_"));
+    let saved = saved.map(|it| Ok((it.name.clone(), it.value.to_cpu()?))).collect::<Result<_>>()?;
     // PEFT takes kinds of modules; all of them, where all are meant.
     let mut kinds: Vec<String> =
         pairs.iter().filter_map(|it| Some(it.module.rsplit('.').next()?.to_string())).collect();
@@ -196,6 +220,8 @@ pub fn peft_adapter(config: &RunConfig, base: &str, model: &mut Decoder) -> anyh
         target_modules: Modules::Names(target_modules),
         exclude_modules: (!config.lora_exclude.is_empty())
             .then(|| Modules::Names(config.lora_exclude.clone())),
+        layers_to_transform: config.layers_to_transform.clone(),
+        saved,
         tensors: pairs,
     })
 }

@@ -44,7 +44,11 @@ impl OpenModel {
         let path = find(config, &name, console)?;
         tracing::info!("model files: {}", path.display());
         let files = ModelFiles::open(&path)?;
-        let vocabulary = Arc::new(Vocabulary::new(tokenizer(&files)?, config)?);
+        let tokenizer = match saved_tokenizer(config) {
+            Some(folder) => Tokenizer::from_folder(folder)?,
+            None => tokenizer(&files)?,
+        };
+        let vocabulary = Arc::new(Vocabulary::new(tokenizer, config)?);
         Ok(OpenModel { name, files, vocabulary })
     }
 }
@@ -56,6 +60,7 @@ impl Vocabulary {
     /// When the model, its tokenizer or its chat template is not found, or one of them is damaged.
     pub fn open(config: &RunConfig, console: &Console) -> anyhow::Result<Vocabulary> {
         let path = find(config, &name(config)?, console)?;
+        let path = saved_tokenizer(config).map_or(path, Path::to_path_buf);
         let tokenizer = match path.join("tokenizer.json").is_file() {
             true => Tokenizer::from_folder(&path)?,
             false => tokenizer(&ModelFiles::open(&path)?)?,
@@ -99,6 +104,15 @@ impl Vocabulary {
         check_template(&template, &tokenizer)?;
         Ok(Vocabulary { tokenizer, template })
     }
+}
+
+/// An adapter's folder, where its embedding is its own and it has the tokenizer for that.
+fn saved_tokenizer(config: &RunConfig) -> Option<&Path> {
+    let folder = config.adapter_name_or_path.as_deref()?;
+    let text = fs::read_to_string(folder.join("adapter_config.json")).ok()?;
+    let value: Value = serde_json::from_str(&text).ok()?;
+    let saves = value.get("modules_to_save")?.as_array().is_some_and(|it| !it.is_empty());
+    (saves && folder.join("tokenizer.json").is_file()).then_some(folder)
 }
 
 /// What the model that the config names is made of; none where there is no config to read it from.

@@ -5,22 +5,83 @@ use std::path::Path;
 
 use ferrotune_export::{ModelCard, PeftAdapter, SavedAs, write_model};
 use ferrotune_model::Decoder;
-use ferrotune_model::source::{FileKind, SafetensorsSource, Stored, WeightSource as _};
-use ferrotune_model::spec::CheckpointForm;
+use ferrotune_model::source::{FileKind, NewRows, Replacement, SafetensorsSource, Stored, WeightSource as _};
+use ferrotune_model::spec::{CheckpointForm, names};
 use ferrotune_nn::{LanguageModel as _, Parameter};
 use ferrotune_tensor::{DType, Error, Result, Tensor};
 
 use super::decoder::peft_adapter;
 use super::{OpenModel, mistake};
 use crate::config::{FinetuningType, RunConfig};
+use crate::console::Console;
 
 /// Whether a weight of this canonical name is trained itself, by the config.
 pub fn is_trained(config: &RunConfig, layers: usize, name: &str) -> bool {
     match config.finetuning_type {
-        FinetuningType::Lora => false,
+        FinetuningType::Lora => saves(config, name),
         FinetuningType::Full => true,
         FinetuningType::Freeze => is_thawed(config, layers, name),
     }
+}
+
+/// Whether a module is trained and saved whole beside adapters; with a vocabulary that grows, both are unless
+/// others are named, as LLaMA-Factory does it.
+fn saves(config: &RunConfig, name: &str) -> bool {
+    let module = name.trim_end_matches(".weight").rsplit('.').next().unwrap_or_default();
+    match config.additional_target.is_empty() {
+        true => config.resize_vocab && [names::EMBEDDING, names::HEAD].contains(&name),
+        false => config.additional_target.iter().any(|it| it == module),
+    }
+}
+
+/// Gives the model what training needs beyond its files: a head of its own, where embedding and head are one and
+/// one of them is trained beside adapters (as PEFT does), and rows for new tokens.
+///
+/// # Errors
+/// Naming the key.
+pub fn prepare(config: &mut RunConfig, mut model: OpenModel, console: &Console) -> anyhow::Result<OpenModel> {
+    let new = model.vocabulary.tokenizer.new_tokens();
+    let lora = config.finetuning_type == FinetuningType::Lora;
+    if !new.is_empty() && !config.resize_vocab {
+        console.note("`resize_vocab`: tokens were added, so it is true");
+        config.resize_vocab = true;
+    }
+    let saves_both = [names::EMBEDDING, names::HEAD].iter().all(|it| saves(config, it));
+    if lora && !new.is_empty() && !saves_both {
+        let message = "added tokens need embed_tokens and lm_head, both; name both, or leave the key out";
+        return Err(mistake(config, "additional_target", message));
+    }
+    let (stored, tied) = (model.files.spec.vocab_size, model.files.spec.tie_word_embeddings);
+    let ids: Vec<usize> =
+        new.iter().filter_map(|it| Some(model.vocabulary.tokenizer.token_to_id(it)? as usize)).collect();
+    let needed = ids.iter().max().map_or(0, |it| it + 1);
+    // LLaMA-Factory's multiple.
+    let rows = if needed > stored { needed.next_multiple_of(64) } else { stored };
+    let also: Vec<usize> = ids.into_iter().filter(|it| *it < stored).collect();
+    let grown = |of: &str| {
+        let rows = NewRows { of: of.to_string(), rows, also: also.clone(), seed: config.seed };
+        match needed {
+            0 => Replacement::Other(of.to_string()),
+            _ => Replacement::Rows(rows),
+        }
+    };
+    let untied = tied && lora && (saves(config, names::EMBEDDING) || saves(config, names::HEAD));
+    let mut changes = BTreeMap::new();
+    if needed > 0 {
+        changes.insert(names::EMBEDDING.to_string(), grown(names::EMBEDDING));
+    }
+    if untied {
+        changes.insert(names::HEAD.to_string(), grown(names::EMBEDDING));
+    } else if !tied && needed > 0 {
+        changes.insert(names::HEAD.to_string(), grown(names::HEAD));
+    }
+    if needed > stored {
+        console.note(format!("the vocabulary grows from {stored} to {rows} rows"));
+    }
+    if !changes.is_empty() {
+        model.files = model.files.change(changes)?;
+    }
+    Ok(model)
 }
 
 /// LLaMA-Factory's freeze-tuning: the last layers (the first, where the number is negative), or some of
@@ -117,7 +178,7 @@ pub fn load_trained(config: &RunConfig, model: &mut Decoder, folder: &Path) -> R
     let tensors = adapter.tensors.into_iter().flat_map(|it| {
         [(format!("{}.lora_A.weight", it.module), it.a), (format!("{}.lora_B.weight", it.module), it.b)]
     });
-    let mut tensors: HashMap<String, Tensor> = tensors.collect();
+    let mut tensors: HashMap<String, Tensor> = tensors.chain(adapter.saved).collect();
     for parameter in model.parameters() {
         let Some(tensor) = tensors.remove(&parameter.name) else {
             return Err(Error::file(folder, format!("has no `{}`, which is trained", parameter.name)));

@@ -27,14 +27,14 @@ pub(super) fn write(adapter: &PeftAdapter) -> String {
         ("init_lora_weights", json!(true)),
         ("layer_replication", Value::Null),
         ("layers_pattern", Value::Null),
-        ("layers_to_transform", Value::Null),
+        ("layers_to_transform", numbers(&adapter.layers_to_transform)),
         ("loftq_config", json!({})),
         ("lora_alpha", whole_or_not(adapter.lora_alpha)),
         ("lora_bias", json!(false)),
         ("lora_dropout", json!(adapter.lora_dropout)),
         ("megatron_config", Value::Null),
         ("megatron_core", json!("megatron.core")),
-        ("modules_to_save", Value::Null),
+        ("modules_to_save", saved(adapter)),
         ("peft_type", json!("LORA")),
         ("peft_version", json!("0.18.0")),
         ("qalora_group_size", json!(16)),
@@ -56,6 +56,18 @@ pub(super) fn write(adapter: &PeftAdapter) -> String {
 /// PEFT's alpha is a whole number where it can be one.
 fn whole_or_not(value: f64) -> Value {
     if value.fract() == 0.0 && value.abs() < 1e15 { json!(value as i64) } else { json!(value) }
+}
+
+fn numbers(numbers: &[usize]) -> Value {
+    if numbers.is_empty() { Value::Null } else { json!(numbers) }
+}
+
+/// The last part of each module's path, as LLaMA-Factory names them.
+fn saved(adapter: &PeftAdapter) -> Value {
+    let modules = adapter.saved.keys().filter_map(|it| it.trim_end_matches(".weight").rsplit('.').next());
+    // The embedding comes first, as in the model.
+    let modules: Vec<&str> = modules.rev().collect();
+    if modules.is_empty() { Value::Null } else { json!(modules) }
 }
 
 fn modules(modules: &Modules) -> Value {
@@ -81,6 +93,7 @@ const TAKEN: &[&str] = &[
     "lora_dropout",
     "lora_ga_config",
     "megatron_core",
+    "modules_to_save",
     "peft_type",
     "peft_version",
     "qalora_group_size",
@@ -97,7 +110,6 @@ const TAKEN: &[&str] = &[
 const NOT_YET: &[(&str, &str)] = &[
     ("use_dora", "DoRA"),
     ("lora_bias", "a bias beside B"),
-    ("modules_to_save", "whole modules saved beside the adapter"),
     ("rank_pattern", "ranks that differ between modules"),
     ("alpha_pattern", "alphas that differ between modules"),
     ("trainable_token_indices", "trained rows of the embedding"),
@@ -171,8 +183,21 @@ fn parse(map: &Map<String, Value>) -> Result<PeftAdapter, String> {
         use_rslora: get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
         target_modules: modules("target_modules")?.unwrap_or(Modules::Names(Vec::new())),
         exclude_modules: modules("exclude_modules")?,
+        layers_to_transform: layers(get("layers_to_transform"))?,
+        saved: BTreeMap::new(),
         tensors: Vec::new(),
     })
+}
+
+/// A number or a list of them.
+fn layers(value: Option<&Value>) -> Result<Vec<usize>, String> {
+    let wrong = |value: &Value| format!("`layers_to_transform` is {value}, expected layer numbers");
+    let number = |it: &Value| it.as_u64().map(|it| it as usize).ok_or_else(|| wrong(it));
+    match value {
+        None => Ok(Vec::new()),
+        Some(Value::Array(list)) => list.iter().map(number).collect(),
+        Some(value) => number(value).map(|it| vec![it]),
+    }
 }
 
 /// Whether a value says that a feature is not used.

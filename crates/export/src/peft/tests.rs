@@ -119,7 +119,7 @@ fn configs_that_are_not_there_yet() {
     refused("use_dora", json!(true), "DoRA");
     refused("lora_bias", json!(true), "lora_bias");
     refused("bias", json!("all"), "bias");
-    refused("modules_to_save", json!(["lm_head"]), "whole modules");
+    refused("layers_to_transform", json!("last"), "layer numbers");
     refused("rank_pattern", json!({ "q_proj": 2 }), "ranks that differ");
     refused("init_lora_weights", json!("pissa_niter_4"), "changes the base model");
     refused("use_telepathy", json!(true), "use_telepathy");

@@ -1,3 +1,4 @@
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -7,7 +8,7 @@ use sha2::{Digest, Sha256};
 
 use super::canonical::CanonicalSource;
 use super::gguf::GgufSource;
-use super::{GgufVocabulary, SafetensorsSource, WeightSource};
+use super::{Changed, GgufVocabulary, Replacement, SafetensorsSource, WeightSource};
 use crate::families;
 use crate::spec::{CheckpointForm, ModelSpec, names};
 
@@ -58,6 +59,21 @@ impl ModelFiles {
         };
         check_tensors(&files.spec, files.source.as_ref())?;
         Ok(files)
+    }
+
+    /// Puts other tensors in the places of some, such as a head of its own where the embedding served.
+    ///
+    /// # Errors
+    /// When they don't fit each other.
+    pub fn change(self, replacements: BTreeMap<String, Replacement>) -> Result<ModelFiles> {
+        let ModelFiles { mut spec, source: base, config, kind, path, vocabulary } = self;
+        if replacements.contains_key(names::HEAD) {
+            spec.tie_word_embeddings = false;
+        }
+        let source = Box::new(Changed { base, replacements });
+        spec.vocab_size = source.shape(names::EMBEDDING)?.0;
+        check_tensors(&spec, source.as_ref())?;
+        Ok(ModelFiles { spec, source, config, kind, path, vocabulary })
     }
 
     /// A short text that is another when the model is: config, sizes of the files, their headers.

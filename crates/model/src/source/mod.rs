@@ -4,6 +4,7 @@
 //! then. Several threads may ask at once, so that layers are quantised side by side.
 
 mod canonical;
+mod changed;
 mod files;
 mod gguf;
 mod mapped;
@@ -16,6 +17,7 @@ use std::path::Path;
 
 use ferrotune_tensor::{DType, Error, Result, Tensor};
 
+pub use changed::{Changed, NewRows, Replacement};
 pub use files::{FileKind, ModelFiles};
 pub use gguf::{GgufSource, GgufVocabulary};
 pub use safetensors::SafetensorsSource;

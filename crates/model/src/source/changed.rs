@@ -1,0 +1,148 @@
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::Path;
+
+use ferrotune_tensor::{Counter, DType, Error, Result, Tensor};
+
+use super::{Stored, WeightSource, check_rows};
+
+/// What stands in the place of a tensor.
+#[derive(Debug)]
+pub enum Replacement {
+    /// Another tensor of the source.
+    Other(String),
+    /// One of its own.
+    Tensor(Tensor),
+    /// A tensor of the source with new rows.
+    Rows(NewRows),
+}
+
+/// Rows of token vectors that are new: the mean of the others with normal noise of deviation 1/√C
+/// (LLaMA-Factory's noisy mean initialisation).
+#[derive(Clone, Debug)]
+pub struct NewRows {
+    /// The tensor of the source.
+    pub of: String,
+    /// Rows of the result; those that the source hasn't are new.
+    pub rows: usize,
+    /// Rows of the source that are new as well.
+    pub also: Vec<usize>,
+    /// Of the noise.
+    pub seed: u64,
+}
+
+/// A source with other tensors in some places.
+pub struct Changed {
+    /// Where all others come from.
+    pub base: Box<dyn WeightSource>,
+    /// By canonical names.
+    pub replacements: BTreeMap<String, Replacement>,
+}
+
+impl NewRows {
+    fn is_new(&self, row: usize, stored: usize) -> bool {
+        row >= stored || self.also.contains(&row)
+    }
+
+    fn make(&self, base: &dyn WeightSource, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
+        let (stored, cols) = base.shape(&self.of)?;
+        let kept = rows.start.min(stored)..rows.end.min(stored);
+        let (old, _) = out.split_at_mut(kept.len() * cols);
+        base.read_rows(&self.of, kept, old)?;
+        if !rows.clone().any(|row| self.is_new(row, stored)) {
+            return Ok(());
+        }
+        let mean = self.mean(base)?;
+        let name = self.of.bytes().fold(0, |key: u64, byte| key.wrapping_mul(257) ^ u64::from(byte));
+        let noise = Counter::new(&[self.seed, name]);
+        for (row, out) in rows.zip(out.chunks_mut(cols)).filter(|(row, _)| self.is_new(*row, stored)) {
+            for (col, (out, mean)) in out.iter_mut().zip(&mean).enumerate() {
+                let normal = normal(noise, (row * cols + col) as u64);
+                *out = (mean + normal / (cols as f64).sqrt()) as f32;
+            }
+        }
+        Ok(())
+    }
+
+    fn mean(&self, base: &dyn WeightSource) -> Result<Vec<f64>> {
+        let (stored, cols) = base.shape(&self.of)?;
+        let (mut sum, mut row) = (vec![0.0; cols], vec![0.0; cols]);
+        let old: Vec<usize> = (0..stored).filter(|it| !self.also.contains(it)).collect();
+        for it in &old {
+            base.read_rows(&self.of, *it..*it + 1, &mut row)?;
+            sum.iter_mut().zip(&row).for_each(|(sum, it)| *sum += f64::from(*it));
+        }
+        Ok(sum.into_iter().map(|it| it / old.len().max(1) as f64).collect())
+    }
+}
+
+/// Box and Muller 1958.
+fn normal(counter: Counter, index: u64) -> f64 {
+    let unit = |at: u64| f64::from(counter.unit(at));
+    let radius = (-2.0 * (1.0 - unit(2 * index)).ln()).sqrt();
+    radius * (std::f64::consts::TAU * unit(2 * index + 1)).cos()
+}
+
+impl WeightSource for Changed {
+    fn path(&self) -> &Path {
+        self.base.path()
+    }
+
+    fn names(&self) -> Vec<&str> {
+        let mut names = self.base.names();
+        names.extend(self.replacements.keys().map(String::as_str));
+        names.sort_unstable();
+        names.dedup();
+        names
+    }
+
+    fn shape(&self, name: &str) -> Result<(usize, usize)> {
+        match self.replacements.get(name) {
+            None => self.base.shape(name),
+            Some(Replacement::Other(other)) => self.base.shape(other),
+            Some(Replacement::Tensor(tensor)) => Ok(tensor.shape()),
+            Some(Replacement::Rows(new)) => Ok((new.rows, self.base.shape(&new.of)?.1)),
+        }
+    }
+
+    fn dtype(&self, name: &str) -> Result<DType> {
+        match self.replacements.get(name) {
+            None => self.base.dtype(name),
+            Some(Replacement::Other(other)) => self.base.dtype(other),
+            Some(Replacement::Tensor(tensor)) => Ok(tensor.dtype()),
+            Some(Replacement::Rows(new)) => self.base.dtype(&new.of),
+        }
+    }
+
+    fn get(&self, name: &str) -> Result<Stored> {
+        match self.replacements.get(name) {
+            None => self.base.get(name),
+            Some(Replacement::Other(other)) => self.base.get(other),
+            Some(Replacement::Tensor(tensor)) => Ok(Stored::Dense(tensor.try_clone()?)),
+            Some(Replacement::Rows(_)) => Ok(Stored::Dense(self.get_f32(name)?.cast(self.dtype(name)?)?)),
+        }
+    }
+
+    fn read_rows(&self, name: &str, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
+        match self.replacements.get(name) {
+            None => self.base.read_rows(name, rows, out),
+            Some(Replacement::Other(other)) => self.base.read_rows(other, rows, out),
+            Some(Replacement::Rows(new)) => {
+                check_rows(name, self.shape(name)?, &rows, out.len())?;
+                new.make(self.base.as_ref(), rows, out)
+            }
+            Some(Replacement::Tensor(tensor)) => {
+                check_rows(name, tensor.shape(), &rows, out.len())?;
+                let values = tensor.to_f32()?;
+                let piece = values.get(rows.start * tensor.cols()..rows.end * tensor.cols());
+                out.copy_from_slice(piece.ok_or_else(|| Error::msg(format!("`{name}` is damaged")))?);
+                Ok(())
+            }
+        }
+    }
+
+    /// The base's own: what stands in its places isn't another model.
+    fn fingerprint(&self) -> String {
+        self.base.fingerprint()
+    }
+}
