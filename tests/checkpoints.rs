@@ -127,6 +127,31 @@ fn a_damaged_checkpoint_is_passed_over() {
     dir.ferrotune(&named).fails(1).says("error: ").says("SHA256SUMS");
 }
 
+#[test]
+fn a_run_that_was_over_keeps_its_results() {
+    let dir = with_config("max_steps: 4\nsave_steps: 2\n");
+    let again = ["train", "c.yaml", "resume_from_checkpoint=true"];
+    let read = |name: &str| fs::read_to_string(dir.path().join("out").join(name)).expect("a file");
+    dir.ferrotune(&["train", "c.yaml"]).succeeds();
+    let (results, expected) = (read("train_results.json"), adapter(&dir));
+    dir.ferrotune(&again).succeeds().prints("all 4 steps were taken before");
+    assert_eq!(read("train_results.json"), results);
+    // As if it had been killed between its last checkpoint and its final files.
+    for name in ["train_results.json", "all_results.json", "adapter_model.safetensors", "adapter_config.json"]
+    {
+        fs::remove_file(dir.path().join("out").join(name)).expect("a file");
+    }
+    dir.ferrotune(&again).succeeds();
+    assert!(adapter(&dir) == expected);
+    let loss =
+        |text: &str| serde_json::from_str::<serde_json::Value>(text).expect("JSON")["train_loss"].as_f64();
+    let (before, now) = (loss(&results).expect("a loss"), loss(&read("train_results.json")).expect("a loss"));
+    assert!((before - now).abs() < 1e-9, "{before} {now}");
+    dir.ferrotune(&["train", "c.yaml", "output_dir=o", "lora_target=W_pack"])
+        .fails(2)
+        .says("`W_pack` is no projection");
+}
+
 #[cfg(unix)]
 #[test]
 fn a_signal_saves_and_the_same_command_goes_on() {

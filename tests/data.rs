@@ -81,7 +81,7 @@ fn data_that_leaves_nothing_to_train_on() {
     let dir = with_rows(&format!("{good}{question}{good}"), "");
     dir.ferrotune(&["data", "c.yaml"])
         .succeeds()
-        .says("warning: data set `rows.jsonl`: 1 rows are left out; the first, rows.jsonl:2: the conversation has 1 turns");
+        .says("warning: data set `rows.jsonl`: 1 row is left out; the first, rows.jsonl:2: the conversation has 1 turns");
 }
 
 #[test]
@@ -91,9 +91,13 @@ fn bad_rows_are_left_out_with_their_reasons() {
     let rows = format!("{good}[1]\n{{\"messages\": \n{good}{{\"messages\": \n{silent}");
     let dir = with_rows(&rows, "");
     let ran = dir.ferrotune(&["data", "c.yaml"]).succeeds();
-    ran.says("data set `rows.jsonl`: 1 rows are left out; the first, rows.jsonl:2: expected an object, found a list")
-        .says("data set `rows.jsonl`: 2 rows are left out; the first, rows.jsonl:3: not a JSON object on one line")
-        .says("data set `rows.jsonl`: 1 rows have an answer without a word; the first, rows.jsonl:6");
+    ran.says(
+        "data set `rows.jsonl`: 1 row is left out; the first, rows.jsonl:2: expected an object, found a list",
+    )
+    .says(
+        "data set `rows.jsonl`: 2 rows are left out; the first, rows.jsonl:3: not a JSON object on one line",
+    )
+    .says("data set `rows.jsonl`: 1 row has an answer without a word; the first, rows.jsonl:6");
 }
 
 #[test]
@@ -147,6 +151,9 @@ fn sets_are_mixed() {
     check(&["max_samples=1"], 2);
     check(&["val_size=0.25"], 6);
     check(&["val_size=3"], 5);
+    dir.ferrotune(&["data", "c.yaml", "dataset=a.jsonl,b.jsonl", "val_size=3"])
+        .succeeds()
+        .prints("evaluated 3 samples set apart by `val_size`");
     let wrong = |words: &[&str], said: &str| {
         let words: Vec<&str> =
             ["data", "c.yaml", "dataset=a.jsonl,b.jsonl"].iter().chain(words).copied().collect();
@@ -157,6 +164,7 @@ fn sets_are_mixed() {
     wrong(&["val_size=0.1", "eval_dataset=a.jsonl"], "`val_size` and `eval_dataset` exclude each other");
     wrong(&["val_size=1.5"], "expected a share under 1, or a whole number of samples");
     wrong(&["streaming=true"], "set `max_steps`");
+    wrong(&["val_size=8"], "`val_size`: it leaves nothing to train on: there are 8 samples");
     dir.ferrotune(&["train", "c.yaml", "dataset=a.jsonl", "eval_dataset=b.jsonl", "max_steps=1"])
         .succeeds()
         .says("2 samples to evaluate on");
@@ -229,7 +237,7 @@ fn tables_are_read() {
         let set = format!("dataset={}", path.display());
         let ran =
             dir.ferrotune(&["data", "c.yaml", &set]).succeeds().prints("(sharegpt)").prints("samples   5;");
-        ran.says("1 rows have an answer without a word");
+        ran.says("1 row has an answer without a word");
     }
     dir.ferrotune(&["data", "c.yaml", "dataset=org/name"])
         .fails(1)
@@ -239,7 +247,7 @@ fn tables_are_read() {
 #[test]
 fn a_data_set_that_is_not_there() {
     let dir = with_rows("", "");
-    dir.ferrotune(&["data", "c.yaml", "dataset=nothing"]).fails(1).says("error: no data set `nothing`");
+    dir.ferrotune(&["data", "c.yaml", "dataset=nothing"]).fails(2).says("error: no data set `nothing`");
     dir.ferrotune(&["data", "c.yaml", "dataset="])
         .fails(2)
         .says("command line: `dataset`: no data set is named");

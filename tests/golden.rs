@@ -107,8 +107,8 @@ fn norm(values: &[f32]) -> f64 {
     values.iter().map(|it| f64::from(*it) * f64::from(*it)).sum::<f64>().sqrt()
 }
 
-#[test]
-fn full_fine_tuning_takes_pytorchs_steps() {
+/// A run of ten steps on the rows of lora_tiny.
+fn ten_steps() -> (Plan, Vec<Sample>) {
     let steps = json("lora_tiny/steps.json");
     let rows = steps["batches"].as_array().unwrap().iter().flat_map(|it| it.as_array().unwrap());
     let samples: Vec<Sample> = rows.flat_map(|it| it.as_array().unwrap()).map(sample).collect();
@@ -120,6 +120,12 @@ fn full_fine_tuning_takes_pytorchs_steps() {
         warmup_steps: 2,
         weight_decay: 0.01,
     };
+    (plan, samples)
+}
+
+#[test]
+fn full_fine_tuning_takes_pytorchs_steps() {
+    let (plan, samples) = ten_steps();
     for (device, folder) in Device::each()
         .into_iter()
         .flat_map(|it| ["llama_tiny", "llama_tiny_tied"].map(|folder| (it.clone(), folder)))
@@ -149,17 +155,7 @@ fn full_fine_tuning_takes_pytorchs_steps() {
 
 #[test]
 fn adapters_with_embedding_and_head_take_pefts_steps() {
-    let steps = json("lora_tiny/steps.json");
-    let rows = steps["batches"].as_array().unwrap().iter().flat_map(|it| it.as_array().unwrap());
-    let samples: Vec<Sample> = rows.flat_map(|it| it.as_array().unwrap()).map(sample).collect();
-    let plan = Plan {
-        steps: 10,
-        batch_size: 2,
-        accumulation: 2,
-        learning_rate: 1e-3,
-        warmup_steps: 2,
-        weight_decay: 0.01,
-    };
+    let (plan, samples) = ten_steps();
     let (golden, lora) = (json("saved_tiny.json"), tensors("lora_tiny/adapter_model.safetensors"));
     for device in Device::each() {
         let mut model = decoder(&fixture("llama_tiny"), Some(&lora), &device);

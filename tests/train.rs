@@ -132,7 +132,7 @@ fn a_resumed_run_ends_as_if_it_had_never_stopped() {
         assert_eq!(whole.losses("out"), losses, "the log goes on, in the middle of a window");
         // Another rank is another run.
         let words = ["train", "c.yaml", "resume_from_checkpoint=auto", "learning_rate=1e-3", "lora_rank=4"];
-        let ran = whole.ferrotune(&words).fails(1);
+        let ran = whole.ferrotune(&words).fails(2);
         ran.says("`learning_rate` was 0.01 when the checkpoint was written and is 0.001 now")
             .says("`lora_rank` was");
     }

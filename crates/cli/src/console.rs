@@ -182,6 +182,11 @@ pub fn thousands(count: u64) -> String {
     text
 }
 
+/// `1 row`, `2,000 rows`: a count with its thing, whose plural takes an s.
+pub fn counted(count: u64, thing: &str) -> String {
+    format!("{} {thing}{}", thousands(count), if count == 1 { "" } else { "s" })
+}
+
 /// A time in seconds as 1:02:03, or 2:03.
 pub fn clock(seconds: f64) -> String {
     let seconds = seconds.max(0.0).round() as u64;
@@ -202,5 +207,6 @@ mod tests {
         assert_eq!(bytes(300 << 20), "300 MiB");
         assert_eq!(thousands(134_515_008), "134,515,008");
         assert_eq!(thousands(999), "999");
+        assert_eq!([0, 1, 2000].map(|it| counted(it, "row")), ["0 rows", "1 row", "2,000 rows"]);
     }
 }

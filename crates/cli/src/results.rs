@@ -2,6 +2,7 @@
 //! as transformers' examples and LLaMA-Factory write them.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::Path;
 
 use anyhow::Context as _;
@@ -27,6 +28,28 @@ pub fn write_results(output_dir: &Path, split: &str, results: &Value) -> anyhow:
     };
     write(&output_dir.join(format!("{split}_results.json")), &results)?;
     write(&all, &Value::Object(merged))
+}
+
+/// Written when all else of a run has been: where it is, the run came to its end.
+const TRAIN_RESULTS: &str = "train_results.json";
+
+/// Whether the run in this folder came to its end.
+pub fn has_results(output_dir: &Path) -> bool {
+    output_dir.join(TRAIN_RESULTS).is_file()
+}
+
+/// Takes away what an earlier run in this folder gave, so that one that is killed doesn't seem finished.
+///
+/// # Errors
+/// When the file is there and can't be removed.
+pub fn forget_results(output_dir: &Path) -> anyhow::Result<()> {
+    let path = output_dir.join(TRAIN_RESULTS);
+    match fs::remove_file(&path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("can't remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// What a run of training gave.

@@ -266,10 +266,14 @@ pub fn memory_plan(
 ) -> MemoryPlan {
     let base = match config.quantization_bit {
         Some(QuantizationBit::Four) => BaseWeights::FourBit,
-        None => BaseWeights::SixteenBit,
+        None => BaseWeights::Whole,
     };
     MemoryPlan {
         base,
+        weight_bytes: match computing.precision {
+            Precision::Bf16 => 2,
+            Precision::Full => computing.dtype.size_in_bytes(),
+        },
         lora_rank: if config.finetuning_type == FinetuningType::Lora { config.lora_rank } else { 0 },
         trained_weights: trained_weights(config, spec),
         tokens,

@@ -6,6 +6,8 @@ use std::path::Path;
 use ferrotune_trainer::RunLock;
 use serde_json::Value;
 
+use crate::results::has_results;
+
 /// What is known of a run.
 pub struct RunLog {
     /// (step, loss) of each line of the log.
@@ -49,7 +51,7 @@ impl RunLog {
         };
         let state = match RunLock::holder(folder) {
             Some(process) => RunState::Running(process),
-            None if folder.join("train_results.json").is_file() => RunState::Finished,
+            None if has_results(folder) => RunState::Finished,
             None => RunState::Stopped,
         };
         let last = lines.iter().rev().find(|it| it.get("lr").is_some()).cloned().unwrap_or_default();

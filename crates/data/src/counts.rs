@@ -42,7 +42,7 @@ impl Purpose {
 /// Rows that have something in common: left out for the same reason, equal to an earlier one, …
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Noticed {
-    /// What about them, as a message; where messages differ in a number only, the first one's.
+    /// What about them, as a message; numbers in which messages differ are left open (`…`).
     pub reason: String,
     /// How many.
     pub rows: usize,
@@ -133,23 +133,54 @@ impl Noticed {
 }
 
 fn notice(all: &mut Vec<Noticed>, place: &Place, reason: &str) {
-    let same = |it: &Noticed| without_numbers(&it.reason).eq(without_numbers(reason));
-    let index = all.iter().position(same).unwrap_or_else(|| {
-        // Reasons that name what they found could be as many as the rows.
-        let reason = if all.len() < REASONS { reason } else { "other reasons" };
-        match all.iter().position(|it| it.reason == reason) {
-            Some(index) => index,
-            None => {
-                all.push(Noticed { reason: reason.to_string(), rows: 0, first: Vec::new() });
-                all.len() - 1
-            }
-        }
+    let same = all.iter().enumerate().find_map(|(index, it)| Some((index, merged(&it.reason, reason)?)));
+    if let Some((index, reason)) = same {
+        all[index].reason = reason;
+        return all[index].add(place);
+    }
+    // Reasons that name what they found could be as many as the rows.
+    let reason = if all.len() < REASONS { reason } else { "other reasons" };
+    let index = all.iter().position(|it| it.reason == reason).unwrap_or_else(|| {
+        all.push(Noticed { reason: reason.to_string(), rows: 0, first: Vec::new() });
+        all.len() - 1
     });
     all[index].add(place);
 }
 
-fn without_numbers(text: &str) -> impl Iterator<Item = char> + '_ {
-    text.chars().filter(|c| !c.is_ascii_digit())
+/// What stands for numbers that differ.
+const ANY_NUMBER: char = '…';
+
+fn is_number(c: char) -> bool {
+    c.is_ascii_digit() || c == ANY_NUMBER
+}
+
+/// What two messages say that differ at most in numbers, those that differ left open.
+fn merged(one: &str, other: &str) -> Option<String> {
+    if one == other {
+        return Some(one.to_string());
+    }
+    let (one, other) = (parts(one), parts(other));
+    let mut text = String::new();
+    for (a, b) in one.iter().zip(&other) {
+        match a == b {
+            true => text.push_str(a),
+            false if a.starts_with(is_number) && b.starts_with(is_number) => text.push(ANY_NUMBER),
+            false => return None,
+        }
+    }
+    (one.len() == other.len()).then_some(text)
+}
+
+/// A message cut between its numbers and the rest.
+fn parts(mut text: &str) -> Vec<&str> {
+    let mut parts = Vec::new();
+    while let Some(first) = text.chars().next() {
+        let number = is_number(first);
+        let (part, rest) = text.split_at(text.find(|c| is_number(c) != number).unwrap_or(text.len()));
+        parts.push(part);
+        text = rest;
+    }
+    parts
 }
 
 #[cfg(test)]
@@ -166,7 +197,7 @@ mod tests {
         }
         counts.skip(&place(9), "not UTF-8 text");
         let first = &counts.skipped[0];
-        assert_eq!((first.reason.as_str(), first.rows), ("turn 1: unknown role `x`", 5));
+        assert_eq!((first.reason.as_str(), first.rows), ("turn …: unknown role `x`", 5));
         assert_eq!(first.first, [place(1), place(2), place(3)]);
         assert_eq!((counts.skipped.len(), counts.skipped_rows(), counts.rows), (2, 6, 6));
         for kind in 0..200u32 {
@@ -174,6 +205,18 @@ mod tests {
             counts.skip(&place(20), &format!("unknown role `{letter}`"));
         }
         assert_eq!((counts.skipped.len(), counts.skipped_rows()), (REASONS + 1, 206));
+    }
+
+    #[test]
+    fn only_numbers_that_differ_are_left_open() {
+        let check = |one, other, expected: Option<&str>| assert_eq!(merged(one, other).as_deref(), expected);
+        let four = "expected 3 columns, found 4";
+        check(four, four, Some(four));
+        check(four, "expected 3 columns, found 10", Some("expected 3 columns, found …"));
+        check("expected 3 columns, found …", four, Some("expected 3 columns, found …"));
+        check(four, "expected 3 rows, found 4", None);
+        check(four, "expected 3 columns, found ", None);
+        check("a1b", "ab1", None);
     }
 
     #[test]

@@ -201,9 +201,9 @@ pub fn mark_conversation(
         }
     }
     let (spans, typed) = found.unwrap_or((plain, Vec::new()));
-    if let Some(name) = call_not_rendered(conversation, &spans.text) {
+    if !calls_are_rendered(conversation, &spans.text) {
         let message =
-            format!("it does not render the call of tool `{name}`; use a template that renders tool calls");
+            "it does not render the conversation's tool calls; use a template that does".to_string();
         return Err(Error::Template { name: template.name().to_string(), message });
     }
     // The last turn, with its other pieces: marks that touch, or those of the same message.
@@ -235,11 +235,12 @@ pub fn mark_conversation(
     Ok(MarkedText { text: spans.text, trained, turns, typed })
 }
 
-/// The name of a tool that is called, and isn't in what the template made of the conversation.
-fn call_not_rendered<'a>(conversation: &'a Conversation, text: &str) -> Option<&'a str> {
+/// Whether the names of all tools that are called are in what the template made of the conversation.
+fn calls_are_rendered(conversation: &Conversation, text: &str) -> bool {
     let calls = conversation.messages.iter().filter_map(|message| message.tool_calls.as_ref()?.as_array());
-    let names = calls.flatten().filter_map(|call| call.get("function").unwrap_or(call).get("name")?.as_str());
-    names.into_iter().find(|name| !text.contains(name))
+    let mut names =
+        calls.flatten().filter_map(|call| call.get("function").unwrap_or(call).get("name")?.as_str());
+    names.all(|name| text.contains(name))
 }
 
 /// Encodes all conversations on all cores, in order. Those that give nothing to train on, and those the template
@@ -342,7 +343,8 @@ mod tests {
     fn calls_that_are_not_rendered_are_refused() {
         let mut chat = conversation(&[(User, "q"), (Assistant, "")]);
         chat.messages[1].tool_calls = Some(serde_json::json!([{"function": {"name": "find"}}]));
-        let expected = "chat template `t`: it does not render the call of tool `find`; use a template that renders tool calls";
+        let expected =
+            "chat template `t`: it does not render the conversation's tool calls; use a template that does";
         check_with(CHATML, &chat, &MarkOptions::new(1000), expected);
         chat.messages[1].content = "find()".to_string();
         let rendered = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[find()<|im_end|>]\n";

@@ -38,6 +38,17 @@ pub(crate) fn eval_entry(report: &EvalReport) -> Value {
     })
 }
 
+/// The mean of all steps' losses, of which each entry has that of the steps since the one before; none without.
+pub(crate) fn mean_loss(history: &[Value]) -> Option<f64> {
+    let (mut steps, mut sum) = (0.0, 0.0);
+    let logged = history.iter().filter_map(|it| Some((it["step"].as_f64()?, it["loss"].as_f64()?)));
+    for (step, loss) in logged {
+        sum += loss * (step - steps);
+        steps = step;
+    }
+    (steps > 0.0).then_some(sum / steps)
+}
+
 /// Writes the file into a folder.
 pub(crate) fn write(folder: &Path, settings: &Settings, state: &RunState) -> Result<()> {
     let best = state.best.as_ref();

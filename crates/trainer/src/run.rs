@@ -151,8 +151,8 @@ pub struct Summary {
     pub steps: usize,
     /// Steps taken in this sitting.
     pub sitting_steps: usize,
-    /// Mean of the steps' losses in this sitting.
-    pub mean_loss: f64,
+    /// Mean of the steps' losses in this sitting; of all that were logged, where it had no steps.
+    pub mean_loss: Option<f64>,
     /// Tokens through the model in all.
     pub total_tokens: u64,
     /// Seconds trained in all.
@@ -471,7 +471,10 @@ impl<M: LanguageModel> Run<'_, M> {
             ending,
             steps: state.step,
             sitting_steps: state.step - sitting.first_step,
-            mean_loss: sitting.losses.mean(),
+            mean_loss: match state.step > sitting.first_step {
+                true => Some(sitting.losses.mean()),
+                false => history::mean_loss(&state.history),
+            },
             total_tokens: state.total_tokens,
             elapsed_seconds: sitting.seconds_before + seconds,
             tokens_per_second: (state.total_tokens - sitting.first_tokens) as f64 / seconds.max(1e-9),

@@ -58,23 +58,26 @@ pub fn run(args: &ModelArgs, console: &Console) -> anyhow::Result<Outcome> {
 
     let tokens = config.per_device_train_batch_size * config.cutoff_len;
     let card = cuda_status().cards.into_iter().next().filter(|_| config.device != "cpu");
-    let (device, activation_bytes) = match &card {
-        Some(card) => (format!("{} in 16 bits", card.name), 2),
-        None => ("the cpu".to_string(), 4),
+    let (device, activation_bytes, weight_bytes) = match &card {
+        Some(card) => (format!("{} in 16 bits", card.name), 2, 2),
+        // With bf16 products, weights are kept in it.
+        None => ("the cpu".to_string(), 4, if config.bf16 { 2 } else { 4 }),
     };
     let memory =
         format!("of training on {device}, with micro-batches of {} tokens", thousands(tokens as u64));
     line("memory", memory)?;
     let header = ["weights", "adapters", "activations", "logits", "together"];
     writeln!(out, "  {:<24}{}", "mode", header.map(|name| format!("{name:>13}")).concat())?;
-    for (name, base, recompute) in [
-        ("4 bit", BaseWeights::FourBit, false),
-        ("4 bit, recompute: all", BaseWeights::FourBit, true),
-        ("16 bit", BaseWeights::SixteenBit, false),
-        ("16 bit, recompute: all", BaseWeights::SixteenBit, true),
+    for (bits, base, recompute) in [
+        (4, BaseWeights::FourBit, false),
+        (4, BaseWeights::FourBit, true),
+        (8 * weight_bytes, BaseWeights::Whole, false),
+        (8 * weight_bytes, BaseWeights::Whole, true),
     ] {
+        let name = format!("{bits} bit{}", if recompute { ", recompute: all" } else { "" });
         let plan = MemoryPlan {
             base,
+            weight_bytes,
             lora_rank: config.lora_rank,
             trained_weights: 0,
             tokens,

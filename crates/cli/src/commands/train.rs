@@ -25,10 +25,10 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use super::predict;
 use crate::args::TrainArgs;
 use crate::config::{self, BestMetric, EvalStrategy, FinetuningType, Resume, RunConfig, SaveStrategy};
-use crate::console::{Console, bytes, clock, thousands};
+use crate::console::{Console, Usage, bytes, clock, thousands};
 use crate::machine::write_kernel_times;
 use crate::plot::plot_losses;
-use crate::results::{train_results, write_results};
+use crate::results::{forget_results, has_results, train_results, write_results};
 use crate::run::{
     Adapters, Run, RunBatches, available_memory, build_decoder, load_trained, memory_plan, save_trained,
     warn_of_rows,
@@ -86,7 +86,7 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
     let resumed = match &run.resume_from {
         Some(checkpoint) => {
             let (state, optimizer) = read_state(checkpoint)?;
-            state.check_identity(&settings.identity)?;
+            state.check_identity(&settings.identity).map_err(|error| Usage::one(error.to_string()))?;
             console.note(format!("going on from {} after step {}", checkpoint.display(), state.step));
             Some((state, optimizer))
         }
@@ -112,6 +112,9 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
     let mut optimizer = optimizer(&run.config);
     clear_leftovers(&run.output_dir)?;
     let done = resumed.as_ref().map(|(state, _)| state.step);
+    if done.is_none_or(|done| (done as u64) < total_steps) {
+        forget_results(&run.output_dir)?;
+    }
     let mut hooks = Hooks {
         run: &run,
         console,
@@ -154,7 +157,10 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
     }
     hooks.save_model(&mut model, &run.output_dir)?;
     let samples_in_step = run.config.per_device_train_batch_size * run.config.gradient_accumulation_steps;
-    write_results(&run.output_dir, "train", &train_results(&summary, samples_in_step))?;
+    // A run that was over before has them already, unless it was killed just before they were written.
+    if summary.sitting_steps > 0 || !has_results(&run.output_dir) {
+        write_results(&run.output_dir, "train", &train_results(&summary, samples_in_step))?;
+    }
     if run.config.plot_loss {
         plot_losses(&run.output_dir)?;
     }
@@ -505,14 +511,16 @@ fn finish(run: &Run, summary: &Summary, console: &Console) -> anyhow::Result<Out
         all if all == summary.steps => String::new(),
         some => format!(" of the last {some}"),
     };
-    writeln!(
-        out,
-        "trained {} steps in {} ({:.0} tokens/s, mean loss{of} {:.4})",
-        summary.steps,
-        clock(summary.elapsed_seconds),
-        summary.tokens_per_second,
-        summary.mean_loss
-    )?;
+    match summary.mean_loss {
+        Some(mean_loss) if summary.sitting_steps > 0 => writeln!(
+            out,
+            "trained {} steps in {} ({:.0} tokens/s, mean loss{of} {mean_loss:.4})",
+            summary.steps,
+            clock(summary.elapsed_seconds),
+            summary.tokens_per_second,
+        )?,
+        _ => writeln!(out, "all {} steps were taken before", summary.steps)?,
+    }
     if let Some(peak) = peak_resident_bytes() {
         writeln!(out, "peak memory {}", bytes(peak))?;
     }

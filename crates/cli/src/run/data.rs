@@ -1,5 +1,6 @@
 //! The data: names to files, to marked samples, mixed, with a part set apart for evaluation.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -8,17 +9,18 @@ use std::time::Instant;
 use anyhow::bail;
 use ferrotune_data::cache::{self, CacheKey, Cached};
 use ferrotune_data::{
-    BatchOptions, Conversation, DataSet, HubSet, Long, MarkOptions, Place, PreparedSet, Purpose, Report,
-    Result as DataResult, Sample, SetCounts, SourceOptions, StreamOptions, StreamedBatches,
-    encode_conversation, encode_set, named_template, order, split, split_long,
+    BatchOptions, Conversation, DataSet, Error as DataError, HubSet, Long, MarkOptions, Noticed, Place,
+    PreparedSet, Purpose, Report, Result as DataResult, Sample, SetCounts, SourceOptions, StreamOptions,
+    StreamedBatches, encode_conversation, encode_set, named_template, order, split, split_long,
 };
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Map, Value};
 
 use super::hub::fetch_data_set;
+use super::mistake;
 use super::model::Vocabulary;
 use crate::config::{self, RunConfig, Stage, TemplateName};
-use crate::console::{Console, thousands};
+use crate::console::{Console, Usage, counted, thousands};
 
 /// Rows of each set of a stream that `ferrotune data` looks at.
 const LOOK: usize = 1000;
@@ -110,7 +112,11 @@ impl OpenData {
         if config.val_size > 0.0 {
             data.evaluation = set_apart(&mut samples, config.val_size, config.seed);
             if samples.iter().all(Vec::is_empty) {
-                bail!("`val_size` leaves nothing to train on: there are {} samples", data.evaluation.len());
+                let message = format!(
+                    "it leaves nothing to train on: there are {} samples; set fewer apart",
+                    data.evaluation.len()
+                );
+                return Err(mistake(config, "val_size", &message));
             }
         }
         (data.samples, data.origins) = mixed(samples, config).into_iter().unzip();
@@ -178,8 +184,8 @@ impl OpenData {
         }
         let report = &self.report;
         if let Some(first) = report.dropped.first() {
-            let count = thousands(report.dropped.len() as u64);
-            console.warn(format!("{count} rows are left out; the first, {}: {}", first.place, first.reason));
+            let rows = rows(report.dropped.len(), "is left out", "are left out");
+            console.warn(format!("{rows}; the first, {}: {}", first.place, first.reason));
         }
         if report.truncated > 0 {
             console.warn(format!(
@@ -206,15 +212,26 @@ impl OpenData {
 
 /// Says which rows of a set were left out, and what looks wrong with others.
 pub fn warn_of_rows(counts: &SetCounts, console: &Console) {
+    let name = &counts.name;
     for it in &counts.skipped {
-        let first = it.first.first().map_or(String::new(), |place| format!("; the first, {place}"));
-        let rows = thousands(it.rows as u64);
-        console.warn(format!("data set `{}`: {rows} rows are left out{first}: {}", counts.name, it.reason));
+        let rows = rows(it.rows, "is left out", "are left out");
+        console.warn(format!("data set `{name}`: {rows}{}: {}", first(it), it.reason));
     }
     for it in &counts.doubtful {
-        let first = it.first.first().map_or(String::new(), |place| format!("; the first, {place}"));
-        let rows = thousands(it.rows as u64);
-        console.warn(format!("data set `{}`: {rows} rows have {}{first}", counts.name, it.reason));
+        let rows = rows(it.rows, "has", "have");
+        console.warn(format!("data set `{name}`: {rows} {}{}", it.reason, first(it)));
+    }
+}
+
+fn rows(count: usize, one: &str, many: &str) -> String {
+    format!("{} {}", counted(count as u64, "row"), if count == 1 { one } else { many })
+}
+
+/// Where the first of several rows is.
+fn first(it: &Noticed) -> String {
+    match it.first.first() {
+        Some(place) => format!("; the first, {place}"),
+        None => String::new(),
     }
 }
 
@@ -228,10 +245,17 @@ struct Opener<'a> {
 
 impl Opener<'_> {
     fn find(&self, name: &str) -> anyhow::Result<DataSet> {
+        let fetching = Cell::new(false);
         let fetch = |set: &HubSet| -> Result<Vec<PathBuf>, String> {
+            fetching.set(true);
             fetch_data_set(self.config, set, self.console).map_err(|error| format!("{error:#}"))
         };
-        Ok(DataSet::find(name, &self.config.dataset_dir, &fetch)?)
+        DataSet::find(name, &self.config.dataset_dir, &fetch).map_err(|error| match error {
+            // What a hub or a disk says is no mistake in the config.
+            error @ DataError::File { .. } => error.into(),
+            error if fetching.get() => error.into(),
+            error => Usage::one(error.to_string()).into(),
+        })
     }
 
     fn source_options(&self) -> SourceOptions {

@@ -153,7 +153,7 @@ impl Maker {
 }
 
 /// The canonical names of all projections.
-fn projections(files: &ModelFiles) -> Vec<String> {
+pub fn projections(files: &ModelFiles) -> Vec<String> {
     let spec = &files.spec;
     let layers = spec.layers.iter().enumerate();
     layers

@@ -10,10 +10,10 @@ use ferrotune_model::spec::{CheckpointForm, names};
 use ferrotune_nn::{LanguageModel as _, Parameter};
 use ferrotune_tensor::{DType, Error, Result, Tensor};
 
-use super::decoder::peft_adapter;
+use super::decoder::{lora_config, peft_adapter, projections};
 use super::{OpenModel, mistake};
 use crate::config::{FinetuningType, RunConfig};
-use crate::console::Console;
+use crate::console::{Console, Usage};
 
 /// Whether a weight of this canonical name is trained itself, by the config.
 pub fn is_trained(config: &RunConfig, layers: usize, name: &str) -> bool {
@@ -106,7 +106,9 @@ fn is_thawed(config: &RunConfig, layers: usize, name: &str) -> bool {
 /// Naming the key.
 pub fn check_trained(config: &RunConfig, model: &OpenModel) -> anyhow::Result<()> {
     if config.finetuning_type == FinetuningType::Lora {
-        return Ok(());
+        let checked = lora_config(config).check(&projections(&model.files));
+        let wrong = |error| Usage::one(format!("{}{error}", config.place("lora_target")));
+        return checked.map_err(|error| wrong(error).into());
     }
     if model.files.kind != FileKind::Folder {
         let message =

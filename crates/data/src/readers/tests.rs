@@ -114,7 +114,7 @@ fn a_row_without_end_is_passed_over() {
     check(Kind::JsonLines, b"{\"text\": \"", b"\"}\n{\"text\": \"x\"}", &format!("f:1: {long} | f:2: {row}"));
     check(Kind::Json, b"[{\"text\": \"", b"\"},\n{\"text\": \"x\"}]", &format!("f:1: {long} | f:2: {row}"));
     check(Kind::Text, b"", b"\nx", &format!("f:1: {long} | f:2: {row}"));
-    check(Kind::Csv, b"text\n\"", b"\"\nx", &format!("f:2: {long}"));
+    check(Kind::Csv, b"text\n\"", b"\"\nx", &format!("f:2: {long}; a quote opened on line 2"));
 }
 
 /// The most memory that this process ever had, in bytes; 0 where the system doesn't say.

@@ -105,6 +105,16 @@ fn tables() {
         "2: q, 3 skipped: expected 2 columns, found 1, 4 skipped: no answer in column `output`: there is nothing to \
          train on, 5 skipped: column `instruction` is not UTF-8 text",
     );
+    check_skips(
+        "a.csv",
+        b"instruction,output\nq,a\nr,\"b\nq,a\n\ns,c\n",
+        "2: q, 3 skipped: the quote that opens on this line is never closed; it takes the 3 lines after it along",
+    );
+    check_skips(
+        "a.csv",
+        b"instruction,output\nq,\"a\n\"\"b\"\"\"\nq,x\"y\nr,\"a\n",
+        "2: q, 4: q, 5 skipped: the quote that opens on this line is never closed; it takes the 0 lines after it along",
+    );
     check("a.csv", "text,text\nx,y\n", "F:1: two columns are called `text`");
     check(
         "a.csv",

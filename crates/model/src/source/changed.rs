@@ -146,3 +146,36 @@ impl WeightSource for Changed {
         self.base.fingerprint()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source::ModelFiles;
+    use crate::spec::names;
+
+    #[test]
+    fn new_rows_are_the_mean_with_noise_and_others_stay() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/llama_tiny");
+        let name = names::EMBEDDING;
+        let base = ModelFiles::open(folder).unwrap().source;
+        let (old, mean) = {
+            let rows = NewRows { of: name.into(), rows: 0, also: vec![299], seed: 0 };
+            (base.get_f32(name).unwrap().to_f32().unwrap(), rows.mean(base.as_ref()).unwrap())
+        };
+        let new = NewRows { of: name.into(), rows: 1344, also: vec![299], seed: 7 };
+        let replacements = BTreeMap::from([(name.to_string(), Replacement::Rows(new))]);
+        let changed = Changed { base, replacements };
+        let (rows, cols) = changed.shape(name).unwrap();
+        let got = changed.get_f32(name).unwrap().to_f32().unwrap();
+        assert_eq!((rows, &got[..299 * cols]), (1344, &old[..299 * cols]));
+        let noise = got[299 * cols..].iter().enumerate().map(|(i, it)| f64::from(*it) - mean[i % cols]);
+        let noise: Vec<f64> = noise.collect();
+        let n = noise.len() as f64;
+        let (middle, square) =
+            (noise.iter().sum::<f64>() / n, noise.iter().map(|it| it * it).sum::<f64>() / n);
+        assert!(middle.abs() < 3e-3 && (square * cols as f64 - 1.0).abs() < 0.03, "{middle} {square}");
+        let mut row = vec![0.0; cols];
+        changed.read_rows(name, 700..701, &mut row).unwrap();
+        assert_eq!(row, got[700 * cols..701 * cols], "by row or as a whole");
+    }
+}

@@ -3,10 +3,10 @@ use super::ModelSpec;
 /// How the base model's weights are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BaseWeights {
-    /// Projections in NF4 with double quantisation; embedding, head and norms in 16 bits.
+    /// Projections in NF4 with double quantisation; embedding, head and norms not quantised.
     FourBit,
-    /// Everything in 16 bits.
-    SixteenBit,
+    /// Nothing is quantised.
+    Whole,
 }
 
 /// What a memory estimate is asked for.
@@ -14,6 +14,8 @@ pub enum BaseWeights {
 pub struct MemoryPlan {
     /// How the base model is kept.
     pub base: BaseWeights,
+    /// Bytes of a weight that isn't quantised: 4 in f32, as on the CPU without bf16, else 2.
+    pub weight_bytes: usize,
     /// Rank of the adapters, on all projections.
     pub lora_rank: usize,
     /// Weights that are trained themselves.
@@ -69,9 +71,9 @@ impl ModelSpec {
         MemoryEstimate {
             linears: match plan.base {
                 BaseWeights::FourBit => (linears as f64 * NF4_BITS / 8.0).ceil() as u64,
-                BaseWeights::SixteenBit => linears * 2,
+                BaseWeights::Whole => linears * plan.weight_bytes as u64,
             },
-            others: (self.parameter_count() - linears) * 2,
+            others: (self.parameter_count() - linears) * plan.weight_bytes as u64,
             adapters: (self.adapter_parameter_count(plan.lora_rank) + plan.trained_weights) * 16,
             activations: activations * tokens,
             logits: tokens.min(LOGIT_CHUNK) * self.vocab_size as u64 * 4,

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::cost::Cost;
 use crate::config::RunConfig;
-use crate::console::{clock, thousands};
+use crate::console::{clock, counted, thousands};
 use crate::run::OpenData;
 
 /// Widest bar of the histogram, in characters.
@@ -30,6 +30,7 @@ pub fn json(data: &OpenData, cost: &Cost) -> Value {
     json!({
         "sets": data.counts,
         "samples": report.samples,
+        "evaluation_samples": data.evaluation.len(),
         "tokens": report.tokens,
         "trained_tokens": report.trained_tokens,
         "truncated": report.truncated,
@@ -56,6 +57,10 @@ fn count(number: usize) -> String {
     thousands(number as u64)
 }
 
+fn rows(number: usize) -> String {
+    counted(number as u64, "row")
+}
+
 /// Rows with what they have in common, and where the first of them are.
 fn noticed(it: &Noticed) -> String {
     let places: Vec<String> = it.first.iter().map(ToString::to_string).collect();
@@ -71,14 +76,18 @@ pub fn write(out: &mut impl Write, data: &OpenData, config: &RunConfig, cost: &C
             0 => String::new(),
             rows => format!(", {} left out", count(rows)),
         };
-        writeln!(out, "data set  {} ({}): {} rows{skipped}", set.name, set.format, count(set.rows))?;
+        writeln!(out, "data set  {} ({}): {}{skipped}", set.name, set.format, rows(set.rows))?;
         for doubt in set.skipped.iter().chain(&set.doubtful).chain(&set.duplicates) {
             writeln!(out, "          {}", noticed(doubt))?;
         }
     }
-    writeln!(out, "samples   {}; {} rows left out", count(report.samples), count(report.dropped.len()))?;
+    writeln!(out, "samples   {}; {} left out", count(report.samples), rows(report.dropped.len()))?;
     for reason in left_out(data) {
         writeln!(out, "          {}", noticed(&reason))?;
+    }
+    if !data.evaluation.is_empty() {
+        let by = if config.val_size > 0.0 { "val_size" } else { "eval_dataset" };
+        writeln!(out, "evaluated {} set apart by `{by}`", counted(data.evaluation.len() as u64, "sample"))?;
     }
     let share = 100.0 * report.trained_share();
     let trained = count(report.trained_tokens);
@@ -89,9 +98,8 @@ pub fn write(out: &mut impl Write, data: &OpenData, config: &RunConfig, cost: &C
     };
     writeln!(out, "cutoff    {}; {cut}", count(config.cutoff_len))?;
     let about = if config.packs() { "about " } else { "" };
-    let rows = if config.packs() { "packed row" } else { "sample" };
-    let rows = rows.to_string() + if cost.rows_per_step == 1 { "" } else { "s" };
-    writeln!(out, "steps     {about}{} of {} {rows}", thousands(cost.steps), cost.rows_per_step)?;
+    let of = counted(cost.rows_per_step as u64, if config.packs() { "packed row" } else { "sample" });
+    writeln!(out, "steps     {about}{} of {of}", thousands(cost.steps))?;
     let time = match (cost.seconds(), cost.tokens_per_second) {
         (Some(seconds), Some(speed)) => {
             format!("; about {} here, at {} tokens a second", clock(seconds), thousands(speed as u64))

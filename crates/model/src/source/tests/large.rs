@@ -17,6 +17,7 @@ fn stories260k() {
     assert_eq!(files.spec.linear_parameter_count(), 226_560);
     let plan = MemoryPlan {
         base: BaseWeights::FourBit,
+        weight_bytes: 4,
         trained_weights: 0,
         lora_rank: 8,
         tokens: 512,
