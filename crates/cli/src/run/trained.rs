@@ -106,9 +106,9 @@ fn is_thawed(config: &RunConfig, layers: usize, name: &str) -> bool {
 /// Naming the key.
 pub fn check_trained(config: &RunConfig, model: &OpenModel) -> anyhow::Result<()> {
     if config.finetuning_type == FinetuningType::Lora {
+        // Its message names the key, which may be another than lora_target.
         let checked = lora_config(config).check(&projections(&model.files));
-        let wrong = |error| Usage::one(format!("{}{error}", config.place("lora_target")));
-        return checked.map_err(|error| wrong(error).into());
+        return checked.map_err(|error| Usage::one(error.to_string()).into());
     }
     if model.files.kind != FileKind::Folder {
         let message =
