@@ -9,6 +9,7 @@ failed. With `--device cpu` the script tries itself on a machine without a GPU.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -403,6 +404,9 @@ def peft(section):
         (folder / "out/checkpoint-50").rename(folder / "out/checkpoint-1")
         (folder / "out/checkpoint-1/ferrotune_state.json").write_text(json.dumps({**state, "step": 1}))
         reference(section, "start", folder / "out/checkpoint-1", adapter)
+        sums = folder / "out/checkpoint-1/SHA256SUMS"
+        names = [line.split("  ")[1] for line in sums.read_text().splitlines()]
+        sums.write_text("".join(f"{hashlib.sha256((sums.parent / it).read_bytes()).hexdigest()}  {it}\n" for it in names))
         code, said = section.run([*words, "resume_from_checkpoint=true"])
     if code != 0:
         raise RuntimeError(brief(said))
