@@ -402,6 +402,8 @@ def peft(section):
     if code == 0:
         state = json.loads((folder / "out/checkpoint-50/ferrotune_state.json").read_text())
         (folder / "out/checkpoint-50").rename(folder / "out/checkpoint-1")
+        # The newest would be gone on from.
+        shutil.rmtree(folder / "out/checkpoint-51", ignore_errors=True)
         (folder / "out/checkpoint-1/ferrotune_state.json").write_text(json.dumps({**state, "step": 1}))
         reference(section, "start", folder / "out/checkpoint-1", adapter)
         sums = folder / "out/checkpoint-1/SHA256SUMS"
