@@ -207,8 +207,9 @@ def units(section):
 
 def parity(section):
     """Against numbers of transformers, PEFT and bitsandbytes; every test runs on the CPU and on the GPU."""
-    for name, code, said in section.tests("tests-parity"):
-        section.row(name, "" if code == 0 else brief(said), code == 0)
+    for binary in ("tests-parity", "tests-families"):
+        for name, code, said in section.tests(binary):
+            section.row(name, "" if code == 0 else brief(said), code == 0)
 
 
 def program(section):

@@ -42,7 +42,7 @@ fn programs(folder: &Path) -> Result<PathBuf> {
     // The whole workspace, as `cargo xtask check` builds it: other packages would be other features, and all built anew.
     run(&mut cargo(&["build", "--release", "--locked", "--workspace", "--bins"]))?;
     let mut build = cargo(&["test", "--release", "--locked", "--workspace", "--no-run", "--lib"]);
-    build.args(["--test", "devices", "--test", "parity", "--test", "program"]);
+    build.args(["--test", "devices", "--test", "parity", "--test", "families", "--test", "program"]);
     build.arg("--message-format=json-render-diagnostics").stderr(Stdio::inherit());
     let output = build.output().map_err(|error| format!("can't run `{}`: {error}", shown(&build)))?;
     if !output.status.success() {

@@ -25,7 +25,7 @@ pub(crate) const GENERATION_START: char = '\u{FDD0}';
 /// Closes a generated span.
 pub(crate) const GENERATION_END: char = '\u{FDD1}';
 
-/// What one render may use, in minijinja's units: an instruction or 64 bytes each. A second of work, 512 MiB at most.
+/// What one render may use, in minijinja's units: an instruction or 64 bytes each. Some seconds of work, 512 MiB at most.
 const FUEL: u64 = 1 << 23;
 
 /// An environment as transformers makes it (`trim_blocks`, `lstrip_blocks`, loop controls, the functions above).
@@ -178,6 +178,30 @@ mod tests {
         check("{{ '%s|%5.2f|%03d|%-3s|%x' % ('a', 1.5, 7, 'b', 255) }}", "a| 1.50|007|b  |ff");
         check("{{ '%s %s' % (v.b[0], ['x'][0].upper()) + '%' }}{{ 7 % 4 }}{{ v.b[0] % 2 }}", "1 X%31");
         check("{{ '%s' % ('%s' % (1)) }}{{ '%s' % v.n }}{{ '%.1f' % 2 }}", "1None2.0");
+    }
+
+    #[test]
+    fn fields_of_formats_are_bounded_and_text_is_not() {
+        let wide = "format: a field is too wide";
+        let refused = |source: &str| {
+            let env = environment(Now::parse("2026-02-03T04:05:06").unwrap());
+            let error = env.render_str(&rewrite(source).source, ()).unwrap_err();
+            assert_eq!(error.detail(), Some(wide), "{source}");
+        };
+        for source in [
+            "{{ '{:.99999e}'.format(1.5) }}",
+            "{{ '{0[}]:.99999e}'.format({'}': 1.5}) }}",
+            "{{ '{:}<.99999e}'.format(1.5) }}",
+            "{{ '%.99999e' | format(1.5) }}",
+            "{{ '%.99999e' % 1.5 }}",
+            "{{ '%.*e' % (99999, 1.5) }}",
+            "{{ '%(a).99999e' | format(a=1.5) }}",
+            "{{ '%%%.99999e' | format(1.5) }}",
+        ] {
+            refused(source);
+        }
+        check("{{ 'of 99999 {{99999}} {:.1f}'.format(1.5) }}", "of 99999 {99999} 1.5");
+        check("{{ '%d%% 99999' | format(5) }}{{ '%s' | format(99999) }}", "5% 9999999999");
     }
 
     #[test]

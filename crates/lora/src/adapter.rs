@@ -4,7 +4,7 @@
 
 use ferrotune_nn::{Adapter, Context, LowRank, Parameter, Weight};
 use ferrotune_tensor::{
-    Counter, DType, Device, Operand, Precision, Real, Result, Tensor, for_real, multiply, uniform,
+    Counter, DType, Device, Operand, Precision, Real, Result, Tensor, for_real, multiply, stream_of, uniform,
 };
 use rayon::prelude::*;
 
@@ -192,12 +192,6 @@ impl Adapter for LoraAdapter {
         multiply(Precision::Full, self.scaling, Operand::new(&b), Operand::new(&a), 1.0, &mut merged, all)?;
         Ok(merged)
     }
-}
-
-/// FNV-1a of a projection's name.
-fn stream_of(name: &str) -> u64 {
-    name.bytes()
-        .fold(0xCBF2_9CE4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01B3))
 }
 
 #[cfg(test)]

@@ -26,5 +26,5 @@ pub use error::{Error, Result};
 pub use half::{bf16, f16};
 pub use memory::{peak_resident_bytes, resident_bytes};
 pub use product::{Matrix, MatrixMut, Operand, Precision, Tiles, multiply, multiply_on_gpu};
-pub use random::{Counter, uniform};
+pub use random::{Counter, stream_of, uniform};
 pub use tensor::{Element, Real, Tensor};

@@ -29,6 +29,19 @@ impl Counter {
     pub fn unit(self, index: u64) -> f32 {
         (self.bits(index) >> 40) as f32 / (1u64 << 24) as f32
     }
+
+    /// The number at `index`, normal with mean 0 and variance 1 (Box, Muller 1958).
+    pub fn normal(self, index: u64) -> f64 {
+        let unit = |at: u64| f64::from(self.unit(at));
+        let radius = (-2.0 * (1.0 - unit(2 * index)).ln()).sqrt();
+        radius * (std::f64::consts::TAU * unit(2 * index + 1)).cos()
+    }
+}
+
+/// A part of a key that stands for a name: its FNV-1a hash.
+pub fn stream_of(name: &str) -> u64 {
+    name.bytes()
+        .fold(0xCBF2_9CE4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01B3))
 }
 
 /// `n` numbers uniform in [-bound, bound).
@@ -53,6 +66,14 @@ mod tests {
         assert_eq!(a.bits(7), Counter::new(&[1, 2, 3]).bits(7));
         assert_ne!(a.bits(7), b.bits(7));
         assert_ne!(a.bits(7), a.bits(8));
+    }
+
+    #[test]
+    fn normal_numbers_have_their_moments() {
+        let values: Vec<f64> = (0..100_000).map(|index| Counter::new(&[6]).normal(index)).collect();
+        let moment = |power: i32| values.iter().map(|it| it.powi(power)).sum::<f64>() / 1e5;
+        let (mean, variance, fourth) = (moment(1), moment(2), moment(4));
+        assert!(mean.abs() < 0.02 && (variance - 1.0).abs() < 0.02 && (fourth - 3.0).abs() < 0.15);
     }
 
     #[test]

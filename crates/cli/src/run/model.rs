@@ -59,8 +59,10 @@ impl Vocabulary {
     /// # Errors
     /// When the model, its tokenizer or its chat template is not found, or one of them is damaged.
     pub fn open(config: &RunConfig, console: &Console) -> anyhow::Result<Vocabulary> {
-        let path = find(config, &name(config)?, console)?;
-        let path = saved_tokenizer(config).map_or(path, Path::to_path_buf);
+        let path = match saved_tokenizer(config) {
+            Some(folder) => folder.to_path_buf(),
+            None => find(config, &name(config)?, console)?,
+        };
         let tokenizer = match path.join("tokenizer.json").is_file() {
             true => Tokenizer::from_folder(&path)?,
             false => tokenizer(&ModelFiles::open(&path)?)?,

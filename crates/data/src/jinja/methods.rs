@@ -77,37 +77,47 @@ const WIDEST: usize = 1 << 20;
 /// Widest field of a format. Rust's `{:.65535e}` panics.
 const WIDEST_FIELD: usize = 1 << 15;
 
-/// The sum of all numbers within the braces of a format: widths, precisions and places.
+/// The sum of all numbers within the fields of a format: widths, precisions and places.
 fn widths(format: &str) -> usize {
-    let (mut sum, mut number, mut depth) = (0usize, 0usize, 0usize);
-    for c in format.chars().chain(['}']) {
-        match (c, c.to_digit(10)) {
-            (_, Some(digit)) if depth > 0 => {
-                number = number.saturating_mul(10).saturating_add(digit as usize);
-                continue;
-            }
-            ('{', _) => depth += 1,
-            ('}', _) => depth = depth.saturating_sub(1),
-            _ => {}
+    // An item's name or a filling may be a brace, and then nothing tells where a field ends.
+    if format.contains('[') || format.contains(":}") {
+        return sum_of_numbers(format);
+    }
+    let (mut sum, mut rest) = (0usize, format);
+    while let Some(open) = rest.find('{') {
+        rest = &rest[open + 1..];
+        if let Some(text) = rest.strip_prefix('{') {
+            rest = text;
+            continue;
         }
-        sum = sum.saturating_add(std::mem::take(&mut number));
+        let (field, text) = rest.split_at(rest.find('}').unwrap_or(rest.len()));
+        sum = sum.saturating_add(sum_of_numbers(field));
+        rest = text;
     }
     sum
 }
 
 /// The same of a format with `%`, where a `*` takes its number from the values.
 fn percent_widths(format: &str, values: &[ValueOrKwargs]) -> usize {
-    let fields = format.split('%').skip(1);
-    let specs =
-        fields.map(|it| &it[..it.find(|c: char| !"#0123456789- +.*".contains(c)).unwrap_or(it.len())]);
-    let (mut sum, mut starred) = (0usize, false);
-    for spec in specs {
-        let numbers = spec.split(|c: char| !c.is_ascii_digit()).filter(|it| !it.is_empty());
-        sum = numbers.fold(sum, |sum, it| sum.saturating_add(it.parse().unwrap_or(usize::MAX)));
+    let (mut sum, mut starred, mut rest) = (0usize, false, format);
+    while let Some(open) = rest.find('%') {
+        rest = &rest[open + 1..];
+        if let Some((_, spec)) = rest.strip_prefix('(').and_then(|key| key.split_once(')')) {
+            rest = spec;
+        }
+        let end = rest.find(|c: char| !"#0123456789- +.*".contains(c)).unwrap_or(rest.len());
+        let (spec, text) = rest.split_at(end);
+        sum = sum.saturating_add(sum_of_numbers(spec));
         starred |= spec.contains('*');
+        rest = text.strip_prefix('%').unwrap_or(text);
     }
     let from_values = values.iter().filter(|_| starred).filter_map(|it| it.as_i64()).map(i64::unsigned_abs);
     from_values.fold(sum, |sum, it| sum.saturating_add(it as usize))
+}
+
+fn sum_of_numbers(text: &str) -> usize {
+    let numbers = text.split(|c: char| !c.is_ascii_digit()).filter(|it| !it.is_empty());
+    numbers.fold(0, |sum: usize, it| sum.saturating_add(it.parse().unwrap_or(usize::MAX)))
 }
 
 /// jinja2's `format` filter.

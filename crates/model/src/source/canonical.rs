@@ -93,6 +93,10 @@ impl WeightSource for CanonicalSource {
     }
 
     fn get(&self, name: &str) -> Result<Stored> {
+        let place = self.place(name)?;
+        if !place.less_one && place.rows.len() == self.inner.shape(&place.stored_name)?.0 {
+            return self.inner.get(&place.stored_name);
+        }
         let tensor: Tensor = self.get_f32(name)?.cast(self.dtype(name)?)?;
         Ok(Stored::Dense(tensor))
     }

@@ -1,8 +1,10 @@
+//! A model's weights with others in some places: a head of its own, rows for new tokens, what an adapter has saved.
+
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
-use ferrotune_tensor::{Counter, DType, Error, Result, Tensor};
+use ferrotune_tensor::{Counter, DType, Result, Tensor, stream_of};
 
 use super::{Stored, WeightSource, check_rows};
 
@@ -53,11 +55,10 @@ impl NewRows {
             return Ok(());
         }
         let mean = self.mean(base)?;
-        let name = self.of.bytes().fold(0, |key: u64, byte| key.wrapping_mul(257) ^ u64::from(byte));
-        let noise = Counter::new(&[self.seed, name]);
+        let noise = Counter::new(&[self.seed, stream_of(&self.of)]);
         for (row, out) in rows.zip(out.chunks_mut(cols)).filter(|(row, _)| self.is_new(*row, stored)) {
             for (col, (out, mean)) in out.iter_mut().zip(&mean).enumerate() {
-                let normal = normal(noise, (row * cols + col) as u64);
+                let normal = noise.normal((row * cols + col) as u64);
                 *out = (mean + normal / (cols as f64).sqrt()) as f32;
             }
         }
@@ -74,13 +75,6 @@ impl NewRows {
         }
         Ok(sum.into_iter().map(|it| it / old.len().max(1) as f64).collect())
     }
-}
-
-/// Box and Muller 1958.
-fn normal(counter: Counter, index: u64) -> f64 {
-    let unit = |at: u64| f64::from(counter.unit(at));
-    let radius = (-2.0 * (1.0 - unit(2 * index)).ln()).sqrt();
-    radius * (std::f64::consts::TAU * unit(2 * index + 1)).cos()
 }
 
 impl WeightSource for Changed {
@@ -133,9 +127,7 @@ impl WeightSource for Changed {
             }
             Some(Replacement::Tensor(tensor)) => {
                 check_rows(name, tensor.shape(), &rows, out.len())?;
-                let values = tensor.to_f32()?;
-                let piece = values.get(rows.start * tensor.cols()..rows.end * tensor.cols());
-                out.copy_from_slice(piece.ok_or_else(|| Error::msg(format!("`{name}` is damaged")))?);
+                out.copy_from_slice(&tensor.to_f32()?[rows.start * tensor.cols()..][..out.len()]);
                 Ok(())
             }
         }
