@@ -128,4 +128,21 @@ mod tests {
         assert!(difference(&[1.0, f32::NAN], &[1.0, 2.0]).is_nan());
         assert!(difference(&[1.0, 2.0], &[1.0]).is_nan());
     }
+    #[test]
+    fn a_folder_that_computes_something_else_is_an_error() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/llama_tiny");
+        let (config, console) = (RunConfig { device: "cpu".into(), ..RunConfig::default() }, quiet());
+        let tokenizer = Tokenizer::from_folder(&folder).unwrap();
+        let files = ModelFiles::open(&folder).unwrap();
+        let (_, mut logits) = Logits::of_live(&config, files, &tokenizer, &console).unwrap();
+        assert_eq!(logits.ids.len(), TOKENS);
+        logits.compare(&config, &folder, &console).unwrap();
+        logits.values[7] += 0.1;
+        let error = logits.compare(&config, &folder, &console).unwrap_err().to_string();
+        assert!(error.contains("what was written is wrong"), "{error}");
+    }
+
+    fn quiet() -> Console {
+        Console::new(true, crate::console::ColorChoice::Never)
+    }
 }
