@@ -3,8 +3,11 @@
 use ferrotune_nn::{Activation, NormKind, Rope};
 use ferrotune_tensor::{Error, Result};
 
+mod checkpoint;
 mod memory;
 
+pub use checkpoint::CheckpointTensor;
+pub(crate) use checkpoint::FUSED;
 pub use memory::{BaseWeights, MemoryEstimate, MemoryPlan};
 
 /// A whole decoder: sizes, the layers one by one, and what stands before and after them.

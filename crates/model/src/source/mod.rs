@@ -46,6 +46,13 @@ pub trait WeightSource: Send + Sync {
     /// # Errors
     /// When there is no such tensor.
     fn dtype(&self, name: &str) -> Result<DType>;
+    /// The type of its numbers in the file; none where the file holds them in few bits.
+    ///
+    /// # Errors
+    /// When there is no such tensor.
+    fn stored_dtype(&self, name: &str) -> Result<Option<DType>> {
+        self.dtype(name).map(Some)
+    }
     /// The tensor as it is stored.
     ///
     /// # Errors

@@ -235,6 +235,15 @@ impl WeightSource for GgufSource {
         })
     }
 
+    fn stored_dtype(&self, name: &str) -> Result<Option<DType>> {
+        Ok(match self.entry(name)?.kind {
+            Type::Plain(Plain::F32) => Some(DType::F32),
+            Type::Plain(Plain::F16) => Some(DType::F16),
+            Type::Plain(Plain::Bf16) => Some(DType::BF16),
+            _ => None,
+        })
+    }
+
     fn get(&self, name: &str) -> Result<Stored> {
         let (rows, cols) = self.shape(name)?;
         let bytes = self.bytes(self.entry(name)?);
