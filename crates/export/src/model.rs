@@ -91,7 +91,7 @@ fn written_dtype(files: &ModelFiles, options: FolderOptions) -> Result<Option<DT
     if options.dtype.is_some() || files.kind == FileKind::Folder {
         return Ok(options.dtype);
     }
-    let first = files.source.stored_dtype(&names::weight(0, names::DOWN))?;
+    let first = files.source.stored_dtype(&names::weight(0, names::O))?;
     Ok(Some(first.unwrap_or(DType::BF16)))
 }
 

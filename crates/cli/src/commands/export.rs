@@ -117,7 +117,7 @@ fn warn_of_few_bits(
         console
             .note("`quantization_bit`: the adapter is merged into the weights of the base model as they are");
     }
-    let few = files.source.stored_dtype(&names::weight(0, names::DOWN))?.is_none();
+    let few = files.source.stored_dtype(&names::weight(0, names::O))?.is_none();
     if few {
         let what = match merges {
             true => "the adapter is merged into what they are read as",
