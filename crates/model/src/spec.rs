@@ -1,6 +1,6 @@
 //! What a decoder is made of. A family fills this in; nothing else asks which family it is.
 
-use ferrotune_nn::{Activation, NormKind, Rope};
+pub use ferrotune_nn::{Activation, NormKind, Rope};
 use ferrotune_tensor::{Error, Result};
 
 mod memory;

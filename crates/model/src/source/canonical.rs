@@ -6,13 +6,8 @@ use std::path::Path;
 
 use ferrotune_tensor::{DType, Error, Result, Tensor};
 
-use super::{SafetensorsSource, Stored, WeightSource, check_rows};
+use super::{FUSED, SafetensorsSource, Stored, WeightSource, check_rows};
 use crate::spec::{CheckpointForm, ModelSpec, names};
-
-const FUSED: [(&str, &[&str]); 2] = [
-    ("self_attn.qkv_proj", &[names::Q, names::K, names::V]),
-    ("mlp.gate_up_proj", &[names::GATE, names::UP]),
-];
 
 /// Where a tensor is.
 struct Place {

@@ -19,7 +19,9 @@ use ferrotune_tensor::{DType, Error, Result, Tensor};
 
 pub use changed::{Changed, NewRows, Replacement};
 pub use files::{FileKind, ModelFiles};
-pub use gguf::{GgufSource, GgufVocabulary};
+pub use gguf::{
+    FUSED, GgufArchitecture, GgufSource, GgufType, GgufVocabulary, RawValue, file_row, raw_vocabulary,
+};
 pub use safetensors::SafetensorsSource;
 
 /// A tensor as its file holds it.

@@ -1,5 +1,6 @@
 //! Weights, config and vocabulary out of one GGUF file.
 
+mod architecture;
 mod blocks;
 mod config;
 mod header;
@@ -16,34 +17,13 @@ use rayon::prelude::*;
 use serde_json::Value as Json;
 use sha2::{Digest, Sha256};
 
-use super::mapped::{Mapped, Plain, bf16s, f16s};
+use super::mapped::{Mapped, bf16s, f16s};
 use super::{Stored, WeightSource, check_rows};
-use blocks::Type;
+use architecture::ARCHITECTURES;
+pub use architecture::{FUSED, GgufArchitecture, file_row};
+pub use blocks::GgufType;
 use header::{Header, Value};
-pub use vocabulary::GgufVocabulary;
-
-/// An architecture that GGUF files name.
-struct Architecture {
-    /// `general.architecture`, which is also the `model_type` of the family.
-    name: &'static str,
-    /// Rows of q and k are kept in the order (2i, 2i+1), not (i, i + width/2).
-    pairs_are_neighbours: bool,
-}
-
-const ARCHITECTURES: &[Architecture] = &[Architecture { name: "llama", pairs_are_neighbours: true }];
-
-/// The modules of a layer: GGUF's name, ours.
-const MODULES: &[(&str, &str)] = &[
-    ("attn_norm", "input_layernorm"),
-    ("attn_q", "self_attn.q_proj"),
-    ("attn_k", "self_attn.k_proj"),
-    ("attn_v", "self_attn.v_proj"),
-    ("attn_output", "self_attn.o_proj"),
-    ("ffn_norm", "post_attention_layernorm"),
-    ("ffn_gate", "mlp.gate_proj"),
-    ("ffn_up", "mlp.up_proj"),
-    ("ffn_down", "mlp.down_proj"),
-];
+pub use vocabulary::{GgufVocabulary, RawValue, raw_vocabulary};
 
 /// What a row of numbers is divided into where one has to be in memory for a moment.
 const CHUNK: usize = 64 * 1024;
@@ -52,13 +32,13 @@ const CHUNK: usize = 64 * 1024;
 pub struct GgufSource {
     file: Mapped,
     header: Header,
-    architecture: &'static Architecture,
+    architecture: &'static GgufArchitecture,
     entries: BTreeMap<String, Entry>,
 }
 
 /// A tensor by its canonical name.
 struct Entry {
-    kind: Type,
+    kind: GgufType,
     shape: Vec<usize>,
     bytes: Range<usize>,
     /// Heads whose rows are brought into our order.
@@ -86,7 +66,7 @@ impl GgufSource {
             Some(Value::Text(name)) => name,
             _ => return wrong("`general.architecture` is missing: it names the model's family".into()),
         };
-        let Some(architecture) = ARCHITECTURES.iter().find(|it| it.name == name) else {
+        let Some(architecture) = GgufArchitecture::named(name) else {
             let there: Vec<&str> = ARCHITECTURES.iter().map(|it| it.name).collect();
             return wrong(format!(
                 "GGUF files of the family `{name}` are not there yet, only: {}",
@@ -110,7 +90,7 @@ impl GgufSource {
             if name == "rope_freqs.weight" {
                 continue; // in the config
             }
-            let (ours, module) = canonical(name).unwrap_or_else(|| (name.clone(), ""));
+            let (ours, module) = self.architecture.canonical(name).unwrap_or_else(|| (name.clone(), ""));
             let reordered = match module {
                 "attn_q" => Some(q_heads),
                 "attn_k" => Some(kv_heads),
@@ -129,7 +109,7 @@ impl GgufSource {
     pub fn config(&self) -> Result<Json> {
         let factors = match self.header.tensors.get("rope_freqs.weight") {
             None => None,
-            Some(tensor) if tensor.shape.len() == 1 && tensor.kind == Type::Plain(Plain::F32) => {
+            Some(tensor) if tensor.shape.len() == 1 && tensor.kind == GgufType::F32 => {
                 let mut factors = vec![0.0; tensor.shape[0]];
                 tensor.kind.read(&self.file.bytes()[tensor.bytes.clone()], &mut factors);
                 Some(factors)
@@ -161,33 +141,13 @@ impl GgufSource {
     }
 }
 
-/// A tensor's canonical name, and the module's name in the file.
-pub(super) fn canonical(name: &str) -> Option<(String, &str)> {
-    let (module, suffix) = name.rsplit_once('.')?;
-    let top = match module {
-        "token_embd" => Some("model.embed_tokens"),
-        "output_norm" => Some("model.norm"),
-        "output" => Some("lm_head"),
-        _ => None,
-    };
-    if let Some(top) = top {
-        return Some((format!("{top}.{suffix}"), module));
-    }
-    let (layer, module) = module.strip_prefix("blk.")?.split_once('.')?;
-    let (_, ours) = MODULES.iter().find(|(theirs, _)| *theirs == module)?;
-    Some((format!("model.layers.{layer}.{ours}.{suffix}"), module))
-}
-
 impl Entry {
-    /// Where our row is in the file. With `half` pairs to a head, ours (i, i + half) is theirs (2i, 2i+1).
+    /// Where our row is in the file.
     fn file_row(&self, row: usize, rows: usize) -> usize {
-        let Some(heads) = self.reordered.filter(|it| *it > 0 && rows.is_multiple_of(2 * it)) else {
-            return row;
-        };
-        let width = rows / heads;
-        let (head, within) = (row / width, row % width);
-        let (pair, second) = (within % (width / 2), within / (width / 2));
-        head * width + 2 * pair + second
+        match self.reordered.filter(|it| *it > 0 && rows.is_multiple_of(2 * it)) {
+            Some(heads) => file_row(row, rows / heads),
+            None => row,
+        }
     }
 
     /// Rows and columns, a vector being one row.
@@ -229,8 +189,8 @@ impl WeightSource for GgufSource {
         Ok(match entry.kind {
             // Bringing rows into order goes through f32.
             _ if entry.reordered.is_some() => DType::F32,
-            Type::Plain(Plain::F16) => DType::F16,
-            Type::Plain(Plain::Bf16) => DType::BF16,
+            GgufType::F16 => DType::F16,
+            GgufType::Bf16 => DType::BF16,
             _ => DType::F32,
         })
     }
