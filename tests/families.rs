@@ -1,14 +1,16 @@
 //! Each family against transformers: logits, loss, and the gradients of adapters on every projection. The
 //! numbers are `fixtures/make_families.py`'s; weights, adapters and tokens come from a hash of their names.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::Device as CandleDevice;
 use ferrotune_data::{Batch, Sample};
+use ferrotune_export::{FolderOptions, LoraTensors, Modules, PeftAdapter, merge, write_folder};
 use ferrotune_lora::LoraAdapter;
 use ferrotune_model::source::{ModelFiles, Stored};
+use ferrotune_model::spec::names;
 use ferrotune_model::{BuildOptions, Decoder, PartSpec, build, dense_part, families};
 use ferrotune_nn::{Context, LanguageModel};
 use ferrotune_tensor::{DType, Device, Precision, Result, Tensor};
@@ -164,6 +166,79 @@ fn logits_loss_and_adapter_gradients_equal_those_of_transformers() {
             assert!(loss < 1e-4, "{family}: loss off by {loss:.1e}");
             assert!(gradients < 1e-3, "{family}: gradients off by {gradients:.1e}");
         }
+    }
+}
+
+#[test]
+fn merged_models_compute_what_base_and_adapter_compute() {
+    for (family, golden) in &golden() {
+        let checkpoint = Checkpoint::new(&format!("{family}-merged"), golden);
+        let files = ModelFiles::open(&checkpoint.0).unwrap();
+        let out = checkpoint.0.join("merged");
+        let options = FolderOptions { dtype: None, shard_bytes: 50_000 };
+        let names: Vec<String> = files.source.names().into_iter().map(str::to_string).collect();
+        let merged = merge(files, adapter(&checkpoint)).unwrap();
+        write_folder(&out, &merged, options, &mut |_, _| {}).unwrap();
+
+        // Under the names of the family's own checkpoints, in several files.
+        let index: Value =
+            serde_json::from_str(&fs::read_to_string(out.join("model.safetensors.index.json")).unwrap())
+                .unwrap();
+        let map = index["weight_map"].as_object().unwrap();
+        let tensors = golden["tensors"].as_object().unwrap();
+        let expected: BTreeSet<&String> = tensors.keys().collect();
+        assert_eq!(map.keys().collect::<BTreeSet<_>>(), expected, "{family}");
+        let shards: BTreeSet<&str> = map.values().filter_map(Value::as_str).collect();
+        assert!(shards.len() > 1, "{family}: {shards:?}");
+        let raw = candle_core::safetensors::MmapedSafetensors::multi;
+        let paths: Vec<PathBuf> = shards.iter().map(|it| out.join(it)).collect();
+        // SAFETY: nobody changes the files.
+        let raw = unsafe { raw(&paths) }.unwrap();
+        for (name, shape) in tensors {
+            let got = raw.load(name, &CandleDevice::Cpu).unwrap();
+            assert_eq!(serde_json::json!(got.dims()), *shape, "{family}: {name}");
+        }
+
+        let files = ModelFiles::open(&out).unwrap();
+        assert_eq!(files.source.names(), names, "{family}");
+        let options = BuildOptions { precision: Precision::Full, dtype: DType::F32, device: Device::Cpu };
+        let mut make = |spec: &PartSpec, stored: Stored| dense_part(spec, stored, &options);
+        let model = build(&files.spec, files.source.as_ref(), options.clone(), &mut make).unwrap();
+        let batch = batch(files.spec.vocab_size);
+        let ctx = Context::new(batch.sequence_starts.iter().map(|it| *it as usize).collect());
+        let hidden = model.hidden(&ctx, &batch.tokens).unwrap();
+        let off = logits_off(&model, &ctx, &hidden, golden);
+        println!("{family}: merged logits {off:.1e}");
+        assert!(off < 1e-4, "{family}: merged logits off by {off:.1e}");
+    }
+}
+
+/// The adapter of [`Checkpoint::decoder`], as a folder holds it.
+fn adapter(checkpoint: &Checkpoint) -> PeftAdapter {
+    let files = ModelFiles::open(&checkpoint.0).unwrap();
+    let mut tensors = Vec::new();
+    for (index, layer) in files.spec.layers.iter().enumerate() {
+        for it in layer.linears(files.spec.hidden_size) {
+            let module = names::module(index, it.part);
+            let matrix = |kind: &str, rows: usize, cols: usize| {
+                Tensor::from_vec(rows, cols, weight(&format!("{module}.{kind}.weight"), rows * cols)).unwrap()
+            };
+            let (a, b) = (matrix("lora_A", RANK, it.in_features), matrix("lora_B", it.out_features, RANK));
+            tensors.push(LoraTensors { module, a, b });
+        }
+    }
+    PeftAdapter {
+        base_model_name_or_path: String::new(),
+        revision: None,
+        r: RANK,
+        lora_alpha: SCALING * RANK as f64,
+        lora_dropout: 0.0,
+        use_rslora: false,
+        target_modules: Modules::Pattern("all-linear".into()),
+        exclude_modules: None,
+        layers_to_transform: Vec::new(),
+        saved: BTreeMap::new(),
+        tensors,
     }
 }
 

@@ -28,14 +28,11 @@ fn saved(dir: &Dir, key: &str) -> Value {
 
 /// The logits of a text with the trained adapter.
 fn logits(dir: &Dir, model: &str, ids: &str) -> Vec<f64> {
-    let words = ["debug", "logits", "--model", model, "--adapter", "out", "--ids", ids];
-    let value: Value = serde_json::from_str(&dir.ferrotune(&words).succeeds().stdout).expect("JSON");
-    let rows = value["logits"].as_array().expect("rows").iter().flat_map(|it| it.as_array().expect("a row"));
-    rows.map(|it| it.as_f64().expect("a number")).collect()
+    dir.logits(&["--model", model, "--adapter", "out", "--ids", ids])
 }
 
 /// The tied model with the other's tokenizer.
-fn tied(dir: &Dir) -> String {
+pub fn tied(dir: &Dir) -> String {
     for (from, names) in [
         (TIED, &["config.json", "model.safetensors.index.json"][..]),
         (TIED, &["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]),

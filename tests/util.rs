@@ -44,6 +44,16 @@ impl Dir {
         log.lines().filter_map(loss).collect()
     }
 
+    /// The logits that `debug logits` prints for these words, position after position.
+    #[track_caller]
+    pub fn logits(&self, words: &[&str]) -> Vec<f64> {
+        let ran = self.ferrotune(&[&["debug", "logits"], words].concat()).succeeds();
+        let value: serde_json::Value = serde_json::from_str(&ran.stdout).expect("JSON");
+        let rows = value["logits"].as_array().expect("rows").iter();
+        let numbers = rows.flat_map(|it| it.as_array().expect("a row"));
+        numbers.map(|it| it.as_f64().expect("a number")).collect()
+    }
+
     /// The program, run in this folder and without what the developer's environment sets.
     pub fn ferrotune(&self, words: &[&str]) -> Run {
         let mut command = Command::new(program());

@@ -62,6 +62,14 @@ pub enum Command {
     )]
     Chat(ChatArgs),
 
+    /// Write the model and its adapter as one, for other programs.
+    #[command(
+        after_help = "Examples:\n  ferrotune export bakery.yaml --adapter out/bakery --output out/bakery-merged\n  \
+        ferrotune export merge.yaml export_size=2\n\n\
+        The file has LLaMA-Factory's keys: model_name_or_path, adapter_name_or_path, export_dir, export_size"
+    )]
+    Export(ExportArgs),
+
     /// Show what the model will see: text, what is trained on, token counts.
     #[command(after_help = "Example:\n  ferrotune data examples/quickstart.yaml --samples 3")]
     Data(DataArgs),
@@ -138,6 +146,29 @@ pub struct ChatArgs {
     /// Longest answer in tokens.
     #[arg(long, value_name = "TOKENS")]
     pub max_new_tokens: Option<usize>,
+}
+
+/// `export`
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    /// YAML file, if any, and keys that win over it.
+    #[arg(value_name = "CONFIG | KEY=VALUE")]
+    pub words: Vec<String>,
+    /// The model: a folder, a GGUF file or a name.
+    #[arg(long)]
+    pub model: Option<String>,
+    /// A trained adapter's folder; without one, the model is only written in another format.
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// Where to write (export_dir).
+    #[arg(long, value_name = "DIR")]
+    pub output: Option<PathBuf>,
+    /// What to write (export_format).
+    #[arg(long, value_name = "FORMAT")]
+    pub format: Option<String>,
+    /// Don't compare what was written with the model (export_verify=false).
+    #[arg(long)]
+    pub no_verify: bool,
 }
 
 /// `data`

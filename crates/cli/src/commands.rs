@@ -4,6 +4,7 @@ pub mod chat;
 pub mod data;
 pub mod debug;
 pub mod doctor;
+pub mod export;
 pub mod model;
 pub mod predict;
 pub mod runs;

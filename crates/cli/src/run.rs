@@ -26,7 +26,7 @@ use crate::machine;
 
 pub use data::{DataUse, OpenData, mark_options, warn_of_rows};
 pub use decoder::{Adapters, build_decoder, lora_tensors, open_decoder};
-pub use model::{OpenModel, TemplateSource, Vocabulary, model_spec, template_source};
+pub use model::{OpenModel, TemplateSource, UntemplatedModel, Vocabulary, model_spec, template_source};
 pub use trained::{check_trained, is_trained, load_trained, prepare, save_trained};
 
 /// A training run, opened and checked.

@@ -193,7 +193,8 @@ fn tokenizers_of_folders_say_what_llama_cpp_reads() {
     let tests = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures");
     let shared = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../../shared/data");
     let folders = [(tests.join("llama_tiny"), "smollm"), (shared.join("stories260k/hf"), "default")];
-    let texts = "Once upon a time,  there was a   little girl. ünïcode 🙂\n\nShe's 3 or 12345!\t\tEnd <s> </s>";
+    let texts =
+        "Once upon a time,  there was a   little girl. ünïcode 🙂\n\nShe's 3 or 12345!\t\tEnd <s> </s>";
     for (folder, pre) in folders.iter().filter(|it| it.0.is_dir()) {
         let tokenizer = Tokenizer::from_folder(folder).unwrap();
         let (vocabulary, notes) = tokenizer.gguf_vocabulary().unwrap();

@@ -52,6 +52,28 @@ impl ModelCard {
     }
 }
 
+/// README.md of a whole model that a base and an adapter were merged into.
+pub fn merged_card(base: &str, adapter: Option<&PeftAdapter>) -> String {
+    let mut text = String::from("---\n");
+    if is_hub_name(base) {
+        let _ = writeln!(text, "base_model: {base}\nbase_model_relation: finetune");
+    }
+    text += "library_name: transformers\npipeline_tag: text-generation\ntags:\n- ferrotune\n---\n\n";
+    let base = one_line(base);
+    let _ = writeln!(text, "# {}, fine-tuned\n", base.rsplit('/').next().unwrap_or(&base));
+    let _ = match adapter {
+        None => writeln!(text, "The weights of `{base}`, written by Ferrotune."),
+        Some(adapter) => writeln!(
+            text,
+            "`{base}` with a LoRA adapter (rank {}, alpha {}, on {}) merged into its weights by Ferrotune.",
+            adapter.r,
+            adapter.lora_alpha,
+            one_line(&adapter.target_modules.to_string())
+        ),
+    };
+    text
+}
+
 /// `organisation/name`, not a path: hubs refuse cards that name anything else as the base.
 fn is_hub_name(name: &str) -> bool {
     let good = |it: &str| {

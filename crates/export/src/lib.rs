@@ -1,17 +1,22 @@
 //! One file for each format a trained model leaves in.
 //!
-//! [`PeftAdapter`] is the adapter alone, as PEFT writes and reads it.
+//! [`PeftAdapter`] is the adapter alone, as PEFT writes and reads it. [`merge`] makes one model of base and
+//! adapter, a [`ModelFiles`](ferrotune_model::source::ModelFiles) whose weights are read as any other's: what
+//! writes a whole model ([`write_folder`]) takes such files and asks for rows or tensors by canonical names.
 
 mod card;
+mod checkpoint;
 mod files;
 mod gguf;
+mod merge;
 mod model;
 mod peft;
 #[cfg(test)]
 mod scratch;
 
-pub use card::ModelCard;
+pub use card::{ModelCard, merged_card};
 pub use files::write_whole;
 pub use gguf::{GgufMix, GgufModel, GgufReport, GgufTokenizer, write_gguf, write_gguf_adapter};
-pub use model::{SavedAs, write_model};
+pub use merge::{merge, with_saved};
+pub use model::{FolderOptions, SavedAs, write_folder, write_model};
 pub use peft::{LoraTensors, Modules, PeftAdapter, write_tensors};

@@ -1,17 +1,18 @@
-//! A whole model as Hugging Face lays it out: config.json and one safetensors file, trained weights in the
-//! place of those that they began as.
+//! A whole model as Hugging Face lays it out: config.json and safetensors files, under the names that the
+//! family's checkpoints have.
 
-use std::borrow::Cow;
-use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap};
-use std::fs::{self, File};
+use std::collections::BTreeMap;
+use std::fs;
+use std::ops::Range;
 use std::path::Path;
 
-use ferrotune_model::source::{ModelFiles, Stored};
-use ferrotune_model::spec::names;
-use ferrotune_tensor::{DType, Error, Result, Tensor, bf16, f16};
-use safetensors::{Dtype, View};
+use ferrotune_model::families;
+use ferrotune_model::source::{FileKind, ModelFiles};
+use ferrotune_model::spec::{CheckpointTensor, names};
+use ferrotune_tensor::{DType, Error, Result, Tensor};
+use serde_json::{Value, json};
 
+use crate::checkpoint::{CheckpointWriter, Entry, bytes_as, stored_as};
 use crate::files::write_whole;
 
 /// The type that trained weights are written in.
@@ -23,113 +24,183 @@ pub enum SavedAs {
     Stored,
 }
 
-const TENSORS: &str = "model.safetensors";
-const CONFIG: &str = "config.json";
+/// How a whole model is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FolderOptions {
+    /// The type of all numbers; where it is none, each tensor has its own in the base model's files, and
+    /// bf16 where those hold few bits.
+    pub dtype: Option<DType>,
+    /// The longest file; one tensor may be longer.
+    pub shard_bytes: u64,
+}
 
-/// Writes the folder; the config comes last, so that a folder with a config is a whole model.
+const CONFIG: &str = "config.json";
+const GENERATION: &str = "generation_config.json";
+/// Numbers that are in memory at once.
+const PIECE: usize = 1 << 22;
+
+/// Writes a base model with trained weights in the place of those that they began as.
 ///
 /// # Errors
-/// When the base isn't a Hugging Face folder, or a file can't be read or written.
+/// When a file can't be read or written.
 pub fn write_model(
     folder: &Path,
     base: &ModelFiles,
     trained: &BTreeMap<String, Tensor>,
     saved_as: SavedAs,
 ) -> Result<()> {
-    let config = base.path.join(CONFIG);
-    let mut config = fs::read(&config).map_err(|source| Error::io(&config, source))?;
-    if base.config.get("vocab_size").and_then(serde_json::Value::as_u64) != Some(base.spec.vocab_size as u64)
-    {
-        let mut grown = base.config.clone();
-        grown["vocab_size"] = base.spec.vocab_size.into();
-        config = serde_json::to_vec_pretty(&grown).map_err(|error| Error::msg(error.to_string()))?;
-    }
-    fs::create_dir_all(folder).map_err(|source| Error::io(folder, source))?;
-    let failed = RefCell::new(None);
-    let tied = base.spec.tie_word_embeddings;
-    let names = base.source.names().into_iter().filter(|name| !(tied && *name == names::HEAD));
-    let tensors = names.map(|name| {
-        let dtype = match (saved_as, trained.contains_key(name)) {
-            (SavedAs::Trained, true) => DType::F32,
-            _ => base.source.dtype(name)?,
-        };
-        let (rows, cols) = base.source.shape(name)?;
-        let shape = if rows == 1 { vec![cols] } else { vec![rows, cols] };
-        let tensor = trained.get(name);
-        Ok((name, Lazy { name, base, tensor, dtype, shape, failed: &failed }))
-    });
-    let tensors = tensors.collect::<Result<Vec<_>>>()?;
-    let path = folder.join(TENSORS);
-    let beside = folder.join(format!(".{TENSORS}.{}.part", std::process::id()));
-    let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-    let written = safetensors::serialize_to_file(tensors, Some(metadata), &beside)
-        .map_err(|error| Error::file(&path, format!("can't be written: {error}")));
-    let written = written.and_then(|()| failed.take().map_or(Ok(()), Err)).and_then(|()| {
-        let synced = File::open(&beside).and_then(|file| file.sync_all());
-        synced.and_then(|()| fs::rename(&beside, &path)).map_err(|source| Error::io(&path, source))
-    });
-    if written.is_err() {
-        let _ = fs::remove_file(&beside);
-        return written;
-    }
-    let generation = base.path.join("generation_config.json");
-    if let Ok(bytes) = fs::read(&generation) {
-        write_whole(&folder.join("generation_config.json"), &bytes)?;
-    }
-    write_whole(&folder.join(CONFIG), &config)
+    let read = |name: &str, rows: Range<usize>, out: &mut [f32]| match trained.get(name) {
+        None => base.source.read_rows(name, rows, out),
+        Some(tensor) => {
+            out.copy_from_slice(&tensor.values::<f32>()?[rows.start * tensor.cols()..][..out.len()]);
+            Ok(())
+        }
+    };
+    let dtype = |it: &CheckpointTensor| match saved_as {
+        SavedAs::Trained if it.parts.iter().any(|part| trained.contains_key(part)) => Ok(DType::F32),
+        _ => base.source.dtype(&it.parts[0]),
+    };
+    write_weights(folder, base, &dtype, &read, u64::MAX, &mut |_, _| {})?;
+    write_configs(folder, base, None)
 }
 
-/// A tensor that is read when it is written.
-struct Lazy<'a> {
-    name: &'a str,
-    base: &'a ModelFiles,
-    tensor: Option<&'a Tensor>,
-    dtype: DType,
-    shape: Vec<usize>,
-    failed: &'a RefCell<Option<Error>>,
+/// Writes a model, such as a merged one; the config comes last, so that a folder with a config is a whole
+/// model. `progress` gets the numbers written and all of them.
+///
+/// # Errors
+/// When a file can't be read or written.
+pub fn write_folder(
+    folder: &Path,
+    files: &ModelFiles,
+    options: FolderOptions,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<()> {
+    let one = written_dtype(files, options)?;
+    let dtype = |it: &CheckpointTensor| match one {
+        Some(dtype) => Ok(dtype),
+        None => Ok(files.source.stored_dtype(&it.parts[0])?.unwrap_or(DType::BF16)),
+    };
+    let read = |name: &str, rows: Range<usize>, out: &mut [f32]| files.source.read_rows(name, rows, out);
+    write_weights(folder, files, &dtype, &read, options.shard_bytes, progress)?;
+    write_configs(folder, files, one)
 }
 
-impl Lazy<'_> {
-    fn bytes(&self) -> Result<Vec<u8>> {
-        let tensor = match self.tensor {
-            Some(tensor) => tensor.try_clone()?.cast(self.dtype)?,
-            None => {
-                let Stored::Dense(tensor) = self.base.source.get(self.name)? else {
-                    return Err(Error::msg(format!("tensor `{}` is in few bits", self.name)));
-                };
-                tensor.cast(self.dtype)?
+/// The one type of all numbers: the one asked for, or for a GGUF file, whose small tensors are f32 beside
+/// large ones of another type, that of its projections.
+fn written_dtype(files: &ModelFiles, options: FolderOptions) -> Result<Option<DType>> {
+    if options.dtype.is_some() || files.kind == FileKind::Folder {
+        return Ok(options.dtype);
+    }
+    let first = files.source.stored_dtype(&names::weight(0, names::DOWN))?;
+    Ok(Some(first.unwrap_or(DType::BF16)))
+}
+
+/// Some rows of a canonical tensor.
+type ReadRows<'a> = dyn Fn(&str, Range<usize>, &mut [f32]) -> Result<()> + 'a;
+
+fn write_weights(
+    folder: &Path,
+    files: &ModelFiles,
+    dtype: &dyn Fn(&CheckpointTensor) -> Result<DType>,
+    read: &ReadRows,
+    shard_bytes: u64,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<()> {
+    let tensors = files.spec.checkpoint_tensors();
+    let dtypes = tensors.iter().map(dtype).collect::<Result<Vec<DType>>>()?;
+    let entry = |(it, dtype): (&CheckpointTensor, &DType)| {
+        vec![Entry { name: it.name.clone(), dtype: stored_as(*dtype), shape: it.shape() }]
+    };
+    let groups: Vec<Vec<Entry>> = tensors.iter().zip(&dtypes).map(entry).collect();
+    let total = files.spec.parameter_count();
+    let mut writer = CheckpointWriter::create(folder, &groups, shard_bytes, total)?;
+    let mut done = 0;
+    for (tensor, dtype) in tensors.iter().zip(dtypes) {
+        for part in &tensor.parts {
+            let (rows, cols) = files.source.shape(part)?;
+            let step = (PIECE / cols).max(1);
+            for first in (0..rows).step_by(step) {
+                let rows = first..(first + step).min(rows);
+                let mut values = vec![0.0; rows.len() * cols];
+                read(part, rows, &mut values)?;
+                if tensor.less != 0.0 {
+                    values.iter_mut().for_each(|it| *it -= tensor.less);
+                }
+                done += values.len() as u64;
+                writer.write(&tensor.name, &bytes_as(values, dtype)?)?;
+                progress(done, total);
             }
-        };
-        Ok(match self.dtype {
-            DType::BF16 => tensor.values::<bf16>()?.iter().flat_map(|it| it.to_le_bytes()).collect(),
-            DType::F16 => tensor.values::<f16>()?.iter().flat_map(|it| it.to_le_bytes()).collect(),
-            _ => tensor.values::<f32>()?.iter().flat_map(|it| it.to_le_bytes()).collect(),
-        })
-    }
-}
-
-impl View for Lazy<'_> {
-    fn dtype(&self) -> Dtype {
-        match self.dtype {
-            DType::BF16 => Dtype::BF16,
-            DType::F16 => Dtype::F16,
-            _ => Dtype::F32,
         }
     }
+    writer.finish()
+}
 
-    fn shape(&self) -> &[usize] {
-        &self.shape
+/// config.json and generation_config.json, the former last.
+pub(crate) fn write_configs(folder: &Path, files: &ModelFiles, dtype: Option<DType>) -> Result<()> {
+    let config = config(files, dtype)?;
+    let generation = match files.kind {
+        FileKind::Folder => fs::read(files.path.join(GENERATION)).ok(),
+        FileKind::Gguf => {
+            let mut generation = json!({ "_from_model_config": true });
+            for key in ["bos_token_id", "eos_token_id", "pad_token_id"] {
+                generation[key] = config[key].clone();
+            }
+            Some(pretty(&generation)?)
+        }
+    };
+    if let Some(bytes) = generation {
+        write_whole(&folder.join(GENERATION), &bytes)?;
     }
+    write_whole(&folder.join(CONFIG), &pretty(&config)?)
+}
 
-    fn data(&self) -> Cow<'_, [u8]> {
-        // The file is thrown away when this fails.
-        Cow::Owned(self.bytes().unwrap_or_else(|error| {
-            *self.failed.borrow_mut() = Some(error);
-            vec![0; self.data_len()]
-        }))
+/// The base's config with what has changed since.
+pub(crate) fn config(files: &ModelFiles, dtype: Option<DType>) -> Result<Value> {
+    let (mut config, spec) = (files.config.clone(), &files.spec);
+    let Some(map) = config.as_object_mut() else { return Err(Error::msg("the config is no JSON object")) };
+    map.insert("vocab_size".into(), spec.vocab_size.into());
+    // Families differ in what is meant where nothing is said.
+    if map.contains_key("tie_word_embeddings") || !spec.tie_word_embeddings {
+        map.insert("tie_word_embeddings".into(), spec.tie_word_embeddings.into());
     }
+    map.remove("quantization_config");
+    if let Some(dtype) = dtype {
+        let key = if map.contains_key("dtype") { "dtype" } else { "torch_dtype" };
+        map.insert(key.into(), dtype_name(dtype).into());
+    }
+    let model_type = map.get("model_type").and_then(Value::as_str).unwrap_or_default();
+    if !map.contains_key("architectures")
+        && let Some(class) = families::architecture(model_type)
+    {
+        map.insert("architectures".into(), json!([class]));
+    }
+    if files.kind == FileKind::Gguf {
+        let scaling = map.get("rope_scaling").and_then(|it| it.get("rope_type")).and_then(Value::as_str);
+        if scaling == Some("frequency_factors") {
+            let message = "its rope has divisors of its own, which config.json can't say: export from the \
+                           Hugging Face folder of the same model";
+            return Err(Error::file(&files.path, message));
+        }
+        let ends = match map.get("eos_token_id").and_then(Value::as_array).map(Vec::as_slice) {
+            Some([]) => Value::Null,
+            Some([one]) => one.clone(),
+            _ => map.get("eos_token_id").cloned().unwrap_or_default(),
+        };
+        map.insert("eos_token_id".into(), ends);
+    }
+    Ok(config)
+}
 
-    fn data_len(&self) -> usize {
-        self.shape.iter().product::<usize>() * self.dtype.size_in_bytes()
+/// As PyTorch names a type.
+pub(crate) fn dtype_name(dtype: DType) -> &'static str {
+    match dtype {
+        DType::BF16 => "bfloat16",
+        DType::F16 => "float16",
+        _ => "float32",
     }
+}
+
+fn pretty(value: &Value) -> Result<Vec<u8>> {
+    let text = serde_json::to_string_pretty(value).map_err(|error| Error::msg(error.to_string()))?;
+    Ok(format!("{text}\n").into_bytes())
 }

@@ -3,7 +3,10 @@
 pub use ferrotune_nn::{Activation, NormKind, Rope};
 use ferrotune_tensor::{Error, Result};
 
+mod checkpoint;
 mod memory;
+
+pub use checkpoint::{CheckpointTensor, FUSED};
 
 pub use memory::{BaseWeights, MemoryEstimate, MemoryPlan};
 

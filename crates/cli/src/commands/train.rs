@@ -36,7 +36,12 @@ use crate::run::{
 use crate::{INTERRUPTED, Outcome};
 
 /// Keys that a resumed run may change.
-const FREE_KEYS: [&str; 31] = [
+const FREE_KEYS: [&str; 36] = [
+    "export_dir",
+    "export_format",
+    "export_size",
+    "infer_dtype",
+    "export_verify",
     "overwrite_cache",
     "tokenized_path",
     "plot_loss",

@@ -636,3 +636,27 @@ choice! {
     }
     later {} wrong {}
 }
+
+choice! {
+    /// `export_format`
+    ExportFormat {
+        /// A Hugging Face folder in 16 bits (or in f32).
+        Safetensors = "safetensors",
+    }
+    later {} wrong {}
+}
+
+choice! {
+    /// `infer_dtype`
+    InferDtype {
+        /// That of the base model's files.
+        Auto = "auto",
+        /// bfloat16
+        Bf16 = "bfloat16" | "bf16",
+        /// float16
+        F16 = "float16" | "fp16",
+        /// float32
+        F32 = "float32" | "fp32",
+    }
+    later {} wrong {}
+}

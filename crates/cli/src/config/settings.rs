@@ -293,6 +293,18 @@ settings! {
         /// Sample from tokens at least this likely, relative to the likeliest.
         min_p: f64 = 0.0,
     }
+    "Export" {
+        /// Where `ferrotune export` writes.
+        export_dir: Option<PathBuf> = None,
+        /// What it writes: safetensors (the whole model in 16 bits, adapter merged).
+        export_format: ExportFormat = ExportFormat::Safetensors,
+        /// Longest file of a model in GB (10^9 bytes).
+        export_size: f64 = 5.0,
+        /// Type of merged weights: auto (the base model's own), bfloat16, float16 or float32.
+        infer_dtype: InferDtype = InferDtype::Auto,
+        /// Read what was written and compare its logits with those of base and adapter.
+        export_verify: bool = true,
+    }
 }
 
 impl RunConfig {
@@ -496,6 +508,7 @@ impl RunConfig {
             "training in f16 needs a GPU (a cpu gains nothing from it); use `bf16: true`, or leave both out",
         );
         check(self.num_threads != Some(0), "num_threads", "expected 1 or more");
+        check(self.export_size > 0.0, "export_size", "expected more than 0");
         check(self.max_new_tokens > 0, "max_new_tokens", "expected 1 or more");
         check(self.temperature >= 0.0, "temperature", "expected 0 or more");
         check(self.top_p > 0.0 && self.top_p <= 1.0, "top_p", "expected a share, over 0 and up to 1");

@@ -1,12 +1,11 @@
 //! Model files to a decoder in memory: the one place that puts stored weights, NF4 and adapters together.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::time::Instant;
 
-use ferrotune_export::{LoraTensors, Modules, PeftAdapter};
+use ferrotune_export::{LoraTensors, Modules, PeftAdapter, with_saved};
 use ferrotune_lora::{LoraAdapter, LoraConfig, Target};
-use ferrotune_model::source::{ModelFiles, Replacement, Stored};
-use ferrotune_model::spec::names;
+use ferrotune_model::source::{ModelFiles, Stored};
 use ferrotune_model::{BuildOptions, Decoder, PartSpec, build, dense_part};
 use ferrotune_nn::{LanguageModel, Parameter, Part, Weight};
 use ferrotune_quant::{Nf4GpuWeight, Nf4Weight, Scales};
@@ -94,21 +93,6 @@ pub fn open_decoder(config: &RunConfig, console: &Console) -> anyhow::Result<(Op
     };
     let decoder = build_decoder(config, &model.files, &computing, adapters)?;
     Ok((model, decoder))
-}
-
-/// The model with the whole weights that were saved beside an adapter. One of an embedding and a head that
-/// were one stays as it was where the other is saved, as in PEFT.
-fn with_saved(files: ModelFiles, saved: BTreeMap<String, Tensor>) -> Result<ModelFiles> {
-    if saved.is_empty() {
-        return Ok(files);
-    }
-    let saved = saved.into_iter().map(|(name, tensor)| (name, Replacement::Tensor(tensor)));
-    let mut changes: BTreeMap<String, Replacement> = saved.collect();
-    if files.spec.tie_word_embeddings {
-        let tied = || Replacement::Other(names::EMBEDDING.to_string());
-        changes.entry(names::HEAD.to_string()).or_insert_with(tied);
-    }
-    files.change(changes)
 }
 
 /// What gives each projection its adapter.

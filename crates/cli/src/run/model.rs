@@ -40,6 +40,28 @@ impl OpenModel {
     /// # Errors
     /// When none is named or found, or a file of it is missing or damaged.
     pub fn open(config: &RunConfig, console: &Console) -> anyhow::Result<OpenModel> {
+        let UntemplatedModel { name, files, tokenizer } = UntemplatedModel::open(config, console)?;
+        let vocabulary = Arc::new(Vocabulary::new(tokenizer, config)?);
+        Ok(OpenModel { name, files, vocabulary })
+    }
+}
+
+/// A model that need not have a chat template: one that is only converted.
+pub struct UntemplatedModel {
+    /// As it was typed.
+    pub name: String,
+    /// Spec and weights; the weights are mapped, not read.
+    pub files: ModelFiles,
+    /// Its tokenizer, or the one that an adapter came with.
+    pub tokenizer: Tokenizer,
+}
+
+impl UntemplatedModel {
+    /// Opens the model that the config names.
+    ///
+    /// # Errors
+    /// When none is named or found, or a file of it is missing or damaged.
+    pub fn open(config: &RunConfig, console: &Console) -> anyhow::Result<UntemplatedModel> {
         let name = name(config)?;
         let path = find(config, &name, console)?;
         tracing::info!("model files: {}", path.display());
@@ -48,8 +70,22 @@ impl OpenModel {
             Some(folder) => Tokenizer::from_folder(folder)?,
             None => tokenizer(&files)?,
         };
-        let vocabulary = Arc::new(Vocabulary::new(tokenizer, config)?);
-        Ok(OpenModel { name, files, vocabulary })
+        Ok(UntemplatedModel { name, files, tokenizer })
+    }
+
+    /// Gives the tokenizer the chat template that the config asks for or the adapter was trained with, to be
+    /// saved with it.
+    ///
+    /// # Errors
+    /// When the template can't be read, or needs a token that there isn't.
+    pub fn set_template(&mut self, config: &RunConfig) -> anyhow::Result<()> {
+        if let Some(TemplateSource { source, eos_token, .. }) = chosen_template(config)? {
+            if let Some(token) = eos_token {
+                self.tokenizer.set_special_token("eos_token", &token)?;
+            }
+            self.tokenizer.set_chat_template(source);
+        }
+        Ok(())
     }
 }
 
@@ -74,20 +110,7 @@ impl Vocabulary {
     fn new(mut tokenizer: Tokenizer, config: &RunConfig) -> anyhow::Result<Vocabulary> {
         tokenizer.add_tokens(&config.add_tokens, Added::Plain)?;
         tokenizer.add_tokens(&config.add_special_tokens, Added::Control)?;
-        let trained_with =
-            config.adapter_name_or_path.as_deref().map(|folder| folder.join("chat_template.jinja"));
-        let template = match &config.template {
-            TemplateName::Auto => match trained_with.filter(|file| file.is_file()) {
-                // What the adapter was trained with wins over what came with the model.
-                Some(file) => {
-                    let eos_token = eos_beside(&file);
-                    Some(TemplateSource { eos_token, ..template_source(&TemplateName::File(file))? })
-                }
-                None => None,
-            },
-            asked => Some(template_source(asked)?),
-        };
-        let template = match template {
+        let template = match chosen_template(config)? {
             Some(TemplateSource { name, source, eos_token }) => {
                 if let Some(token) = eos_token {
                     tokenizer.set_special_token("eos_token", &token)?;
@@ -106,6 +129,17 @@ impl Vocabulary {
         check_template(&template, &tokenizer)?;
         Ok(Vocabulary { tokenizer, template })
     }
+}
+
+/// The template that the config asks for, or that the adapter was trained with; none: the model's own.
+fn chosen_template(config: &RunConfig) -> anyhow::Result<Option<TemplateSource>> {
+    if config.template != TemplateName::Auto {
+        return template_source(&config.template).map(Some);
+    }
+    let trained_with = config.adapter_name_or_path.as_deref().map(|it| it.join("chat_template.jinja"));
+    let Some(file) = trained_with.filter(|file| file.is_file()) else { return Ok(None) };
+    let eos_token = eos_beside(&file);
+    Ok(Some(TemplateSource { eos_token, ..template_source(&TemplateName::File(file))? }))
 }
 
 /// An adapter's folder, where its embedding is its own and it has the tokenizer for that.

@@ -4,8 +4,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use ferrotune_model::source::{FUSED, GgufArchitecture, GgufType};
-use ferrotune_model::spec::{ModelSpec, names};
+use ferrotune_model::source::{GgufArchitecture, GgufType};
+use ferrotune_model::spec::{FUSED, ModelSpec, names};
 use ferrotune_tensor::{Error, Result};
 
 use super::file::{self, Fill, Metadata, Planned, Value};

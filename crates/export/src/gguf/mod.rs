@@ -14,10 +14,8 @@ mod vocabulary;
 use std::ops::Range;
 use std::path::Path;
 
-use ferrotune_model::source::{
-    FUSED, GgufArchitecture, GgufType, GgufVocabulary, RawValue, WeightSource, file_row,
-};
-use ferrotune_model::spec::{ModelSpec, names};
+use ferrotune_model::source::{GgufArchitecture, GgufType, GgufVocabulary, RawValue, WeightSource, file_row};
+use ferrotune_model::spec::{CheckpointTensor, ModelSpec, names};
 use ferrotune_tensor::{Error, Result};
 
 pub use adapter::write_gguf_adapter;
@@ -154,92 +152,40 @@ fn tensors<'a>(
             out.copy_from_slice(&factors);
             Ok(())
         });
-        planned.push(vector("rope_freqs.weight".into(), cols, fill));
+        let name = "rope_freqs.weight".to_string();
+        planned.push(Planned { name, kind: GgufType::F32, rows: None, cols, together: 1, fill });
     }
-    let mut wanted = spec.tensors();
+    let mut wanted = spec.checkpoint_tensors();
     if spec.tie_word_embeddings && architecture.name == "olmo2" {
         // llama.cpp wants the head by itself.
         let head = wanted.iter().find(|it| it.name == names::EMBEDDING).cloned();
-        wanted.extend(head.map(|it| ferrotune_model::spec::TensorSpec { name: names::HEAD.into(), ..it }));
+        wanted.extend(head.map(|it| CheckpointTensor { name: names::HEAD.into(), ..it }));
     }
     for tensor in wanted {
-        let fused = if architecture.fused { fusion(&tensor.name) } else { None };
-        let (canonical, parts) = match fused {
-            Some((whole, parts)) if parts[0] == tensor.name => (whole, parts),
-            Some(_) => continue, // with the first of them
-            None => (tensor.name.clone(), vec![tensor.name.clone()]),
+        let Some(name) = architecture.tensor(&tensor.name) else {
+            let message = format!("llama.cpp has no place for the tensor `{}`", tensor.name);
+            return Err(Error::file(path, message));
         };
-        let Some(name) = architecture.tensor(&canonical) else {
-            return Err(Error::file(path, format!("llama.cpp has no place for the tensor `{canonical}`")));
-        };
-        let from: Vec<String> = parts
-            .into_iter()
-            .map(
-                |it| if it == names::HEAD && spec.tie_word_embeddings { names::EMBEDDING.into() } else { it },
-            )
-            .collect();
-        let heads = architecture.pairs_are_neighbours.then(|| head_width(spec, &tensor.name)).flatten();
-        let is_vector = tensor.name.ends_with(".bias") || tensor.name.ends_with("norm.weight");
-        let rows: usize = from.iter().map(|it| weights.shape(it).map(|it| it.0)).sum::<Result<_>>()?;
-        let rows = if is_vector { None } else { Some(rows) };
-        let cols = if is_vector {
-            from.iter().map(|it| weights.shape(it).map(|it| it.1)).sum::<Result<_>>()?
-        } else {
-            tensor.cols
-        };
-        let fill: Fill<'a> = match (is_vector, heads) {
-            (true, heads) => Box::new(move |_, out| read_vector(weights, &from, heads, out)),
-            (false, Some(width)) => {
-                Box::new(move |rows, out| read_woven(weights, &from[0], width, rows, out))
+        let rows = (tensor.shape().len() == 2).then_some(tensor.rows);
+        let width = architecture.pairs_are_neighbours.then(|| head_width(spec, &tensor.name)).flatten();
+        let (cols, parts, is_vector) = (tensor.cols, tensor.parts, rows.is_none());
+        let fill: Fill<'a> = Box::new(move |rows, out| {
+            read_stacked(weights, &parts, rows, out)?;
+            if let Some(width) = width {
+                weave(out, width, if is_vector { 1 } else { cols });
             }
-            (false, None) => Box::new(move |rows, out| read_stacked(weights, &from, rows, out)),
-        };
-        let together = heads.filter(|_| !is_vector).unwrap_or(1);
+            Ok(())
+        });
+        let together = width.filter(|_| rows.is_some()).unwrap_or(1);
         planned.push(Planned { name, kind: GgufType::F32, rows, cols, together, fill });
     }
     Ok(planned)
-}
-
-fn vector(name: String, cols: usize, fill: Fill) -> Planned {
-    Planned { name, kind: GgufType::F32, rows: None, cols, together: 1, fill }
-}
-
-/// The fused tensor that this one is a part of, and its parts.
-fn fusion(name: &str) -> Option<(String, Vec<String>)> {
-    let (module, suffix) = name.rsplit_once('.')?;
-    for (whole, parts) in FUSED {
-        for part in parts {
-            if let Some(layer) = module.strip_suffix(part) {
-                let named = |it: &str| format!("{layer}{it}.{suffix}");
-                return Some((named(whole), parts.iter().map(|it| named(it)).collect()));
-            }
-        }
-    }
-    None
 }
 
 /// The width of the heads whose rows are woven: those of q and k.
 fn head_width(spec: &ModelSpec, name: &str) -> Option<usize> {
     let (module, _) = name.rsplit_once('.')?;
     (module.ends_with(names::Q) || module.ends_with(names::K)).then(|| spec.layers[0].attention.head_dim)
-}
-
-fn read_vector(
-    weights: &dyn WeightSource,
-    from: &[String],
-    heads: Option<usize>,
-    out: &mut [f32],
-) -> Result<()> {
-    let mut start = 0;
-    for name in from {
-        let cols = weights.shape(name)?.1;
-        weights.read_rows(name, 0..1, &mut out[start..start + cols])?;
-        start += cols;
-    }
-    if let Some(width) = heads {
-        weave(out, width, 1);
-    }
-    Ok(())
 }
 
 /// Rows of several tensors one above the other.
@@ -260,20 +206,6 @@ fn read_stacked(
         }
         first += count;
     }
-    Ok(())
-}
-
-/// Rows of whole heads, each head's in llama.cpp's order.
-fn read_woven(
-    weights: &dyn WeightSource,
-    name: &str,
-    width: usize,
-    rows: Range<usize>,
-    out: &mut [f32],
-) -> Result<()> {
-    let cols = out.len() / rows.len().max(1);
-    weights.read_rows(name, rows, out)?;
-    weave(out, width, cols);
     Ok(())
 }
 

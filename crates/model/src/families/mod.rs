@@ -20,22 +20,22 @@ use serde_json::Value;
 use crate::spec::ModelSpec;
 pub(crate) use rope::{Llama3, llama3_factors};
 
-/// A family: its `model_type` in config.json, and what turns the rest into a spec.
-type Family = (&'static str, fn(&config::Config) -> Result<ModelSpec>);
+/// A family: its `model_type` in config.json, transformers' class, and what turns the rest into a spec.
+type Family = (&'static str, &'static str, fn(&config::Config) -> Result<ModelSpec>);
 
 /// The families that are there.
 const FAMILIES: &[Family] = &[
-    ("llama", llama::spec),
-    ("mistral", mistral::spec),
-    ("qwen2", qwen::qwen2),
-    ("qwen3", qwen::qwen3),
-    ("smollm3", smollm3::spec),
-    ("olmo2", olmo2::spec),
-    ("granite", granite::spec),
-    ("gemma", gemma::gemma),
-    ("gemma2", gemma::gemma2),
-    ("gemma3_text", gemma::gemma3),
-    ("phi3", phi3::spec),
+    ("llama", "LlamaForCausalLM", llama::spec),
+    ("mistral", "MistralForCausalLM", mistral::spec),
+    ("qwen2", "Qwen2ForCausalLM", qwen::qwen2),
+    ("qwen3", "Qwen3ForCausalLM", qwen::qwen3),
+    ("smollm3", "SmolLM3ForCausalLM", smollm3::spec),
+    ("olmo2", "Olmo2ForCausalLM", olmo2::spec),
+    ("granite", "GraniteForCausalLM", granite::spec),
+    ("gemma", "GemmaForCausalLM", gemma::gemma),
+    ("gemma2", "Gemma2ForCausalLM", gemma::gemma2),
+    ("gemma3_text", "Gemma3ForCausalLM", gemma::gemma3),
+    ("phi3", "Phi3ForCausalLM", phi3::spec),
 ];
 
 /// Reads a config.json, or what a GGUF file says in its place. `file` is for messages.
@@ -45,7 +45,7 @@ const FAMILIES: &[Family] = &[
 /// key that may change the mathematics isn't known. The message names it.
 pub fn spec(config: &Value, file: &Path) -> Result<ModelSpec> {
     let model_type = config.get("model_type").and_then(Value::as_str);
-    let there: Vec<&str> = FAMILIES.iter().map(|(name, _)| *name).collect();
+    let there: Vec<&str> = FAMILIES.iter().map(|it| it.0).collect();
     let Some(model_type) = model_type else {
         let message =
             format!("`model_type` is missing: it names the model's family (there are: {})", there.join(", "));
@@ -60,7 +60,7 @@ pub fn spec(config: &Value, file: &Path) -> Result<ModelSpec> {
         );
         return Err(Error::file(file, message));
     }
-    let Some((name, read)) = FAMILIES.iter().find(|(name, _)| *name == model_type) else {
+    let Some((name, _, read)) = FAMILIES.iter().find(|it| it.0 == model_type) else {
         let message = format!(
             "`model_type` is `{model_type}`: that family is not there yet, only: {}",
             there.join(", ")
@@ -72,4 +72,9 @@ pub fn spec(config: &Value, file: &Path) -> Result<ModelSpec> {
     config.refuse_unread()?;
     spec.check().map_err(|error| Error::file(file, error.to_string()))?;
     Ok(spec)
+}
+
+/// transformers' class of a `model_type`, as config.json's `architectures` names it.
+pub fn architecture(model_type: &str) -> Option<&'static str> {
+    FAMILIES.iter().find(|it| it.0 == model_type).map(|it| it.1)
 }

@@ -6,8 +6,8 @@ use std::path::Path;
 
 use ferrotune_tensor::{DType, Error, Result, Tensor};
 
-use super::{FUSED, SafetensorsSource, Stored, WeightSource, check_rows};
-use crate::spec::{CheckpointForm, ModelSpec, names};
+use super::{SafetensorsSource, Stored, WeightSource, check_rows};
+use crate::spec::{CheckpointForm, FUSED, ModelSpec, names};
 
 /// Where a tensor is.
 struct Place {
@@ -85,6 +85,10 @@ impl WeightSource for CanonicalSource {
         let place = self.place(name)?;
         let stored = self.inner.dtype(&place.stored_name)?;
         Ok(if place.less_one { DType::F32 } else { stored })
+    }
+
+    fn stored_dtype(&self, name: &str) -> Result<Option<DType>> {
+        self.inner.stored_dtype(&self.place(name)?.stored_name)
     }
 
     fn get(&self, name: &str) -> Result<Stored> {

@@ -108,6 +108,15 @@ impl WeightSource for Changed {
         }
     }
 
+    fn stored_dtype(&self, name: &str) -> Result<Option<DType>> {
+        match self.replacements.get(name) {
+            None => self.base.stored_dtype(name),
+            Some(Replacement::Other(other)) => self.base.stored_dtype(other),
+            Some(Replacement::Tensor(tensor)) => Ok(Some(tensor.dtype())),
+            Some(Replacement::Rows(new)) => self.base.stored_dtype(&new.of),
+        }
+    }
+
     fn get(&self, name: &str) -> Result<Stored> {
         match self.replacements.get(name) {
             None => self.base.get(name),

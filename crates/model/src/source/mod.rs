@@ -19,9 +19,7 @@ use ferrotune_tensor::{DType, Error, Result, Tensor};
 
 pub use changed::{Changed, NewRows, Replacement};
 pub use files::{FileKind, ModelFiles};
-pub use gguf::{
-    FUSED, GgufArchitecture, GgufSource, GgufType, GgufVocabulary, RawValue, file_row, raw_vocabulary,
-};
+pub use gguf::{GgufArchitecture, GgufSource, GgufType, GgufVocabulary, RawValue, file_row, raw_vocabulary};
 pub use safetensors::SafetensorsSource;
 
 /// A tensor as its file holds it.
@@ -48,6 +46,13 @@ pub trait WeightSource: Send + Sync {
     /// # Errors
     /// When there is no such tensor.
     fn dtype(&self, name: &str) -> Result<DType>;
+    /// The type of its numbers in the file; none where the file holds them in few bits.
+    ///
+    /// # Errors
+    /// When there is no such tensor.
+    fn stored_dtype(&self, name: &str) -> Result<Option<DType>> {
+        self.dtype(name).map(Some)
+    }
     /// The tensor as it is stored.
     ///
     /// # Errors

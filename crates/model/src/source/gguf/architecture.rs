@@ -1,7 +1,7 @@
 //! What llama.cpp calls the families, and what it calls their tensors: for reading GGUF files and for writing them.
 //! The facts are those of llama.cpp's `gguf-py/gguf/constants.py`, `tensor_mapping.py` and `conversion/`.
 
-use crate::spec::{ModelSpec, NormPlaces, names};
+use crate::spec::{FUSED, ModelSpec, NormPlaces, names};
 
 /// An architecture that GGUF files name.
 #[derive(Debug, PartialEq)]
@@ -43,12 +43,6 @@ pub(super) const ARCHITECTURES: &[GgufArchitecture] = &[
     GgufArchitecture { norms: NormPlaces::BothEnds, ..plain("gemma2") },
     GgufArchitecture { family: "gemma3_text", norms: NormPlaces::BothEnds, ..plain("gemma3") },
     GgufArchitecture { fused: true, ..plain("phi3") },
-];
-
-/// Projections that are several of ours, one above the other: the module's name in a layer, and ours.
-pub const FUSED: [(&str, &[&str]); 2] = [
-    ("self_attn.qkv_proj", &[names::Q, names::K, names::V]),
-    ("mlp.gate_up_proj", &[names::GATE, names::UP]),
 ];
 
 /// The modules of a layer, ours and GGUF's.

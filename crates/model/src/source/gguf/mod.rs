@@ -20,7 +20,7 @@ use sha2::{Digest, Sha256};
 use super::mapped::{Mapped, bf16s, f16s};
 use super::{Stored, WeightSource, check_rows};
 use architecture::ARCHITECTURES;
-pub use architecture::{FUSED, GgufArchitecture, file_row};
+pub use architecture::{GgufArchitecture, file_row};
 pub use blocks::GgufType;
 use header::{Header, Value};
 pub use vocabulary::{GgufVocabulary, RawValue, raw_vocabulary};
@@ -192,6 +192,15 @@ impl WeightSource for GgufSource {
             GgufType::F16 => DType::F16,
             GgufType::Bf16 => DType::BF16,
             _ => DType::F32,
+        })
+    }
+
+    fn stored_dtype(&self, name: &str) -> Result<Option<DType>> {
+        Ok(match self.entry(name)?.kind {
+            GgufType::F32 => Some(DType::F32),
+            GgufType::F16 => Some(DType::F16),
+            GgufType::Bf16 => Some(DType::BF16),
+            _ => None,
         })
     }
 

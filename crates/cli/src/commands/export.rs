@@ -1,0 +1,166 @@
+//! `ferrotune export`: the model and its adapter as one, in the formats that other programs read.
+
+mod verify;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use ferrotune_export::{FolderOptions, PeftAdapter, merge, merged_card, write_folder, write_whole};
+use ferrotune_model::source::ModelFiles;
+use ferrotune_model::spec::names;
+use ferrotune_tensor::DType;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::Outcome;
+use crate::args::{ExportArgs, split_words};
+use crate::config::{ExportFormat, InferDtype, RunConfig};
+use crate::console::{Console, bytes};
+use crate::run::{UntemplatedModel, mistake, set_threads};
+use verify::Logits;
+
+/// Merges, writes, and compares what was written with what it was made of.
+pub fn run(args: &ExportArgs, console: &Console) -> anyhow::Result<Outcome> {
+    let mut config = config(args)?;
+    config.notes.iter().for_each(|note| console.note(note));
+    set_threads(&config);
+    let mut model = UntemplatedModel::open(&config, console)?;
+    let folder = folder(&config, &model)?;
+    let adapter = read_adapter(&config, &model)?;
+    model.set_template(&config)?;
+    warn_of_few_bits(&mut config, &model.files, adapter.is_some(), console)?;
+    let card = merged_card(&model.name, adapter.as_ref());
+
+    let UntemplatedModel { name, files, tokenizer } = model;
+    let (files, expected) = match config.export_verify {
+        false => (files, None),
+        true => {
+            let (files, logits) = Logits::of_live(&config, files, &tokenizer, console)?;
+            (files, Some(logits))
+        }
+    };
+    let files = match adapter {
+        Some(adapter) => merge(files, adapter)?,
+        None => files,
+    };
+    tracing::info!("{name}: {} tensors", files.spec.tensors().len());
+    write(&config, &folder, &files, console)?;
+    tokenizer.save(&folder)?;
+    // Older converters read the model of SentencePiece itself.
+    let pieces = files.path.join("tokenizer.model");
+    if pieces.is_file() && tokenizer.new_tokens().is_empty() {
+        fs::copy(&pieces, folder.join("tokenizer.model")).with_context(|| pieces.display().to_string())?;
+    }
+    write_whole(&folder.join("README.md"), card.as_bytes())?;
+    drop(files);
+    console.plain(format!("wrote {} ({})", folder.display(), bytes(size_of(&folder))));
+    if let Some(expected) = expected {
+        expected.compare(&config, &folder, console)?;
+    }
+    Ok(Outcome::Done)
+}
+
+/// The config with the flags over it.
+fn config(args: &ExportArgs) -> anyhow::Result<RunConfig> {
+    let (file, mut words) = split_words(&args.words)?;
+    let shown = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
+    let mut flag =
+        |key: &str, value: Option<String>| words.extend(value.map(|value| format!("{key}={value}")));
+    flag("model_name_or_path", args.model.clone());
+    flag("adapter_name_or_path", shown(&args.adapter));
+    flag("export_dir", shown(&args.output));
+    flag("export_format", args.format.clone());
+    flag("export_verify", args.no_verify.then(|| "false".to_string()));
+    RunConfig::load(file.as_deref(), &words)
+}
+
+/// The folder to write into: a new or an empty one, unless all in it may go.
+fn folder(config: &RunConfig, model: &UntemplatedModel) -> anyhow::Result<PathBuf> {
+    let wrong = |message: String| Err(mistake(config, "export_dir", &message));
+    let Some(folder) = &config.export_dir else {
+        return wrong("no folder is named to write the model into; give one, or --output".to_string());
+    };
+    let shown = folder.display();
+    if folder.exists() && !folder.is_dir() {
+        return wrong(format!("`{shown}` is a file, expected a folder"));
+    }
+    let same = |other: &Path| {
+        other.canonicalize().is_ok_and(|other| folder.canonicalize().is_ok_and(|folder| folder == other))
+    };
+    if same(&model.files.path) || config.adapter_name_or_path.as_deref().is_some_and(same) {
+        return wrong(format!("`{shown}` holds what is to be exported; name another folder"));
+    }
+    let empty = fs::read_dir(folder).map_or(true, |mut entries| entries.next().is_none());
+    if !empty && !config.overwrite_output_dir {
+        return wrong(format!(
+            "`{shown}` is not empty; name another folder, or set `overwrite_output_dir: true`"
+        ));
+    }
+    Ok(folder.clone())
+}
+
+fn read_adapter(config: &RunConfig, model: &UntemplatedModel) -> anyhow::Result<Option<PeftAdapter>> {
+    let Some(folder) = &config.adapter_name_or_path else { return Ok(None) };
+    let adapter = PeftAdapter::read(folder)?;
+    adapter.check_fits(&model.files.spec).with_context(|| folder.display().to_string())?;
+    Ok(Some(adapter))
+}
+
+/// Merging is exact with the weights that the base model was made with, and with no others.
+fn warn_of_few_bits(
+    config: &mut RunConfig,
+    files: &ModelFiles,
+    merges: bool,
+    console: &Console,
+) -> anyhow::Result<()> {
+    if config.quantization_bit.take().is_some() && merges {
+        console
+            .note("`quantization_bit`: the adapter is merged into the weights of the base model as they are");
+    }
+    let few = files.source.stored_dtype(&names::weight(0, names::DOWN))?.is_none();
+    if few {
+        let what = match merges {
+            true => "the adapter is merged into what they are read as",
+            false => "they are written as what they are read as",
+        };
+        console.warn(format!(
+            "{}: the weights are in few bits; {what}. Name the 16-bit original as the model for an exact result",
+            files.path.display()
+        ));
+    }
+    Ok(())
+}
+
+fn write(config: &RunConfig, folder: &Path, files: &ModelFiles, console: &Console) -> anyhow::Result<()> {
+    let bar = ProgressBar::hidden();
+    let style = ProgressStyle::with_template("writing [{bar:30}] {percent} %, {eta} left");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> "));
+    if console.shows_progress() {
+        bar.set_draw_target(ProgressDrawTarget::stderr());
+    }
+    let mut progress = |done: u64, total: u64| {
+        bar.set_length(total);
+        bar.set_position(done);
+    };
+    let written = match config.export_format {
+        ExportFormat::Safetensors => write_folder(folder, files, folder_options(config), &mut progress),
+    };
+    bar.finish_and_clear();
+    Ok(written?)
+}
+
+fn folder_options(config: &RunConfig) -> FolderOptions {
+    let dtype = match config.infer_dtype {
+        InferDtype::Auto => None,
+        InferDtype::Bf16 => Some(DType::BF16),
+        InferDtype::F16 => Some(DType::F16),
+        InferDtype::F32 => Some(DType::F32),
+    };
+    FolderOptions { dtype, shard_bytes: (config.export_size * 1e9) as u64 }
+}
+
+/// Bytes of the files in a folder.
+fn size_of(folder: &Path) -> u64 {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.filter_map(|it| it.metadata().ok()).filter(|it| it.is_file()).map(|it| it.len()).sum()
+}

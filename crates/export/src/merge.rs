@@ -1,0 +1,132 @@
+//! A base model with an adapter in its weights: W + scaling·B·A.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+use std::path::Path;
+
+use ferrotune_model::source::{ModelFiles, Replacement, Stored, WeightSource};
+use ferrotune_model::spec::names;
+use ferrotune_tensor::product::matmul;
+use ferrotune_tensor::{DType, MatrixMut, Precision, Result, Tensor};
+
+use crate::{LoraTensors, PeftAdapter};
+
+/// The model that base and adapter are together, under canonical names: what every format of a whole
+/// model is written from. Nothing is read before it is asked for; a row is merged in f32 when it is read.
+///
+/// # Errors
+/// When the adapter is another model's.
+pub fn merge(files: ModelFiles, mut adapter: PeftAdapter) -> Result<ModelFiles> {
+    adapter.check_fits(&files.spec)?;
+    let scaling = adapter.scaling();
+    let mut saved = std::mem::take(&mut adapter.saved);
+    for (name, tensor) in &mut saved {
+        let stored = if files.source.contains(name) { name.as_str() } else { names::EMBEDDING };
+        if let Some(dtype) = files.source.stored_dtype(stored)? {
+            *tensor = tensor.try_clone()?.cast(dtype)?;
+        }
+    }
+    let files = with_saved(files, saved)?;
+    let mut deltas = HashMap::new();
+    for LoraTensors { module, a, b } in adapter.tensors {
+        let delta = Delta { a: a.cast(DType::F32)?, b: b.cast(DType::F32)?, scaling };
+        deltas.insert(format!("{module}.weight"), delta);
+    }
+    let source = Box::new(Merged { base: files.source, deltas });
+    Ok(ModelFiles { source, ..files })
+}
+
+/// The model with the whole weights that were saved beside an adapter. One of an embedding and a head that
+/// were one stays as it was where the other is saved, as in PEFT.
+///
+/// # Errors
+/// When they don't fit each other.
+pub fn with_saved(files: ModelFiles, saved: BTreeMap<String, Tensor>) -> Result<ModelFiles> {
+    if saved.is_empty() {
+        return Ok(files);
+    }
+    let saved = saved.into_iter().map(|(name, tensor)| (name, Replacement::Tensor(tensor)));
+    let mut changes: BTreeMap<String, Replacement> = saved.collect();
+    if files.spec.tie_word_embeddings {
+        let tied = || Replacement::Other(names::EMBEDDING.to_string());
+        changes.entry(names::HEAD.to_string()).or_insert_with(tied);
+    }
+    files.change(changes)
+}
+
+/// What an adapter adds to one weight.
+struct Delta {
+    /// `(r, in_features)`
+    a: Tensor,
+    /// `(out_features, r)`
+    b: Tensor,
+    scaling: f64,
+}
+
+impl Delta {
+    /// Adds it to some rows.
+    fn add(&self, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
+        let (count, cols) = (rows.len(), self.a.cols());
+        let b = self.b.matrix::<f32>()?.rows(rows);
+        let out = MatrixMut::new(out, count, cols);
+        matmul(Precision::Full, self.scaling as f32, b, self.a.matrix()?, 1.0, out);
+        Ok(())
+    }
+}
+
+/// A source with an adapter added.
+struct Merged {
+    base: Box<dyn WeightSource>,
+    /// By the weight's name.
+    deltas: HashMap<String, Delta>,
+}
+
+impl WeightSource for Merged {
+    fn path(&self) -> &Path {
+        self.base.path()
+    }
+
+    fn names(&self) -> Vec<&str> {
+        self.base.names()
+    }
+
+    fn shape(&self, name: &str) -> Result<(usize, usize)> {
+        self.base.shape(name)
+    }
+
+    fn dtype(&self, name: &str) -> Result<DType> {
+        self.base.dtype(name)
+    }
+
+    fn stored_dtype(&self, name: &str) -> Result<Option<DType>> {
+        self.base.stored_dtype(name)
+    }
+
+    fn get(&self, name: &str) -> Result<Stored> {
+        match self.deltas.contains_key(name) {
+            true => Ok(Stored::Dense(self.get_f32(name)?.cast(self.dtype(name)?)?)),
+            false => self.base.get(name),
+        }
+    }
+
+    fn read_rows(&self, name: &str, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
+        self.base.read_rows(name, rows.clone(), out)?;
+        match self.deltas.get(name) {
+            Some(delta) => delta.add(rows, out),
+            None => Ok(()),
+        }
+    }
+
+    /// Another than the base's for each adapter.
+    fn fingerprint(&self) -> String {
+        let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+        let mut sorted: Vec<_> = self.deltas.iter().collect();
+        sorted.sort_unstable_by_key(|(name, _)| *name);
+        for tensor in sorted.into_iter().flat_map(|(_, it)| [&it.a, &it.b]) {
+            for value in tensor.values::<f32>().unwrap_or_default() {
+                hash = (hash ^ u64::from(value.to_bits())).wrapping_mul(0x0100_0000_01b3);
+            }
+        }
+        format!("{}+{hash:016x}", self.base.fingerprint())
+    }
+}

@@ -1,0 +1,71 @@
+//! Canonical tensors to those of a checkpoint in the family's own form, for whoever writes one.
+
+use super::{CheckpointForm, ModelSpec, names};
+
+/// Projections that [`CheckpointForm::Fused`] puts one above the other: the name of the whole, its parts.
+pub const FUSED: [(&str, &[&str]); 2] = [
+    ("self_attn.qkv_proj", &[names::Q, names::K, names::V]),
+    ("mlp.gate_up_proj", &[names::GATE, names::UP]),
+];
+
+/// A tensor as a checkpoint in the family's own form holds it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CheckpointTensor {
+    /// Its name there.
+    pub name: String,
+    /// The canonical tensors that it is made of, one above the other.
+    pub parts: Vec<String>,
+    /// Rows; 1 for a vector.
+    pub rows: usize,
+    /// Columns; the length of a vector.
+    pub cols: usize,
+    /// What is taken off each number.
+    pub less: f32,
+}
+
+impl CheckpointTensor {
+    /// Its shape as Hugging Face's files have it: a vector has one dimension.
+    pub fn shape(&self) -> Vec<usize> {
+        let vector = self.rows == 1 && (self.name.ends_with("norm.weight") || self.name.ends_with(".bias"));
+        if vector { vec![self.cols] } else { vec![self.rows, self.cols] }
+    }
+}
+
+impl ModelSpec {
+    /// Every tensor of a checkpoint in the family's own form, in the order of the model.
+    pub fn checkpoint_tensors(&self) -> Vec<CheckpointTensor> {
+        let mut all: Vec<CheckpointTensor> = Vec::new();
+        for it in self.tensors() {
+            let less_one =
+                self.checkpoint == CheckpointForm::NormsLessOne && it.name.ends_with("norm.weight");
+            let fused = match self.checkpoint {
+                CheckpointForm::Fused => fused_name(&it.name),
+                _ => None,
+            };
+            if let Some(name) = &fused
+                && let Some(whole) = all.iter_mut().rev().take(4).find(|whole| whole.name == *name)
+            {
+                whole.parts.push(it.name);
+                whole.rows += it.rows;
+                continue;
+            }
+            all.push(CheckpointTensor {
+                name: fused.unwrap_or_else(|| it.name.clone()),
+                parts: vec![it.name],
+                rows: it.rows,
+                cols: it.cols,
+                less: if less_one { 1.0 } else { 0.0 },
+            });
+        }
+        all
+    }
+}
+
+/// `model.layers.0.self_attn.q_proj.weight` → `model.layers.0.self_attn.qkv_proj.weight`
+fn fused_name(name: &str) -> Option<String> {
+    let stem = name.strip_suffix(".weight")?;
+    FUSED.iter().find_map(|(fused, parts)| {
+        let layer = parts.iter().find_map(|part| stem.strip_suffix(part))?;
+        Some(format!("{layer}{fused}.weight"))
+    })
+}
