@@ -16,29 +16,14 @@ use ferrotune_nn::{Context, LanguageModel};
 use ferrotune_tensor::{DType, Device, Precision, Result, Tensor};
 use serde_json::Value;
 
+mod hashed;
+
+use hashed::{numbers, weight};
+
 const RANK: usize = 2;
 const SCALING: f64 = 2.0;
 const LENGTHS: [usize; 2] = [12, 7];
 const POSITIONS: [&[usize]; 2] = [&[0, 3, 6, 11], &[2, 6]];
-
-/// In −1..1: FNV-1a of the name, then lowbias32 (Wellons) of that plus a multiple of the index.
-fn numbers(name: &str, count: usize) -> Vec<f32> {
-    let seed =
-        name.bytes().fold(2_166_136_261, |seed: u32, byte| (seed ^ u32::from(byte)).wrapping_mul(16_777_619));
-    let number = |index: usize| {
-        let mut x = (index as u32).wrapping_mul(0x9E37_79B9).wrapping_add(seed);
-        x = (x ^ (x >> 16)).wrapping_mul(0x7FEB_352D);
-        x = (x ^ (x >> 15)).wrapping_mul(0x846C_A68B);
-        x ^= x >> 16;
-        (f64::from(x >> 8) / f64::from(1 << 23) - 1.0) as f32
-    };
-    (0..count).map(number).collect()
-}
-
-fn weight(name: &str, count: usize) -> Vec<f32> {
-    let norm = name.contains("norm");
-    numbers(name, count).into_iter().map(|it| if norm { 1.0 + it / 2.0 } else { it / 4.0 }).collect()
-}
 
 fn golden() -> serde_json::Map<String, Value> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/families.json");

@@ -101,14 +101,12 @@ fn open_gguf(path: &Path) -> Result<ModelFiles> {
     let config = source.config()?;
     let spec = families::spec(&config, path)?;
     let vocabulary = Some(source.vocabulary()?);
-    Ok(ModelFiles {
-        spec,
-        source: Box::new(source),
-        config,
-        kind: FileKind::Gguf,
-        path: path.into(),
-        vocabulary,
-    })
+    // Norms are whole in GGUF files, whatever a folder's are.
+    let source: Box<dyn WeightSource> = match spec.checkpoint {
+        CheckpointForm::Fused => Box::new(CanonicalSource::new(&spec, Box::new(source))?),
+        _ => Box::new(source),
+    };
+    Ok(ModelFiles { spec, source, config, kind: FileKind::Gguf, path: path.into(), vocabulary })
 }
 
 fn open_folder(path: &Path) -> Result<ModelFiles> {
@@ -128,7 +126,7 @@ fn open_folder(path: &Path) -> Result<ModelFiles> {
     let stored = SafetensorsSource::open(path)?;
     let source: Box<dyn WeightSource> = match spec.checkpoint {
         CheckpointForm::Canonical => Box::new(stored),
-        _ => Box::new(CanonicalSource::new(&spec, stored)?),
+        _ => Box::new(CanonicalSource::new(&spec, Box::new(stored))?),
     };
     Ok(ModelFiles { spec, source, config, kind: FileKind::Folder, path: path.into(), vocabulary: None })
 }

@@ -116,7 +116,8 @@ impl GgufSource {
             }
             Some(_) => return Err(self.wrong("tensor `rope_freqs.weight` is no list of F32 numbers")),
         };
-        config::read(&self.header, self.architecture.name, factors).map_err(|message| self.wrong(message))
+        config::read(&self.header, self.file.bytes(), self.architecture, factors)
+            .map_err(|message| self.wrong(message))
     }
 
     /// The tokenizer and the chat template.
