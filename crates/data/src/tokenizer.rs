@@ -226,6 +226,11 @@ impl Tokenizer {
         self.special("bos_token")
     }
 
+    /// Whether a text by itself begins with `bos_token`.
+    pub fn adds_bos(&self) -> bool {
+        self.bos().is_some_and(|bos| self.prefix == [bos])
+    }
+
     /// Id of `eos_token`.
     pub fn eos(&self) -> Option<u32> {
         self.special("eos_token")

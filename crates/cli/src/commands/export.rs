@@ -1,5 +1,7 @@
 //! `ferrotune export`: the model and its adapter as one, in the formats that other programs read.
 
+mod gguf;
+mod ollama;
 mod verify;
 
 use std::fs;
@@ -31,6 +33,16 @@ pub fn run(args: &ExportArgs, console: &Console) -> anyhow::Result<Outcome> {
     warn_of_few_bits(&mut config, &model.files, adapter.is_some(), console)?;
     let card = merged_card(&model.name, adapter.as_ref());
 
+    if config.export_format == ExportFormat::GgufAdapter {
+        let UntemplatedModel { name, files, tokenizer } = &model;
+        let Some(adapter) = &adapter else {
+            let message = "`gguf-adapter` needs an adapter; give `adapter_name_or_path`, or --adapter";
+            return Err(mistake(&config, "export_format", message));
+        };
+        gguf::write_adapter(&folder, name, files, tokenizer, adapter, console)?;
+        return Ok(Outcome::Done);
+    }
+
     let UntemplatedModel { name, files, tokenizer } = model;
     let (files, expected) = match config.export_verify {
         false => (files, None),
@@ -44,6 +56,14 @@ pub fn run(args: &ExportArgs, console: &Console) -> anyhow::Result<Outcome> {
         None => files,
     };
     tracing::info!("{name}: {} tensors", files.spec.tensors().len());
+    if let Some(mix) = gguf::mix(config.export_format) {
+        let path = gguf::write_model(&folder, &name, &files, &tokenizer, mix, console)?;
+        drop(files);
+        if let Some(expected) = expected {
+            expected.rounded(gguf::rounding(mix)).compare(&config, &path, console)?;
+        }
+        return Ok(Outcome::Done);
+    }
     write(&config, &folder, &files, console)?;
     tokenizer.save(&folder)?;
     // Older converters read the model of SentencePiece itself.
@@ -144,6 +164,7 @@ fn write(config: &RunConfig, folder: &Path, files: &ModelFiles, console: &Consol
     };
     let written = match config.export_format {
         ExportFormat::Safetensors => write_folder(folder, files, folder_options(config), &mut progress),
+        _ => return Ok(()), // a GGUF file, in `gguf`
     };
     bar.finish_and_clear();
     Ok(written?)

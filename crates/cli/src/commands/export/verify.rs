@@ -25,6 +25,8 @@ pub struct Logits {
     /// (T, V), row after row.
     values: Vec<f32>,
     computing: BuildOptions,
+    /// How far rounding of the weights may take them.
+    rounding: f64,
 }
 
 impl Logits {
@@ -51,7 +53,12 @@ impl Logits {
         };
         let decoder = build_decoder(config, &files, &computing, adapters)?;
         let values = logits(&decoder, &ids)?;
-        Ok((ModelFiles::open(again)?, Logits { ids, values, computing }))
+        Ok((ModelFiles::open(again)?, Logits { ids, values, computing, rounding: 0.0 }))
+    }
+
+    /// What is compared with them has weights in few bits.
+    pub fn rounded(self, rounding: f64) -> Logits {
+        Logits { rounding, ..self }
     }
 
     /// Compares them with those of a folder, and says how far they are apart.
@@ -88,7 +95,7 @@ impl Logits {
             Precision::Bf16 => DType::BF16,
             Precision::Full => self.computing.dtype,
         };
-        f64::max(of(stored), of(computed))
+        self.rounding.max(of(stored)).max(of(computed))
     }
 }
 

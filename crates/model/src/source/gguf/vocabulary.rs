@@ -51,6 +51,19 @@ pub struct RawValue {
     pub bytes: Vec<u8>,
 }
 
+impl RawValue {
+    /// A text.
+    pub fn text(text: &str) -> RawValue {
+        let length = (text.len() as u64).to_le_bytes();
+        RawValue { kind: 8, bytes: [&length, text.as_bytes()].concat() }
+    }
+
+    /// A number of 32 bits.
+    pub fn whole(number: u32) -> RawValue {
+        RawValue { kind: 4, bytes: number.to_le_bytes().to_vec() }
+    }
+}
+
 impl GgufVocabulary {
     /// Reads the vocabulary of a GGUF file of any family, with or without weights.
     ///
