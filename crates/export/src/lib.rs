@@ -16,7 +16,9 @@ mod scratch;
 
 pub use card::{ModelCard, merged_card};
 pub use files::write_whole;
-pub use gguf::{GgufMix, GgufModel, GgufReport, GgufTokenizer, write_gguf, write_gguf_adapter};
+pub use gguf::{
+    GgufMix, GgufModel, GgufReport, GgufTokenizer, rounded_as_gguf, write_gguf, write_gguf_adapter,
+};
 pub use merge::{merge, with_saved};
 pub use model::{FolderOptions, SavedAs, write_folder, write_model};
 pub use peft::{LoraTensors, Modules, PeftAdapter, write_tensors};

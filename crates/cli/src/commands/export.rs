@@ -8,7 +8,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
-use ferrotune_export::{FolderOptions, PeftAdapter, merge, merged_card, write_folder, write_whole};
+use ferrotune_export::{
+    FolderOptions, PeftAdapter, merge, merged_card, rounded_as_gguf, write_folder, write_whole,
+};
 use ferrotune_model::source::ModelFiles;
 use ferrotune_model::spec::names;
 use ferrotune_tensor::DType;
@@ -58,9 +60,8 @@ pub fn run(args: &ExportArgs, console: &Console) -> anyhow::Result<Outcome> {
     tracing::info!("{name}: {} tensors", files.spec.tensors().len());
     if let Some(mix) = gguf::mix(config.export_format) {
         let path = gguf::write_model(&folder, &name, &files, &tokenizer, mix, console)?;
-        drop(files);
         if let Some(expected) = expected {
-            expected.rounded(gguf::rounding(mix)).compare(&config, &path, console)?;
+            expected.rounded_as(rounded_as_gguf(files, mix)?, &config)?.compare(&config, &path, console)?;
         }
         return Ok(Outcome::Done);
     }

@@ -47,6 +47,8 @@ pub(super) struct Planned<'a> {
     pub(super) cols: usize,
     /// Rows are asked for in multiples of this.
     pub(super) together: usize,
+    /// The canonical tensors that it is made of.
+    pub(super) parts: Vec<String>,
     pub(super) fill: Fill<'a>,
 }
 

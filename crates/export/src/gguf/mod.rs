@@ -7,6 +7,7 @@ mod file;
 mod k_quants;
 mod metadata;
 mod mix;
+mod rounded;
 #[cfg(test)]
 mod tests;
 mod vocabulary;
@@ -22,6 +23,7 @@ pub use adapter::write_gguf_adapter;
 use file::{Fill, Metadata, Planned, Value};
 pub use mix::GgufMix;
 use mix::{Shape, Size};
+pub use rounded::rounded_as_gguf;
 
 /// A model to be written, whatever its weights come from.
 pub struct GgufModel<'a> {
@@ -81,13 +83,23 @@ pub fn write_gguf(path: &Path, model: &GgufModel, mix: GgufMix) -> Result<GgufRe
     metadata.set("general.quantization_version", Value::U32(2));
     let wrong = |message| Error::file(path, message);
     vocabulary::write(&model.tokenizer, model.spec.vocab_size, &mut metadata).map_err(wrong)?;
-    let mut tensors = tensors(path, model, architecture)?;
-    let shapes: Vec<Shape> =
-        tensors.iter().map(|it| Shape { name: &it.name, rows: it.rows, cols: it.cols }).collect();
-    let kinds = mix::types(mix, &shapes, model.spec.layers.len(), size(model.spec, architecture));
+    let mut tensors = tensors(path, model.spec, model.weights, architecture)?;
+    let kinds = kinds(mix, model.spec, architecture, &tensors);
     tensors.iter_mut().zip(&kinds).for_each(|(tensor, kind)| tensor.kind = *kind);
     let bytes = file::write(path, &metadata, &tensors)?;
     Ok(GgufReport { bytes, types: counted(&kinds), notes })
+}
+
+/// The type of each tensor.
+fn kinds(
+    mix: GgufMix,
+    spec: &ModelSpec,
+    architecture: &GgufArchitecture,
+    tensors: &[Planned],
+) -> Vec<GgufType> {
+    let shapes: Vec<Shape> =
+        tensors.iter().map(|it| Shape { name: &it.name, rows: it.rows, cols: it.cols }).collect();
+    mix::types(mix, &shapes, spec.layers.len(), size(spec, architecture))
 }
 
 fn architecture(path: &Path, spec: &ModelSpec) -> Result<&'static GgufArchitecture> {
@@ -139,10 +151,10 @@ fn size_label(parameters: u64) -> String {
 /// All tensors of the file, the layers in their order.
 fn tensors<'a>(
     path: &Path,
-    model: &GgufModel<'a>,
-    architecture: &'static GgufArchitecture,
+    spec: &ModelSpec,
+    weights: &'a dyn WeightSource,
+    architecture: &GgufArchitecture,
 ) -> Result<Vec<Planned<'a>>> {
-    let (spec, weights) = (model.spec, model.weights);
     let mut planned = Vec::new();
     if let Some(rope) = spec.layers[0].attention.rope.as_ref()
         && let Some(factors) = metadata::rope_parts(rope).factors
@@ -153,7 +165,15 @@ fn tensors<'a>(
             Ok(())
         });
         let name = "rope_freqs.weight".to_string();
-        planned.push(Planned { name, kind: GgufType::F32, rows: None, cols, together: 1, fill });
+        planned.push(Planned {
+            name,
+            kind: GgufType::F32,
+            rows: None,
+            cols,
+            together: 1,
+            parts: Vec::new(),
+            fill,
+        });
     }
     let mut wanted = spec.checkpoint_tensors();
     if spec.tie_word_embeddings && architecture.name == "olmo2" {
@@ -168,16 +188,16 @@ fn tensors<'a>(
         };
         let rows = (tensor.shape().len() == 2).then_some(tensor.rows);
         let width = architecture.pairs_are_neighbours.then(|| head_width(spec, &tensor.name)).flatten();
-        let (cols, parts, is_vector) = (tensor.cols, tensor.parts, rows.is_none());
+        let (cols, is_vector, from) = (tensor.cols, rows.is_none(), tensor.parts.clone());
         let fill: Fill<'a> = Box::new(move |rows, out| {
-            read_stacked(weights, &parts, rows, out)?;
+            read_stacked(weights, &from, rows, out)?;
             if let Some(width) = width {
                 weave(out, width, if is_vector { 1 } else { cols });
             }
             Ok(())
         });
         let together = width.filter(|_| rows.is_some()).unwrap_or(1);
-        planned.push(Planned { name, kind: GgufType::F32, rows, cols, together, fill });
+        planned.push(Planned { name, kind: GgufType::F32, rows, cols, together, parts: tensor.parts, fill });
     }
     Ok(planned)
 }

@@ -29,17 +29,6 @@ pub fn mix(format: ExportFormat) -> Option<GgufMix> {
     }
 }
 
-/// How far logits may be from those of the weights before they were rounded, by the largest.
-pub fn rounding(mix: GgufMix) -> f64 {
-    match mix {
-        GgufMix::F32 => 0.0,
-        GgufMix::F16 => 1e-2,
-        GgufMix::Bf16 | GgufMix::Q8_0 => 1e-1,
-        GgufMix::Q6K => 2e-1,
-        GgufMix::Q4_0 | GgufMix::Q4KM | GgufMix::Q5KM => 5e-1,
-    }
-}
-
 /// Writes a whole model and its Modelfile; returns the model's file.
 ///
 /// # Errors

@@ -25,8 +25,6 @@ pub struct Logits {
     /// (T, V), row after row.
     values: Vec<f32>,
     computing: BuildOptions,
-    /// How far rounding of the weights may take them.
-    rounding: f64,
 }
 
 impl Logits {
@@ -53,12 +51,7 @@ impl Logits {
         };
         let decoder = build_decoder(config, &files, &computing, adapters)?;
         let values = logits(&decoder, &ids)?;
-        Ok((ModelFiles::open(again)?, Logits { ids, values, computing, rounding: 0.0 }))
-    }
-
-    /// What is compared with them has weights in few bits.
-    pub fn rounded(self, rounding: f64) -> Logits {
-        Logits { rounding, ..self }
+        Ok((ModelFiles::open(again)?, Logits { ids, values, computing }))
     }
 
     /// Compares them with those of a folder, and says how far they are apart.
@@ -95,7 +88,7 @@ impl Logits {
             Precision::Bf16 => DType::BF16,
             Precision::Full => self.computing.dtype,
         };
-        self.rounding.max(of(stored)).max(of(computed))
+        f64::max(of(stored), of(computed))
     }
 }
 

@@ -116,7 +116,10 @@ impl GgufType {
     }
 
     /// Writes the numbers of whole blocks on the calling thread.
-    pub(super) fn read(self, bytes: &[u8], out: &mut [f32]) {
+    ///
+    /// # Panics
+    /// When bytes and numbers aren't as many blocks of this type.
+    pub fn read(self, bytes: &[u8], out: &mut [f32]) {
         match self {
             GgufType::F32 => Plain::F32.read_serial(bytes, out),
             GgufType::F16 => Plain::F16.read_serial(bytes, out),
