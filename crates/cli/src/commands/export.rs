@@ -6,7 +6,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
-use ferrotune_export::{FolderOptions, PeftAdapter, merge, merged_card, write_folder, write_whole};
+use ferrotune_export::{
+    FolderOptions, PeftAdapter, merge, merged_card, write_bnb, write_folder, write_whole,
+};
 use ferrotune_model::source::ModelFiles;
 use ferrotune_model::spec::names;
 use ferrotune_tensor::DType;
@@ -44,6 +46,11 @@ pub fn run(args: &ExportArgs, console: &Console) -> anyhow::Result<Outcome> {
         None => files,
     };
     tracing::info!("{name}: {} tensors", files.spec.tensors().len());
+    // What rounding to few bits comes to is no fault: formats of few bits are compared with the same in memory.
+    let expected = match (expected, config.export_format) {
+        (Some(live), ExportFormat::BnbFourBit) => Some(live.in_four_bits(&config, &files)?),
+        (expected, _) => expected,
+    };
     write(&config, &folder, &files, console)?;
     tokenizer.save(&folder)?;
     // Older converters read the model of SentencePiece itself.
@@ -144,6 +151,7 @@ fn write(config: &RunConfig, folder: &Path, files: &ModelFiles, console: &Consol
     };
     let written = match config.export_format {
         ExportFormat::Safetensors => write_folder(folder, files, folder_options(config), &mut progress),
+        ExportFormat::BnbFourBit => write_bnb(folder, files, folder_options(config), &mut progress),
     };
     bar.finish_and_clear();
     Ok(written?)

@@ -296,7 +296,7 @@ settings! {
     "Export" {
         /// Where `ferrotune export` writes.
         export_dir: Option<PathBuf> = None,
-        /// What it writes: safetensors (the whole model in 16 bits, adapter merged).
+        /// What it writes: safetensors (the whole model in 16 bits, adapter merged) or bnb-4bit (in 4 bits, as bitsandbytes has it).
         export_format: ExportFormat = ExportFormat::Safetensors,
         /// Longest file of a model in GB (10^9 bytes).
         export_size: f64 = 5.0,
