@@ -2,7 +2,7 @@
 //! adapter adds. llama.cpp itself is asked by `cargo xtask peers`.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::{self, File};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use candle_core::Device as CandleDevice;
@@ -18,9 +18,10 @@ use ferrotune_nn::{Context, LanguageModel};
 use ferrotune_tensor::{DType, Device, Precision, Tensor};
 use serde_json::{Value, json};
 
+#[allow(dead_code, reason = "other tests use more of it")]
 mod hashed;
 
-use hashed::weight;
+use hashed::{Checkpoint, weight};
 
 const RANK: usize = 2;
 const VOCAB: usize = 40;
@@ -93,39 +94,29 @@ fn configs() -> Vec<(&'static str, Value)> {
 }
 
 /// A folder as transformers would write it; gone when dropped.
-struct Checkpoint(PathBuf);
+struct Model(Checkpoint);
 
-impl Checkpoint {
-    fn new(name: &str, config: &Value) -> Checkpoint {
-        let name = name.replace(' ', "-");
-        let folder = std::env::temp_dir().join(format!("ferrotune-gguf-{name}-{}", std::process::id()));
-        fs::create_dir_all(&folder).unwrap();
-        fs::write(folder.join("config.json"), config.to_string()).unwrap();
+impl Model {
+    fn new(name: &str, config: &Value) -> Model {
         let spec = families::spec(config, Path::new("config.json")).unwrap();
-        let tensors = spec.checkpoint_tensors().into_iter().map(|it| {
-            let values = weight(&it.name, it.rows * it.cols);
-            let tensor = candle_core::Tensor::from_vec(values, it.shape(), &CandleDevice::Cpu).unwrap();
-            (it.name, tensor)
-        });
-        let tensors: HashMap<String, candle_core::Tensor> = tensors.collect();
-        candle_core::safetensors::save(&tensors, folder.join("model.safetensors")).unwrap();
-        Checkpoint(folder)
+        let tensors = spec.checkpoint_tensors().into_iter();
+        let shapes: serde_json::Map<String, Value> =
+            tensors.map(|it| (it.name.clone(), json!(it.shape()))).collect();
+        Model(Checkpoint::new(&format!("gguf-{}", name.replace(' ', "-")), config, &shapes.into()))
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.0.join(name)
     }
 
     fn files(&self) -> ModelFiles {
-        ModelFiles::open(&self.0).unwrap()
+        ModelFiles::open(&self.0.0).unwrap()
     }
 
     fn merged(&self) -> ModelFiles {
         let files = self.files();
         let adapter = adapter(&files);
         merge(files, adapter).unwrap()
-    }
-}
-
-impl Drop for Checkpoint {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
     }
 }
 
@@ -194,12 +185,12 @@ fn difference(a: &[f32], b: &[f32]) -> f32 {
 #[test]
 fn what_is_exported_is_read_back_and_computes_the_same() {
     for (name, config) in configs() {
-        let checkpoint = Checkpoint::new(name, &config);
+        let checkpoint = Model::new(name, &config);
         let (base, merged) = (checkpoint.files(), checkpoint.merged());
         let expected = logits(&merged);
         assert!(difference(&expected, &logits(&base)) > 0.01, "{name}: the adapter changes nothing");
         for (mix, allowed) in [(GgufMix::F32, 1e-5), (GgufMix::F16, 2e-2), (GgufMix::Q8_0, 1e-1)] {
-            let path = checkpoint.0.join(format!("{}.gguf", mix.name()));
+            let path = checkpoint.path(&format!("{}.gguf", mix.name()));
             assert_eq!(export(&merged, &path, mix), [""; 0], "{name}");
             let again = ModelFiles::open(&path).unwrap();
             let off = difference(&expected, &logits(&again));
@@ -229,9 +220,9 @@ fn raw(path: &Path) -> (Content, BTreeMap<String, candle_core::Tensor>) {
 #[test]
 fn base_and_adapter_files_are_together_the_merged_file() {
     for (name, config) in configs() {
-        let checkpoint = Checkpoint::new(&format!("{name}-adapter"), &config);
+        let checkpoint = Model::new(&format!("{name}-adapter"), &config);
         let (files, merged) = (checkpoint.files(), checkpoint.merged());
-        let path = |it: &str| checkpoint.0.join(format!("{it}.gguf"));
+        let path = |it: &str| checkpoint.path(&format!("{it}.gguf"));
         export(&files, &path("base"), GgufMix::F32);
         export(&merged, &path("merged"), GgufMix::F32);
         write_gguf_adapter(&path("adapter"), &files.spec, &adapter(&files), "Tiny").unwrap();
@@ -264,12 +255,12 @@ fn what_llama_cpp_does_not_compute_is_refused_by_name() {
     let check = |name: &str, change: Value, expected: &str| {
         let mut config = all[name].as_object().unwrap().clone();
         config.extend(change.as_object().unwrap().clone());
-        let checkpoint = Checkpoint::new(&format!("{name}-refused"), &Value::Object(config));
+        let checkpoint = Model::new(&format!("{name}-refused"), &Value::Object(config));
         let files = checkpoint.files();
         let (spec, weights) = (&files.spec, files.source.as_ref());
         let tokenizer = GgufTokenizer::Kept(Vec::new());
         let model = GgufModel { spec, weights, tokenizer, name: "Tiny".into(), base_model: None };
-        let path = checkpoint.0.join("x.gguf");
+        let path = checkpoint.path("x.gguf");
         let error = write_gguf(&path, &model, GgufMix::F32).unwrap_err().to_string();
         assert!(error.contains(&format!("llama.cpp has no {expected}")), "{error}");
         assert!(!path.exists());
@@ -286,13 +277,13 @@ fn what_llama_cpp_does_not_compute_is_refused_by_name() {
     let window = json!({ "sliding_window": 4 });
     let mut config = all["mistral"].as_object().unwrap().clone();
     config.extend(window.as_object().unwrap().clone());
-    let checkpoint = Checkpoint::new("mistral-window", &Value::Object(config));
-    let notes = export(&checkpoint.files(), &checkpoint.0.join("x.gguf"), GgufMix::F32);
+    let checkpoint = Model::new("mistral-window", &Value::Object(config));
+    let notes = export(&checkpoint.files(), &checkpoint.path("x.gguf"), GgufMix::F32);
     assert!(notes[0].contains("beyond 4 tokens"), "{notes:?}");
 
     let files = checkpoint.files();
     let mut adapter = adapter(&files);
     adapter.saved.insert(names::HEAD.into(), Tensor::from_vec(1, 1, vec![0.0f32]).unwrap());
-    let error = write_gguf_adapter(&checkpoint.0.join("y.gguf"), &files.spec, &adapter, "Tiny").unwrap_err();
+    let error = write_gguf_adapter(&checkpoint.path("y.gguf"), &files.spec, &adapter, "Tiny").unwrap_err();
     assert!(error.to_string().contains("the whole tensor `lm_head.weight`"), "{error}");
 }

@@ -4,6 +4,7 @@
 //! adapter, a [`ModelFiles`](ferrotune_model::source::ModelFiles) whose weights are read as any other's: what
 //! writes a whole model ([`write_folder`]) takes such files and asks for rows or tensors by canonical names.
 
+mod bnb;
 mod card;
 mod checkpoint;
 mod files;
@@ -14,6 +15,7 @@ mod peft;
 #[cfg(test)]
 mod scratch;
 
+pub use bnb::write_bnb;
 pub use card::{ModelCard, merged_card};
 pub use files::write_whole;
 pub use gguf::{

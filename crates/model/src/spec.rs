@@ -346,6 +346,11 @@ impl ModelSpec {
         self.linears().map(|it| it.out_features as u64 * it.in_features as u64).sum()
     }
 
+    /// Projections of the layers; one that a checkpoint holds within another counts as well.
+    pub fn linear_count(&self) -> usize {
+        self.linears().count()
+    }
+
     /// Numbers in LoRA adapters of this rank on all projections of the layers.
     pub fn adapter_parameter_count(&self, rank: usize) -> u64 {
         self.linears().map(|it| (it.out_features + it.in_features) as u64 * rank as u64).sum()

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use ferrotune_export::{
-    FolderOptions, PeftAdapter, merge, merged_card, rounded_as_gguf, write_folder, write_whole,
+    FolderOptions, PeftAdapter, merge, merged_card, rounded_as_gguf, write_bnb, write_folder, write_whole,
 };
 use ferrotune_model::source::ModelFiles;
 use ferrotune_model::spec::names;
@@ -61,10 +61,16 @@ pub fn run(args: &ExportArgs, console: &Console) -> anyhow::Result<Outcome> {
     if let Some(mix) = gguf::mix(config.export_format) {
         let path = gguf::write_model(&folder, &name, &files, &tokenizer, mix, console)?;
         if let Some(expected) = expected {
-            expected.rounded_as(rounded_as_gguf(files, mix)?, &config)?.compare(&config, &path, console)?;
+            let rounded = rounded_as_gguf(files, mix)?;
+            expected.rounded_as(&rounded, &config)?.compare(&config, &path, console)?;
         }
         return Ok(Outcome::Done);
     }
+    // What rounding to few bits comes to is no fault: formats of few bits are compared with the same in memory.
+    let expected = match (expected, config.export_format) {
+        (Some(live), ExportFormat::BnbFourBit) => Some(live.in_four_bits(&config, &files)?),
+        (expected, _) => expected,
+    };
     write(&config, &folder, &files, console)?;
     tokenizer.save(&folder)?;
     // Older converters read the model of SentencePiece itself.
@@ -165,7 +171,8 @@ fn write(config: &RunConfig, folder: &Path, files: &ModelFiles, console: &Consol
     };
     let written = match config.export_format {
         ExportFormat::Safetensors => write_folder(folder, files, folder_options(config), &mut progress),
-        _ => return Ok(()), // a GGUF file, in `gguf`
+        ExportFormat::BnbFourBit => write_bnb(folder, files, folder_options(config), &mut progress),
+        _ => Ok(()), // one file, which `gguf` has written
     };
     bar.finish_and_clear();
     Ok(written?)

@@ -642,6 +642,8 @@ choice! {
     ExportFormat {
         /// A Hugging Face folder in 16 bits (or in f32).
         Safetensors = "safetensors",
+        /// The same with projections in 4 bits, as bitsandbytes serialises them.
+        BnbFourBit = "bnb-4bit",
         /// GGUF files for llama.cpp and Ollama.
         GgufF32 = "gguf-f32",
         /// In f16.

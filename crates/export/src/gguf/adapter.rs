@@ -71,6 +71,7 @@ fn planned(matrix: &Matrix) -> Planned<'_> {
         rows: Some(matrix.rows),
         cols,
         together: 1,
+        parts: Vec::new(),
         fill,
     }
 }

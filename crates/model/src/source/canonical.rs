@@ -96,6 +96,12 @@ impl WeightSource for CanonicalSource {
         if !place.less_one && place.rows.len() == self.inner.shape(&place.stored_name)?.0 {
             return self.inner.get(&place.stored_name);
         }
+        if self.stored_dtype(name)?.is_none()
+            && let Stored::FourBit(whole) = self.inner.get(&place.stored_name)?
+            && let Some(rows) = whole.rows(place.rows.clone())
+        {
+            return Ok(Stored::FourBit(rows));
+        }
         let tensor: Tensor = self.get_f32(name)?.cast(self.dtype(name)?)?;
         Ok(Stored::Dense(tensor))
     }

@@ -3,9 +3,11 @@
 //! A source is mapped into memory, not read: a tensor costs memory when it is asked for, and only
 //! then. Several threads may ask at once, so that layers are quantised side by side.
 
+mod bnb;
 mod canonical;
 mod changed;
 mod files;
+mod four_bit;
 mod gguf;
 mod mapped;
 mod safetensors;
@@ -17,8 +19,10 @@ use std::path::Path;
 
 use ferrotune_tensor::{DType, Error, Result, Tensor};
 
+pub use bnb::FourBitKind;
 pub use changed::{Changed, NewRows, Replacement};
 pub use files::{FileKind, ModelFiles};
+pub use four_bit::{FourBit, FourBitScales};
 pub use gguf::{GgufArchitecture, GgufSource, GgufType, GgufVocabulary, RawValue, file_row, raw_vocabulary};
 pub use safetensors::SafetensorsSource;
 
@@ -28,6 +32,21 @@ pub use safetensors::SafetensorsSource;
 pub enum Stored {
     /// Numbers, in the file's type where that is f32, f16 or bf16, else in f32.
     Dense(Tensor),
+    /// Codes of 4 bits, as bitsandbytes keeps them.
+    FourBit(FourBit),
+}
+
+impl Stored {
+    /// In plain numbers, of the original's type where it is in few bits.
+    ///
+    /// # Errors
+    /// When the original's type isn't f32, f16 or bf16.
+    pub fn into_dense(self) -> Result<Tensor> {
+        match self {
+            Stored::Dense(tensor) => Ok(tensor),
+            Stored::FourBit(matrix) => matrix.to_dense(),
+        }
+    }
 }
 
 /// Where weights come from, by their canonical names ([`crate::spec::names`]).
