@@ -25,6 +25,20 @@ pub use blocks::GgufType;
 use header::{Header, Value};
 pub use vocabulary::{GgufVocabulary, RawValue, raw_vocabulary};
 
+/// Reads all of a file of these bytes, for fuzzers: its config and spec, its vocabulary, and a row of each tensor. Returns
+/// how many tensors that were.
+pub fn read_gguf_through(bytes: &[u8]) -> usize {
+    let Ok(source) = GgufSource::of(Mapped::held("f.gguf", bytes)) else { return 0 };
+    let _ = source.vocabulary();
+    let _ = source.config().and_then(|config| crate::families::spec(&config, source.path()));
+    let read = |name: &&str| {
+        let (rows, cols) = source.shape(name)?;
+        let mut out = vec![0.0; cols];
+        source.read_rows(name, rows - 1..rows, &mut out)
+    };
+    source.names().iter().filter(|name| read(name).is_ok()).count()
+}
+
 /// What a row of numbers is divided into where one has to be in memory for a moment.
 const CHUNK: usize = 64 * 1024;
 
@@ -52,9 +66,13 @@ impl GgufSource {
     /// When the file is truncated or contradicts itself, holds a type of numbers that can't be
     /// read, or is of an architecture that isn't there yet.
     pub fn open(path: &Path) -> Result<GgufSource> {
-        let file = Mapped::open(path)?;
-        let header = header::parse(file.bytes()).map_err(|message| Error::file(path, message))?;
-        let wrong = |message: String| Err(Error::file(path, message));
+        GgufSource::of(Mapped::open(path)?)
+    }
+
+    fn of(file: Mapped) -> Result<GgufSource> {
+        let path = file.path.clone();
+        let header = header::parse(file.bytes()).map_err(|message| Error::file(&path, message))?;
+        let wrong = |message: String| Err(Error::file(&path, message));
         if let Some(Value::Whole(count)) = header.values.get("split.count")
             && *count > 1
         {
