@@ -8,6 +8,7 @@ mod debug;
 mod doctor;
 mod evaluation;
 mod export;
+mod export_gguf;
 mod llama_factory;
 mod quickstart;
 mod run;

@@ -80,6 +80,11 @@ impl GgufSource {
                 "is one of {count} parts: join them with `llama-gguf-split --merge` first"
             ));
         }
+        if let Some(Value::Text(kind)) = header.values.get("general.type")
+            && kind != "model"
+        {
+            return wrong(format!("is of the type `{kind}`, not a model"));
+        }
         let name = match header.values.get("general.architecture") {
             Some(Value::Text(name)) => name,
             _ => return wrong("`general.architecture` is missing: it names the model's family".into()),
