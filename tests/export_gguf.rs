@@ -14,7 +14,10 @@ fn train_export_to_gguf_and_chat() {
     let dir = with_config("max_steps: 4\nuse_rslora: true\nlora_alpha: 3\n");
     dir.ferrotune(&["train", "c.yaml"]).succeeds();
     let words = ["export", "c.yaml", "--adapter", "out", "--output", "bakery", "--format", "gguf-f32"];
-    dir.ferrotune(&words).succeeds().says("wrote bakery/bakery-F32.gguf").says("verified: logits are those of");
+    dir.ferrotune(&words)
+        .succeeds()
+        .says("wrote bakery/bakery-F32.gguf")
+        .says("verified: logits are those of");
     let model = repository(TINY).display().to_string();
     let file = "bakery/bakery-F32.gguf";
     let ask = ["chat", "--prompt", "Question 3", "--greedy", "--max-new-tokens", "8", "--model"];

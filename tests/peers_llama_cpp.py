@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Do the gguf package and llama.cpp read the GGUF files that Ferrotune exports, and compute what Ferrotune computes?
 
-    python3 tests/peers/llama_cpp_reads.py FERROTUNE [--model FOLDER] [--work DIR] [--json FILE]
+    python3 tests/peers_llama_cpp.py FERROTUNE [--model FOLDER] [--work DIR] [--json FILE]
 
 FERROTUNE is the built program. Tiny models of each family are made from hashed numbers; FOLDER is a real one in Hugging
-Face's form, tried besides. Needs numpy, gguf and llama-cpp-python. Rows: family, door, pass or FAIL, what was compared.
+Face's form, tried besides. `cargo xtask peers llama.cpp` brings a Python with numpy, gguf and llama-cpp-python and runs
+this. Rows: family, door, pass or FAIL, what was compared.
 
     f32, f16     llama.cpp's greedy 32 tokens are Ferrotune's; the largest difference of logits, by the largest logit
     quantised    the mean Kullback-Leibler divergence from Ferrotune's logits of the same file (llama.cpp rounds activations too)
@@ -28,7 +29,7 @@ import llama_cpp
 import llama_cpp.llama_cpp as low
 import numpy as np
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[1]
 TOKENIZER = REPOSITORY / "tests/fixtures/llama_tiny"
 VOCAB, RANK = 320, 2
 MIXES = {"q8_0": 7, "q4_0": 2, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}
