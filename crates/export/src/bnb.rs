@@ -114,6 +114,7 @@ fn write_projection(
         let (rows, cols) = files.source.shape(part)?;
         let (out, more) = rest.split_at_mut(rows * cols);
         files.source.read_rows(part, 0..rows, out)?;
+        files.source.forget(part);
         rest = more;
     }
     let value = Tensor::from_vec(tensor.rows, tensor.cols, values)?.cast(dtype)?;

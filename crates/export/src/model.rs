@@ -151,6 +151,7 @@ pub(crate) fn write_tensor(
             }
             writer.write(&tensor.name, &bytes_as(values, dtype)?)?;
         }
+        files.source.forget(part);
     }
     Ok(())
 }

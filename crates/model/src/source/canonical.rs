@@ -117,6 +117,12 @@ impl WeightSource for CanonicalSource {
         Ok(())
     }
 
+    fn forget(&self, name: &str) {
+        if let Some(place) = self.places.get(name) {
+            self.inner.forget(&place.stored_name);
+        }
+    }
+
     fn fingerprint(&self) -> String {
         self.inner.fingerprint()
     }
