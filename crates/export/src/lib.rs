@@ -12,7 +12,7 @@ mod merge;
 mod model;
 mod peft;
 
-pub use bnb::write_bnb;
+pub use bnb::{check_bnb, write_bnb};
 pub use card::{ModelCard, merged_card};
 pub use files::write_whole;
 pub use merge::{merge, with_saved};

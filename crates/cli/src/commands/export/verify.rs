@@ -82,7 +82,7 @@ impl Logits {
     /// When they are farther apart than rounding explains, or the folder can't be read.
     pub fn compare(&self, config: &RunConfig, folder: &Path, console: &Console) -> anyhow::Result<()> {
         let files = ModelFiles::open(folder)?;
-        let stored = files.source.dtype(&names::weight(0, names::DOWN))?;
+        let stored = files.source.dtype(&names::weight(0, names::O))?;
         let decoder = build_decoder(config, &files, &self.computing, Adapters::None)?;
         let got = logits(&decoder, &self.ids)?;
         let off = difference(&self.values, &got);
