@@ -125,7 +125,7 @@ fn adapter(files: &ModelFiles) -> PeftAdapter {
     let mut tensors = Vec::new();
     for (index, layer) in files.spec.layers.iter().enumerate() {
         for it in layer.linears(files.spec.hidden_size) {
-            let module = names::module(index, it.part);
+            let module = names::module(index, &it.part);
             let matrix = |kind: &str, rows: usize, cols: usize| {
                 Tensor::from_vec(rows, cols, weight(&format!("{module}.{kind}.weight"), rows * cols)).unwrap()
             };

@@ -7,6 +7,7 @@ mod data;
 mod debug;
 mod doctor;
 mod evaluation;
+mod experts;
 mod export;
 mod export_gguf;
 mod llama_factory;

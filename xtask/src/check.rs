@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use crate::{Result, arrows, cargo, kernels, run as run_command, test_model};
+use crate::{Result, arrows, cargo, fixtures, kernels, run as run_command, test_model};
 
 /// Whether the tests on the real model run.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -21,6 +21,7 @@ pub fn run(model: Model) -> Result<()> {
     run_phases(vec![
         ("format", step(&["fmt", "--all", "--check"])),
         ("arrows", Box::new(arrows::run)),
+        ("fixtures", Box::new(fixtures::run)),
         ("kernels", Box::new(|| kernels::run(&["--check"]))),
         (
             "clippy",

@@ -3,6 +3,7 @@
 mod arrows;
 mod bench;
 mod check;
+mod fixtures;
 mod fuzz;
 mod gpu_test;
 mod kernels;

@@ -23,13 +23,14 @@ const NUMBER: usize = 24;
 /// options say). Projections are rounded to that type first. `progress` as in [`crate::write_folder`].
 ///
 /// # Errors
-/// When a weight isn't finite, or a file can't be read or written.
+/// When a weight isn't finite, the model has experts, or a file can't be read or written.
 pub fn write_bnb(
     folder: &Path,
     files: &ModelFiles,
     options: FolderOptions,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<()> {
+    check_bnb(files)?;
     let tensors = files.spec.checkpoint_tensors();
     let dtypes = tensors.iter().map(|it| written_dtype(files, options, it)).collect::<Result<Vec<_>>>()?;
     let all = || tensors.iter().zip(&dtypes);
@@ -58,6 +59,21 @@ pub fn write_bnb(
     write_configs(folder, files, &config)
 }
 
+/// Whether [`write_bnb`] can write a model, before anything is read.
+///
+/// # Errors
+/// When it has experts.
+pub fn check_bnb(files: &ModelFiles) -> Result<()> {
+    match files.spec.layers.iter().any(|it| it.mlp.experts.is_some()) {
+        false => Ok(()),
+        true => {
+            let message = "a mixture of experts can't be written in bitsandbytes' 4 bits: transformers keeps experts \
+                           in another form than linear layers; write 16 bits";
+            Err(Error::file(&files.path, message))
+        }
+    }
+}
+
 fn is_projection(files: &ModelFiles, tensor: &CheckpointTensor) -> bool {
     let Some(module) = tensor.parts[0].strip_suffix(".weight") else { return false };
     let layers = files.spec.layers.iter().enumerate();
@@ -65,7 +81,7 @@ fn is_projection(files: &ModelFiles, tensor: &CheckpointTensor) -> bool {
         return false;
     };
     layers.filter(|(layer, _)| index.parse() == Ok(*layer)).any(|(layer, spec)| {
-        spec.linears(files.spec.hidden_size).iter().any(|it| names::module(layer, it.part) == module)
+        spec.linears(files.spec.hidden_size).iter().any(|it| names::module(layer, &it.part) == module)
     })
 }
 
@@ -114,6 +130,7 @@ fn write_projection(
         let (rows, cols) = files.source.shape(part)?;
         let (out, more) = rest.split_at_mut(rows * cols);
         files.source.read_rows(part, 0..rows, out)?;
+        files.source.forget(part);
         rest = more;
     }
     let value = Tensor::from_vec(tensor.rows, tensor.cols, values)?.cast(dtype)?;

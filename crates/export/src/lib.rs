@@ -15,7 +15,7 @@ mod peft;
 #[cfg(test)]
 mod scratch;
 
-pub use bnb::write_bnb;
+pub use bnb::{check_bnb, write_bnb};
 pub use card::{ModelCard, merged_card};
 pub use files::write_whole;
 pub use gguf::{

@@ -117,6 +117,10 @@ impl WeightSource for Merged {
         }
     }
 
+    fn forget(&self, name: &str) {
+        self.base.forget(name);
+    }
+
     /// Another than the base's for each adapter.
     fn fingerprint(&self) -> String {
         let mut hash = 0xcbf2_9ce4_8422_2325_u64;

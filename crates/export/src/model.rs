@@ -97,7 +97,7 @@ pub(crate) fn written_dtype(
     let (source, part) = (&files.source, &tensor.parts[0]);
     Ok(match files.kind {
         FileKind::Folder => source.stored_dtype(part)?.map_or_else(|| source.dtype(part), Ok)?,
-        FileKind::Gguf => source.stored_dtype(&names::weight(0, names::DOWN))?.unwrap_or(DType::BF16),
+        FileKind::Gguf => source.stored_dtype(&names::weight(0, names::O))?.unwrap_or(DType::BF16),
     })
 }
 
@@ -151,6 +151,7 @@ pub(crate) fn write_tensor(
             }
             writer.write(&tensor.name, &bytes_as(values, dtype)?)?;
         }
+        files.source.forget(part);
     }
     Ok(())
 }

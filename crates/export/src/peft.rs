@@ -153,7 +153,7 @@ impl PeftAdapter {
     /// Names the first module that isn't.
     pub fn check_fits(&self, spec: &ModelSpec) -> Result<()> {
         let linears = spec.layers.iter().enumerate().flat_map(|(i, layer)| {
-            layer.linears(spec.hidden_size).into_iter().map(move |it| (names::module(i, it.part), it))
+            layer.linears(spec.hidden_size).into_iter().map(move |it| (names::module(i, &it.part), it))
         });
         let linears: HashMap<String, LinearSpec> = linears.collect();
         let other = "the adapter belongs to another model";

@@ -1,10 +1,10 @@
 //! A block is two sublayers on one residual stream.
 //!   sublayer(x) = norm_out(body(norm_in(x)))
 //!   sequential:  mid = x + s·attention(x),  y = mid + s·mlp(mid)
-//!   parallel:    y = x + s·(attention(x) + mlp(x))
+//!   parallel:    y = x + s·(attention(x) + mlp(x)); with one norm for both: of norm(x)
 //! Kept for backward: mid, and what the bodies keep; normed inputs are computed again.
 
-use ferrotune_nn::{Attention, Context, KeyValues, Layer, Mlp, Norm, Parameter, SavedTensors};
+use ferrotune_nn::{Attention, Context, FeedForward, KeyValues, Layer, Norm, Parameter, SavedTensors};
 use ferrotune_tensor::{Error, Result, Tensor};
 
 use crate::spec::Residual;
@@ -80,10 +80,12 @@ impl<Body: Layer> Layer for Sublayer<Body> {
 
 /// One layer of a decoder.
 pub struct Block {
+    /// Before both sublayers at once, of a parallel block.
+    pub norm_in: Option<Norm>,
     /// The first sublayer.
     pub attention: Sublayer<Attention>,
     /// The second sublayer.
-    pub mlp: Sublayer<Mlp>,
+    pub mlp: Sublayer<FeedForward>,
     /// How they join the residual stream.
     pub residual: Residual,
     /// s
@@ -95,7 +97,7 @@ pub struct BlockSaved {
     attention: <Sublayer<Attention> as Layer>::Saved,
     /// (N, C): what the mlp read, when that was not x.
     mid: Option<Tensor>,
-    mlp: <Sublayer<Mlp> as Layer>::Saved,
+    mlp: <Sublayer<FeedForward> as Layer>::Saved,
 }
 
 impl SavedTensors for BlockSaved {
@@ -106,6 +108,11 @@ impl SavedTensors for BlockSaved {
 }
 
 impl Block {
+    /// What the sublayers read, where one norm stands before both.
+    fn normed(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        self.norm_in.as_ref().map(|norm| norm.forward(x)).transpose()
+    }
+
     /// branch·s + x, in the branch's memory.
     fn join(&self, mut branch: Tensor, x: &Tensor) -> Result<Tensor> {
         if self.residual_scale != 1.0 {
@@ -129,6 +136,27 @@ impl Block {
             branch.scale(self.residual_scale)?;
         }
         Ok(branch)
+    }
+
+    fn parallel_backward(
+        &mut self,
+        ctx: &Context,
+        x: &Tensor,
+        saved: BlockSaved,
+        dy: Tensor,
+    ) -> Result<Tensor> {
+        let normed = self.normed(x)?;
+        let input = normed.as_ref().unwrap_or(x);
+        let room = (self.attention.body.gradient_room(ctx, x), self.mlp.body.gradient_room(ctx, x));
+        let branch = self.branch_gradient(&dy, room.1)?;
+        let mut dx = self.mlp.backward(ctx, input, saved.mlp, branch)?;
+        let branch = self.branch_gradient(&dy, room.0)?;
+        dx.add_scaled(1.0, &self.attention.backward(ctx, input, saved.attention, branch)?)?;
+        if let Some(norm) = &mut self.norm_in {
+            dx = norm.backward(x, dx)?;
+        }
+        dx.add_scaled(1.0, &dy)?;
+        Ok(dx)
     }
 
     /// Whether [`Block::step_row`] takes rows such as this.
@@ -158,13 +186,15 @@ impl Block {
     /// # Errors
     /// When shapes don't fit.
     pub fn step(&self, ctx: &Context, x: &Tensor, cache: &mut KeyValues) -> Result<Tensor> {
-        let normed = self.attention.normed(ctx, x)?;
-        let mut branch = self.attention.body.step(ctx, normed.as_ref().unwrap_or(x), cache)?;
+        let shared = self.normed(x)?;
+        let input = shared.as_ref().unwrap_or(x);
+        let normed = self.attention.normed(ctx, input)?;
+        let mut branch = self.attention.body.step(ctx, normed.as_ref().unwrap_or(input), cache)?;
         if let Some(norm) = &self.attention.norm_out {
             branch = norm.forward(&branch)?;
         }
         let mid = self.join(branch, x)?;
-        let mlp_input = if self.residual == Residual::Parallel { x } else { &mid };
+        let mlp_input = if self.residual == Residual::Parallel { input } else { &mid };
         let (branch, _) = self.mlp.forward(ctx, mlp_input)?;
         self.join(branch, &mid)
     }
@@ -174,9 +204,11 @@ impl Layer for Block {
     type Saved = BlockSaved;
 
     fn forward(&self, ctx: &Context, x: &Tensor) -> Result<(Tensor, BlockSaved)> {
-        let (branch, attention) = self.attention.forward(ctx, x)?;
+        let normed = self.normed(x)?;
+        let input = normed.as_ref().unwrap_or(x);
+        let (branch, attention) = self.attention.forward(ctx, input)?;
         let mid = self.join(branch, x)?;
-        let mlp_input = if self.residual == Residual::Parallel { x } else { &mid };
+        let mlp_input = if self.residual == Residual::Parallel { input } else { &mid };
         let (branch, mlp) = self.mlp.forward(ctx, mlp_input)?;
         let y = self.join(branch, &mid)?;
         let mid = (self.residual == Residual::Sequential).then_some(mid);
@@ -186,7 +218,9 @@ impl Layer for Block {
     /// Stops at what backward needs: without the mlp's last product.
     fn recompute(&self, ctx: &Context, x: &Tensor) -> Result<BlockSaved> {
         if self.residual == Residual::Parallel {
-            let (attention, mlp) = (self.attention.recompute(ctx, x)?, self.mlp.recompute(ctx, x)?);
+            let normed = self.normed(x)?;
+            let input = normed.as_ref().unwrap_or(x);
+            let (attention, mlp) = (self.attention.recompute(ctx, input)?, self.mlp.recompute(ctx, input)?);
             return Ok(BlockSaved { attention, mid: None, mlp });
         }
         let (branch, attention) = self.attention.forward(ctx, x)?;
@@ -196,20 +230,21 @@ impl Layer for Block {
     }
 
     fn backward(&mut self, ctx: &Context, x: &Tensor, saved: BlockSaved, dy: Tensor) -> Result<Tensor> {
+        if self.residual == Residual::Parallel {
+            return self.parallel_backward(ctx, x, saved, dy);
+        }
         let mlp_input = saved.mid.as_ref().unwrap_or(x);
         let room = (self.attention.body.gradient_room(ctx, x), self.mlp.body.gradient_room(ctx, x));
         let branch = self.branch_gradient(&dy, room.1)?;
         let mut dx = self.mlp.backward(ctx, mlp_input, saved.mlp, branch)?;
         dx.add_scaled(1.0, &dy)?;
-        let branch = match self.residual {
-            Residual::Sequential => self.branch_gradient(&dx, room.0)?,
-            Residual::Parallel => self.branch_gradient(&dy, room.0)?,
-        };
+        let branch = self.branch_gradient(&dx, room.0)?;
         dx.add_scaled(1.0, &self.attention.backward(ctx, x, saved.attention, branch)?)?;
         Ok(dx)
     }
 
     fn parameters(&mut self) -> Vec<&mut Parameter> {
-        self.attention.parameters().into_iter().chain(self.mlp.parameters()).collect()
+        let norm = self.norm_in.iter_mut().flat_map(Norm::parameters);
+        norm.chain(self.attention.parameters()).chain(self.mlp.parameters()).collect()
     }
 }

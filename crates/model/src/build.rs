@@ -1,12 +1,14 @@
 //! ModelSpec + a source of weights → Decoder.
 
-use ferrotune_nn::{Attention, DenseWeight, Embedding, Head, Linear, Mlp, Norm, NormKind, Part, Weight};
+use ferrotune_nn::{
+    Attention, DenseWeight, Embedding, Experts, FeedForward, Head, Linear, Mlp, Norm, Part, Weight,
+};
 use ferrotune_tensor::{DType, Device, Error, Precision, Result, Tensor};
 
 use crate::block::{Block, Sublayer};
 use crate::decoder::{Decoder, Recompute};
 use crate::source::{Stored, WeightSource};
-use crate::spec::{AttentionSpec, LayerSpec, LinearSpec, MlpSpec, ModelSpec, QkNorm, names};
+use crate::spec::{AttentionSpec, LayerSpec, LinearSpec, MlpSpec, ModelSpec, NormPlaces, QkNorm, names};
 
 /// A projection that is to be made.
 #[derive(Clone, Debug)]
@@ -93,10 +95,8 @@ impl Builder<'_, '_> {
     }
 
     fn norm(&self, module: &str, group: usize) -> Result<Norm> {
-        let bias = match self.spec.norm.kind {
-            NormKind::Layer => Some(self.vector(&format!("{module}.bias"), group)?.into()),
-            NormKind::Rms => None,
-        };
+        let bias = self.spec.norm.bias.then(|| self.vector(&format!("{module}.bias"), group)).transpose()?;
+        let bias = bias.map(Into::into);
         let weight = self.vector(&format!("{module}.weight"), group)?;
         Ok(Norm { kind: self.spec.norm.kind, weight: weight.into(), bias, eps: self.spec.norm.eps })
     }
@@ -105,9 +105,13 @@ impl Builder<'_, '_> {
         let linears = layer.linears(self.spec.hidden_size);
         let places = layer.norms.names();
         let attention = self.attention(index, &layer.attention, &linears)?;
-        let mlp = self.mlp(index, &layer.mlp, &linears)?;
+        let mlp = self.feed_forward(index, &layer.mlp, &linears)?;
+        let shared = layer.norms == NormPlaces::Shared;
+        let (norm_in, attention_in) =
+            if shared { (places.attention_in, None) } else { (None, places.attention_in) };
         Ok(Block {
-            attention: self.sublayer(index, places.attention_in, attention, places.attention_out)?,
+            norm_in: self.norm_at(index, norm_in)?,
+            attention: self.sublayer(index, attention_in, attention, places.attention_out)?,
             mlp: self.sublayer(index, places.mlp_in, mlp, places.mlp_out)?,
             residual: layer.residual,
             residual_scale: layer.residual_scale,
@@ -121,10 +125,15 @@ impl Builder<'_, '_> {
         body: Body,
         norm_out: Option<&str>,
     ) -> Result<Sublayer<Body>> {
-        let norm = |part: Option<&str>| -> Result<Option<Norm>> {
-            part.map(|part| self.norm(&names::module(index, part), self.spec.hidden_size)).transpose()
-        };
-        Ok(Sublayer { norm_in: norm(norm_in)?, body, norm_out: norm(norm_out)? })
+        Ok(Sublayer {
+            norm_in: self.norm_at(index, norm_in)?,
+            body,
+            norm_out: self.norm_at(index, norm_out)?,
+        })
+    }
+
+    fn norm_at(&self, index: usize, part: Option<&str>) -> Result<Option<Norm>> {
+        part.map(|part| self.norm(&names::module(index, part), self.spec.hidden_size)).transpose()
     }
 
     fn attention(&mut self, index: usize, it: &AttentionSpec, linears: &[LinearSpec]) -> Result<Attention> {
@@ -153,11 +162,39 @@ impl Builder<'_, '_> {
         })
     }
 
-    fn mlp(&mut self, index: usize, it: &MlpSpec, linears: &[LinearSpec]) -> Result<Mlp> {
-        let gate_up: &[&str] = if it.gated { &[names::GATE, names::UP] } else { &[names::UP] };
+    fn feed_forward(&mut self, index: usize, it: &MlpSpec, linears: &[LinearSpec]) -> Result<FeedForward> {
+        let Some(experts) = it.experts else {
+            return Ok(FeedForward::Dense(self.mlp(index, it, linears, |part| part.to_string())?));
+        };
+        if let Device::Cuda(_) = self.options.device {
+            let message = "experts are only computed on the CPU; set `device: cpu`";
+            return Err(Error::file(self.weights.path(), message));
+        }
+        let router = names::weight(index, names::ROUTER);
+        self.check(&router, (experts.num_experts, self.spec.hidden_size))?;
+        let value = self.weights.get(&router)?.into_dense()?;
+        let one = |expert| self.mlp(index, it, linears, |part| names::of_expert(expert, part));
+        Ok(FeedForward::Experts(Experts {
+            experts: (0..experts.num_experts).map(one).collect::<Result<_>>()?,
+            // A token's experts hang on it: rounding could change them.
+            router: DenseWeight { value: value.into(), precision: Precision::Full },
+            num_experts_per_tok: experts.num_experts_per_tok,
+            normalised: experts.normalised,
+        }))
+    }
+
+    fn mlp(
+        &mut self,
+        index: usize,
+        it: &MlpSpec,
+        linears: &[LinearSpec],
+        name: impl Fn(&str) -> String,
+    ) -> Result<Mlp> {
+        let (gate, up, down) = (name(names::GATE), name(names::UP), name(names::DOWN));
+        let gate_up: &[&str] = if it.gated { &[&gate, &up] } else { &[&up] };
         Ok(Mlp {
             gate_up: self.linear(index, linears, gate_up)?,
-            down: self.linear(index, linears, &[names::DOWN])?,
+            down: self.linear(index, linears, &[&down])?,
             activation: it.activation,
         })
     }
@@ -165,10 +202,10 @@ impl Builder<'_, '_> {
     /// The named projections side by side.
     fn linear(&mut self, index: usize, linears: &[LinearSpec], parts: &[&str]) -> Result<Linear> {
         let part = |it: &LinearSpec| -> Result<Part> {
-            let weight = names::weight(index, it.part);
+            let weight = names::weight(index, &it.part);
             self.check(&weight, (it.out_features, it.in_features))?;
             let spec = PartSpec {
-                name: names::module(index, it.part),
+                name: names::module(index, &it.part),
                 out_features: it.out_features,
                 in_features: it.in_features,
             };
@@ -176,11 +213,11 @@ impl Builder<'_, '_> {
                 |error: Error| Error::file(self.weights.path(), format!("tensor `{weight}`: {error}"));
             let mut part = (self.make_part)(&spec, self.weights.get(&weight)?).map_err(in_context)?;
             if it.bias {
-                part.bias = Some(self.vector(&names::bias(index, it.part), it.out_features)?.into());
+                part.bias = Some(self.vector(&names::bias(index, &it.part), it.out_features)?.into());
             }
             Ok(part)
         };
-        let wanted = linears.iter().filter(|it| parts.contains(&it.part));
+        let wanted = linears.iter().filter(|it| parts.contains(&it.part.as_str()));
         Ok(Linear { parts: wanted.map(part).collect::<Result<_>>()? })
     }
 }

@@ -1,8 +1,8 @@
 //! tokens → embedding → blocks → norm → hidden states → head.
 
 use ferrotune_nn::{
-    Context, DenseWeight, Embedding, Head, HeadPass, KeyValues, LanguageModel, Layer, Norm, Numbers,
-    Parameter, SavedTensors, Weight, add_noise,
+    Context, DenseWeight, Embedding, FeedForward, Head, HeadPass, KeyValues, LanguageModel, Layer, Norm,
+    Numbers, Parameter, SavedTensors, Weight, add_noise,
 };
 use ferrotune_tensor::{DType, Error, Result, Tensor};
 
@@ -125,14 +125,18 @@ impl Decoder {
         for (index, (block, layer)) in self.blocks.iter_mut().zip(&spec.layers).enumerate() {
             let places = layer.norms.names();
             let at = |part: Option<&str>| part.map(|part| names::module(index, part)).unwrap_or_default();
-            norm(at(places.attention_in), block.attention.norm_in.as_mut())?;
+            let first = block.norm_in.as_mut().or(block.attention.norm_in.as_mut());
+            norm(at(places.attention_in), first)?;
             norm(at(places.attention_out), block.attention.norm_out.as_mut())?;
             norm(at(places.mlp_in), block.mlp.norm_in.as_mut())?;
             norm(at(places.mlp_out), block.mlp.norm_out.as_mut())?;
             let (attention, mlp) = (&mut block.attention.body, &mut block.mlp.body);
             norm(names::module(index, names::Q_NORM), attention.q_norm.as_mut())?;
             norm(names::module(index, names::K_NORM), attention.k_norm.as_mut())?;
-            for linear in [&mut attention.qkv, &mut attention.o, &mut mlp.gate_up, &mut mlp.down] {
+            if let FeedForward::Experts(experts) = mlp {
+                numbers(names::weight(index, names::ROUTER), &mut experts.router.value)?;
+            }
+            for linear in [&mut attention.qkv, &mut attention.o].into_iter().chain(mlp.linears_mut()) {
                 for part in &mut linear.parts {
                     let weight = format!("{}.weight", part.name);
                     if wanted(&weight) {
@@ -153,7 +157,7 @@ impl Decoder {
     pub fn weight_bytes(&self) -> usize {
         let projections = self.blocks.iter().flat_map(|block| {
             let (attention, mlp) = (&block.attention.body, &block.mlp.body);
-            [&attention.qkv, &attention.o, &mlp.gate_up, &mlp.down]
+            [&attention.qkv, &attention.o].into_iter().chain(mlp.linears())
         });
         let parts: usize = projections.flat_map(|linear| &linear.parts).map(|part| part.weight.bytes()).sum();
         let head = self.head_weight.as_ref().map_or(0, Weight::bytes);

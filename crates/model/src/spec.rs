@@ -6,9 +6,12 @@ use ferrotune_tensor::{Error, Result};
 mod checkpoint;
 mod memory;
 
+pub(crate) use checkpoint::from_mixtral;
 pub use checkpoint::{CheckpointTensor, FUSED};
-
 pub use memory::{BaseWeights, MemoryEstimate, MemoryPlan};
+
+/// Experts of a layer, at most: far above any model.
+const MOST_EXPERTS: usize = 4096;
 
 /// A whole decoder: sizes, the layers one by one, and what stands before and after them.
 #[derive(Clone, Debug, PartialEq)]
@@ -52,6 +55,8 @@ pub enum CheckpointForm {
     NormsLessOne,
     /// `qkv_proj` is q, k and v, `gate_up_proj` gate and up, one above the other: Phi 3.
     Fused,
+    /// Experts are under `block_sparse_moe`, their projections w1, w3 and w2: Mixtral.
+    Mixtral,
 }
 
 /// One layer.
@@ -105,6 +110,19 @@ pub struct MlpSpec {
     pub activation: Activation,
     /// Its projections add a bias.
     pub bias: bool,
+    /// There are many of it, of which a token uses some.
+    pub experts: Option<ExpertsSpec>,
+}
+
+/// How a token uses some of many mlps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpertsSpec {
+    /// How many there are.
+    pub num_experts: usize,
+    /// How many a token uses.
+    pub num_experts_per_tok: usize,
+    /// What those are weighted by adds up to 1.
+    pub normalised: bool,
 }
 
 /// A norm: which statistics, and what is added to the variance.
@@ -114,6 +132,8 @@ pub struct NormSpec {
     pub kind: NormKind,
     /// Added under the root.
     pub eps: f64,
+    /// It adds a bias.
+    pub bias: bool,
 }
 
 /// Which sides of a sublayer carry a norm.
@@ -125,6 +145,8 @@ pub enum NormPlaces {
     After,
     /// Gemma 2 and 3, GLM 4.
     BothEnds,
+    /// One before both, of a parallel layer: Cohere.
+    Shared,
 }
 
 /// Norms of queries and keys before they are turned.
@@ -173,6 +195,13 @@ pub mod names {
     pub const Q_NORM: &str = "self_attn.q_norm";
     /// Norm of keys.
     pub const K_NORM: &str = "self_attn.k_norm";
+    /// Scores of experts.
+    pub const ROUTER: &str = "mlp.gate";
+
+    /// `mlp.experts.{expert}.up_proj` for `mlp.up_proj`
+    pub fn of_expert(expert: usize, part: &str) -> String {
+        format!("mlp.experts.{expert}.{}", part.trim_start_matches("mlp."))
+    }
 
     /// `model.layers.{layer}.{part}`: the module's name, as adapters and checkpoints use it.
     pub fn module(layer: usize, part: &str) -> String {
@@ -212,6 +241,7 @@ impl NormPlaces {
             NormPlaces::After => {
                 (None, Some("post_attention_layernorm"), None, Some("post_feedforward_layernorm"))
             }
+            NormPlaces::Shared => (Some("input_layernorm"), None, None, None),
             NormPlaces::BothEnds => (
                 Some("input_layernorm"),
                 Some("post_attention_layernorm"),
@@ -224,10 +254,12 @@ impl NormPlaces {
 }
 
 /// A projection of a layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LinearSpec {
     /// Its name within the layer, such as [`names::Q`].
-    pub part: &'static str,
+    pub part: String,
+    /// Which expert it belongs to.
+    pub expert: Option<usize>,
     /// Rows of its weight.
     pub out_features: usize,
     /// Columns of its weight.
@@ -270,8 +302,13 @@ impl LayerSpec {
     /// The projections of this layer in the order in which they are applied.
     pub fn linears(&self, hidden_size: usize) -> Vec<LinearSpec> {
         let (attention, mlp) = (&self.attention, &self.mlp);
-        let linear =
-            |part, out_features, in_features, bias| LinearSpec { part, out_features, in_features, bias };
+        let linear = |part: &str, out_features, in_features, bias| LinearSpec {
+            part: part.to_string(),
+            expert: None,
+            out_features,
+            in_features,
+            bias,
+        };
         let (q, kv, inner) = (attention.q_width(), attention.kv_width(), mlp.intermediate_size);
         let mut all = vec![
             linear(names::Q, q, hidden_size, attention.qkv_bias),
@@ -279,12 +316,30 @@ impl LayerSpec {
             linear(names::V, kv, hidden_size, attention.qkv_bias),
             linear(names::O, hidden_size, q, attention.out_bias),
         ];
-        if mlp.gated {
-            all.push(linear(names::GATE, inner, hidden_size, mlp.bias));
+        let gate = mlp.gated.then(|| linear(names::GATE, inner, hidden_size, mlp.bias));
+        let up = linear(names::UP, inner, hidden_size, mlp.bias);
+        let mlp_parts = gate.into_iter().chain([up, linear(names::DOWN, hidden_size, inner, mlp.bias)]);
+        match mlp.experts {
+            None => all.extend(mlp_parts),
+            Some(experts) => {
+                let parts: Vec<LinearSpec> = mlp_parts.collect();
+                let of = |expert: usize, it: &LinearSpec| LinearSpec {
+                    part: names::of_expert(expert, &it.part),
+                    expert: Some(expert),
+                    ..it.clone()
+                };
+                all.extend(
+                    (0..experts.num_experts).flat_map(|expert| parts.iter().map(move |it| of(expert, it))),
+                );
+            }
         }
-        all.push(linear(names::UP, inner, hidden_size, mlp.bias));
-        all.push(linear(names::DOWN, hidden_size, inner, mlp.bias));
         all
+    }
+
+    /// The projections that one token goes through.
+    pub fn linears_of_a_token(&self, hidden_size: usize) -> impl Iterator<Item = LinearSpec> + use<> {
+        let used = self.mlp.experts.map_or(0, |it| it.num_experts_per_tok);
+        self.linears(hidden_size).into_iter().filter(move |it| it.expert.is_none_or(|expert| expert < used))
     }
 
     /// The norms of this layer: name within the layer, and length.
@@ -311,23 +366,25 @@ impl ModelSpec {
     pub fn tensors(&self) -> Vec<TensorSpec> {
         let tensor = |name: String, rows, cols| TensorSpec { name, rows, cols };
         let mut all = vec![tensor(names::EMBEDDING.into(), self.vocab_size, self.hidden_size)];
-        let norm_bias = self.norm.kind == NormKind::Layer;
         for (i, layer) in self.layers.iter().enumerate() {
             for it in layer.linears(self.hidden_size) {
-                all.push(tensor(names::weight(i, it.part), it.out_features, it.in_features));
+                all.push(tensor(names::weight(i, &it.part), it.out_features, it.in_features));
                 if it.bias {
-                    all.push(tensor(names::bias(i, it.part), 1, it.out_features));
+                    all.push(tensor(names::bias(i, &it.part), 1, it.out_features));
                 }
+            }
+            if let Some(experts) = layer.mlp.experts {
+                all.push(tensor(names::weight(i, names::ROUTER), experts.num_experts, self.hidden_size));
             }
             for (part, length) in layer.norms(self.hidden_size) {
                 all.push(tensor(names::weight(i, part), 1, length));
-                if norm_bias {
+                if self.norm.bias {
                     all.push(tensor(names::bias(i, part), 1, length));
                 }
             }
         }
         all.push(tensor(names::FINAL_NORM.into(), 1, self.hidden_size));
-        if norm_bias {
+        if self.norm.bias {
             all.push(tensor("model.norm.bias".into(), 1, self.hidden_size));
         }
         if !self.tie_word_embeddings {
@@ -349,6 +406,12 @@ impl ModelSpec {
     /// Projections of the layers; one that a checkpoint holds within another counts as well.
     pub fn linear_count(&self) -> usize {
         self.linears().count()
+    }
+
+    /// Those of them that one token is multiplied by.
+    pub fn linear_parameters_of_a_token(&self) -> u64 {
+        let layers = self.layers.iter().flat_map(|layer| layer.linears_of_a_token(self.hidden_size));
+        layers.map(|it| it.out_features as u64 * it.in_features as u64).sum()
     }
 
     /// Numbers in LoRA adapters of this rank on all projections of the layers.
@@ -374,6 +437,10 @@ impl ModelSpec {
             sizes.push(("num_key_value_heads", attention.num_key_value_heads));
             sizes.push(("head_dim", attention.head_dim));
             sizes.push(("intermediate_size", layer.mlp.intermediate_size));
+            if let Some(experts) = layer.mlp.experts {
+                sizes.push(("num_experts", experts.num_experts));
+                sizes.push(("num_experts_per_tok", experts.num_experts_per_tok));
+            }
         }
         // Far above any model and far below overflow when three are multiplied.
         if let Some((name, size)) = sizes.iter().find(|(_, size)| *size == 0 || *size > 1 << 21) {
@@ -384,6 +451,16 @@ impl ModelSpec {
             if heads % kv != 0 {
                 let message = format!(
                     "`num_attention_heads` is {heads}, which `num_key_value_heads` {kv} doesn't divide"
+                );
+                return Err(Error::msg(message));
+            }
+            if let Some(it) = layer.mlp.experts
+                && (it.num_experts > MOST_EXPERTS || it.num_experts_per_tok > it.num_experts)
+            {
+                let message = format!(
+                    "`num_experts` is {}, `num_experts_per_tok` {}: expected at most {MOST_EXPERTS}, and no more for \
+                     a token than there are",
+                    it.num_experts, it.num_experts_per_tok
                 );
                 return Err(Error::msg(message));
             }

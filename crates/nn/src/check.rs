@@ -83,7 +83,9 @@ mod tests {
     use ferrotune_tensor::{DType, Precision};
 
     use super::*;
-    use crate::{Activation, Attention, DenseWeight, Linear, Mlp, Norm, NormKind, Part, Rope, Weight as _};
+    use crate::{
+        Activation, Attention, DenseWeight, Experts, Linear, Mlp, Norm, NormKind, Part, Rope, Weight as _,
+    };
 
     fn linear(sizes: &[usize], input: usize, seed: u64, bias: bool) -> Linear {
         let part = |(i, output): (usize, &usize)| {
@@ -181,6 +183,21 @@ mod tests {
         let (qkv, o) = (trained_linear(&[16, 8, 8], 12, 10), trained_linear(&[12], 16, 20));
         let norms = || Some(trained(norm(NormKind::Rms, 4, 3)));
         check("attention", Attention { qkv, o, q_norm: norms(), k_norm: norms(), ..attention() });
+    }
+
+    #[test]
+    fn experts() {
+        for normalised in [true, false] {
+            let mlp = |seed| Mlp {
+                gate_up: trained_linear(&[10, 10], 12, seed),
+                down: trained_linear(&[12], 10, seed + 5),
+                activation: Activation::Silu,
+            };
+            let mut router = DenseWeight { value: seeded(4, 12, 31).into(), precision: Precision::Full };
+            router.train("router").unwrap();
+            let experts = (0..4).map(|expert| mlp(10 * expert)).collect();
+            check("experts", Experts { router, experts, num_experts_per_tok: 2, normalised });
+        }
     }
 
     /// The embedding of some tokens, as a layer whose input counts for nothing.

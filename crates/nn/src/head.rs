@@ -252,7 +252,8 @@ impl Head {
     }
 }
 
-fn gather<T: Real>(hidden: &Tensor, rows: &[usize]) -> Result<Tensor> {
+/// Some rows, side by side.
+pub(crate) fn gather<T: Real>(hidden: &Tensor, rows: &[usize]) -> Result<Tensor> {
     let width = hidden.cols();
     let mut out = hidden.empty_like(rows.len(), width)?;
     let values = hidden.values::<T>()?;

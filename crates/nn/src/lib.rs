@@ -11,6 +11,8 @@
 mod attention;
 pub mod check;
 mod embedding;
+mod experts;
+mod feed_forward;
 mod head;
 mod lanes;
 mod linear;
@@ -28,6 +30,8 @@ use ferrotune_tensor::{DType, Result, Tensor};
 
 pub use attention::{Attention, AttentionSaved, KeyValues};
 pub use embedding::Embedding;
+pub use experts::{Experts, ExpertsSaved};
+pub use feed_forward::{FeedForward, FeedForwardSaved};
 pub use head::{Head, HeadPass};
 pub use linear::{Adapter, Linear, LowRank, Part, Room};
 pub use mlp::{Activation, Mlp, MlpSaved};

@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use ferrotune_export::{
-    FolderOptions, PeftAdapter, merge, merged_card, rounded_as_gguf, write_bnb, write_folder, write_whole,
+    FolderOptions, PeftAdapter, check_bnb, merge, merged_card, rounded_as_gguf, write_bnb, write_folder,
+    write_whole,
 };
 use ferrotune_model::source::ModelFiles;
 use ferrotune_model::spec::names;
@@ -30,6 +31,9 @@ pub fn run(args: &ExportArgs, console: &Console) -> anyhow::Result<Outcome> {
     set_threads(&config);
     let mut model = UntemplatedModel::open(&config, console)?;
     let folder = folder(&config, &model)?;
+    if config.export_format == ExportFormat::BnbFourBit {
+        check_bnb(&model.files)?;
+    }
     let adapter = read_adapter(&config, &model)?;
     model.set_template(&config)?;
     warn_of_few_bits(&mut config, &model.files, adapter.is_some(), console)?;
@@ -144,7 +148,7 @@ fn warn_of_few_bits(
         console
             .note("`quantization_bit`: the adapter is merged into the weights of the base model as they are");
     }
-    let few = files.source.stored_dtype(&names::weight(0, names::DOWN))?.is_none();
+    let few = files.source.stored_dtype(&names::weight(0, names::O))?.is_none();
     if few {
         let what = match merges {
             true => "the adapter is merged into what they are read as",

@@ -176,7 +176,7 @@ pub fn projections(files: &ModelFiles) -> Vec<String> {
     layers
         .flat_map(|(i, layer)| {
             let linears = layer.linears(spec.hidden_size).into_iter();
-            linears.map(move |it| ferrotune_model::spec::names::module(i, it.part))
+            linears.map(move |it| ferrotune_model::spec::names::module(i, &it.part))
         })
         .collect()
 }

@@ -130,7 +130,7 @@ fn fused(spec: &ModelSpec, parts: &[String], there: &[Option<&LoraTensors>]) -> 
     let own = rank / present;
     let linears = spec.layers[0].linears(spec.hidden_size);
     let rows_of =
-        |part: &String| linears.iter().find(|it| part.ends_with(it.part)).map_or(0, |it| it.out_features);
+        |part: &String| linears.iter().find(|it| part.ends_with(&it.part)).map_or(0, |it| it.out_features);
     let rows: usize = parts.iter().map(rows_of).sum();
     let mut pair = Pair { rank, a: Vec::new(), rows, b: vec![0.0; rows * rank] };
     let (mut row, mut col) = (0, 0);

@@ -156,6 +156,7 @@ pub(super) fn check(spec: &ModelSpec, architecture: &GgufArchitecture) -> Result
         is(layer.norms == can.norms && attention.qk_norm == can.qk_norm, "norms in these places")?;
         is(layer.residual == Residual::Sequential, "sublayers side by side")?;
         is(can.scales || near(layer.residual_scale, 1.0), "a scale of the sublayers")?;
+        is(layer.mlp.experts.is_none(), "experts")?;
         is(layer.mlp.gated && layer.mlp.activation == can.activation, "this activation")?;
         is(
             can.biases || !(attention.out_bias || layer.mlp.bias),

@@ -241,6 +241,14 @@ impl<'a> Config<'a> {
         })
     }
 
+    /// A list of positions, of any length.
+    pub(super) fn indices(&self, key: &str) -> Result<Vec<usize>> {
+        let Some(value) = self.get(key) else { return Ok(Vec::new()) };
+        let one = |it: &Value| it.as_u64().and_then(|it| usize::try_from(it).ok());
+        let list = value.as_array().and_then(|list| list.iter().map(one).collect());
+        list.ok_or_else(|| self.unexpected(key, "a list of whole numbers", value))
+    }
+
     /// A list of zeros and ones.
     pub(super) fn switches(&self, key: &str, count: usize) -> Result<Option<Vec<bool>>> {
         self.list(key, count, "0 or 1", |it| it.as_u64().filter(|it| *it < 2).map(|it| it == 1))

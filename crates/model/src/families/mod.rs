@@ -1,10 +1,12 @@
 //! config.json in, [`ModelSpec`] out: one file for each family, and what they read it with.
 
+mod cohere2;
 mod config;
 mod gemma;
 mod granite;
 mod llama;
 mod mistral;
+mod mixtral;
 mod olmo2;
 mod parts;
 mod phi3;
@@ -36,6 +38,9 @@ const FAMILIES: &[Family] = &[
     ("gemma2", "Gemma2ForCausalLM", gemma::gemma2),
     ("gemma3_text", "Gemma3ForCausalLM", gemma::gemma3),
     ("phi3", "Phi3ForCausalLM", phi3::spec),
+    ("cohere2", "Cohere2ForCausalLM", cohere2::spec),
+    ("mixtral", "MixtralForCausalLM", mixtral::spec),
+    ("qwen3_moe", "Qwen3MoeForCausalLM", qwen::qwen3_moe),
 ];
 
 /// Reads a config.json, or what a GGUF file says in its place. `file` is for messages.

@@ -7,7 +7,8 @@ use serde_json::json;
 use super::config::Config;
 use super::rope;
 use crate::spec::{
-    AttentionSpec, CheckpointForm, LayerSpec, MlpSpec, ModelSpec, NormPlaces, NormSpec, QkNorm, Residual,
+    AttentionSpec, CheckpointForm, ExpertsSpec, LayerSpec, MlpSpec, ModelSpec, NormPlaces, NormSpec, QkNorm,
+    Residual,
 };
 
 /// A layer without biases, windows and scales, turned by `rope`.
@@ -31,6 +32,7 @@ pub(super) fn layer(config: &Config, rope: Rope, activation: Activation) -> Resu
             gated: true,
             activation,
             bias: false,
+            experts: None,
         },
         norms: NormPlaces::Before,
         residual: Residual::Sequential,
@@ -58,7 +60,7 @@ pub(super) fn model(config: &Config, family: &'static str, layers: Vec<LayerSpec
         family,
         vocab_size: config.size("vocab_size")?,
         hidden_size: config.size("hidden_size")?,
-        norm: NormSpec { kind: NormKind::Rms, eps: config.number_or("rms_norm_eps", 1e-6)? },
+        norm: NormSpec { kind: NormKind::Rms, eps: config.number_or("rms_norm_eps", 1e-6)?, bias: false },
         embedding_scale: 1.0,
         logit_scale: 1.0,
         logit_softcap: None,
@@ -94,4 +96,22 @@ pub(super) fn windowed(
 pub(super) fn switched_window(config: &Config) -> Result<Option<usize>> {
     let (on, window) = (config.flag("use_sliding_window", false)?, config.optional_size("sliding_window")?);
     Ok(window.filter(|_| on))
+}
+
+/// How many experts there are, and how many a token uses; what they are weighted by is the softmax of all scores.
+pub(super) fn experts(
+    config: &Config,
+    num_experts: usize,
+    num_experts_per_tok: usize,
+) -> Result<ExpertsSpec> {
+    // Another loss would join that of the tokens. Without it, its weight counts for nothing.
+    config.only("output_router_logits", json!(false))?;
+    config.optional_number("router_aux_loss_coef")?;
+    // transformers 5 writes one name for both.
+    let either = config.size_or("num_local_experts", config.size_or("num_experts", num_experts)?)?;
+    Ok(ExpertsSpec {
+        num_experts: either,
+        num_experts_per_tok: config.size_or("num_experts_per_tok", num_experts_per_tok)?,
+        normalised: false,
+    })
 }

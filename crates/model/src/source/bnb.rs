@@ -174,6 +174,10 @@ impl WeightSource for BnbSource {
         Ok(())
     }
 
+    fn forget(&self, name: &str) {
+        self.inner.forget(name);
+    }
+
     fn fingerprint(&self) -> String {
         self.inner.fingerprint()
     }

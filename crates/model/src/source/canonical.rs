@@ -7,7 +7,7 @@ use std::path::Path;
 use ferrotune_tensor::{DType, Error, Result, Tensor};
 
 use super::{Stored, WeightSource, check_rows};
-use crate::spec::{CheckpointForm, FUSED, ModelSpec, names};
+use crate::spec::{CheckpointForm, FUSED, ModelSpec, from_mixtral, names};
 
 /// Where a tensor is.
 struct Place {
@@ -28,8 +28,11 @@ impl CanonicalSource {
         for name in inner.names() {
             let (rows, cols) = inner.shape(name)?;
             let less_one = spec.checkpoint == CheckpointForm::NormsLessOne && name.ends_with("norm.weight");
-            places
-                .insert(name.to_string(), Place { stored_name: name.into(), rows: 0..rows, cols, less_one });
+            let canonical = match spec.checkpoint {
+                CheckpointForm::Mixtral => from_mixtral(name),
+                _ => name.to_string(),
+            };
+            places.insert(canonical, Place { stored_name: name.into(), rows: 0..rows, cols, less_one });
         }
         if spec.checkpoint == CheckpointForm::Fused {
             cut(spec, inner.as_ref(), &mut places)?;
@@ -51,12 +54,12 @@ fn cut(spec: &ModelSpec, inner: &dyn WeightSource, places: &mut BTreeMap<String,
             let stored_name = names::weight(index, fused);
             let Some(whole) = places.remove(&stored_name) else { continue };
             let mut first = 0;
-            for it in linears.iter().filter(|it| parts.contains(&it.part)) {
+            for it in linears.iter().filter(|it| parts.contains(&it.part.as_str())) {
                 let rows = first..first + it.out_features;
                 first = rows.end;
                 let place =
                     Place { stored_name: stored_name.clone(), rows, cols: whole.cols, less_one: false };
-                if places.insert(names::weight(index, it.part), place).is_some() {
+                if places.insert(names::weight(index, &it.part), place).is_some() {
                     let message = format!("tensor `{stored_name}`: `{}` is there too, by itself", it.part);
                     return Err(Error::file(inner.path(), message));
                 }
@@ -115,6 +118,12 @@ impl WeightSource for CanonicalSource {
             out.iter_mut().for_each(|it| *it += 1.0);
         }
         Ok(())
+    }
+
+    fn forget(&self, name: &str) {
+        if let Some(place) = self.places.get(name) {
+            self.inner.forget(&place.stored_name);
+        }
     }
 
     fn fingerprint(&self) -> String {

@@ -1,4 +1,5 @@
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use ferrotune_tensor::{Error, Result, bf16, f16};
@@ -35,6 +36,19 @@ impl Mapped {
             _ => Some(unsafe { Mmap::map(&file) }.map_err(|source| Error::io(path, source))?),
         };
         Ok(Mapped { path: path.to_path_buf(), map, held: Vec::new() })
+    }
+
+    /// Lets the system take the pages of some bytes back; they come again from the file when they are asked for.
+    pub(super) fn forget(&self, bytes: &Range<usize>) {
+        #[cfg(not(unix))]
+        let _ = bytes;
+        #[cfg(unix)]
+        if let Some(map) = &self.map {
+            // SAFETY: the map is private and never written, so that pages read again hold the same.
+            let _ = unsafe {
+                map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, bytes.start, bytes.len())
+            };
+        }
     }
 
     pub(super) fn bytes(&self) -> &[u8] {

@@ -85,6 +85,8 @@ pub trait WeightSource: Send + Sync {
     /// # Errors
     /// When there is no such tensor, or `out` isn't as long as the rows.
     fn read_rows(&self, name: &str, rows: Range<usize>, out: &mut [f32]) -> Result<()>;
+    /// Says that a tensor won't be read again soon: the memory that its file is mapped to may be taken back.
+    fn forget(&self, _name: &str) {}
     /// A short text that is another when the weights are: sizes of the files and a hash of their headers.
     fn fingerprint(&self) -> String;
 

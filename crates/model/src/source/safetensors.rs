@@ -198,6 +198,12 @@ impl WeightSource for SafetensorsSource {
         Ok(())
     }
 
+    fn forget(&self, name: &str) {
+        if let Some(entry) = self.entries.get(name) {
+            self.files[entry.file].forget(&entry.bytes);
+        }
+    }
+
     fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
         for file in &self.files {

@@ -50,7 +50,10 @@ impl ModelSpec {
                 continue;
             }
             all.push(CheckpointTensor {
-                name: fused.unwrap_or_else(|| it.name.clone()),
+                name: fused.unwrap_or_else(|| match self.checkpoint {
+                    CheckpointForm::Mixtral => to_mixtral(&it.name),
+                    _ => it.name.clone(),
+                }),
                 parts: vec![it.name],
                 rows: it.rows,
                 cols: it.cols,
@@ -68,4 +71,19 @@ fn fused_name(name: &str) -> Option<String> {
         let layer = parts.iter().find_map(|part| stem.strip_suffix(part))?;
         Some(format!("{layer}{fused}.weight"))
     })
+}
+
+/// Mixtral's names of an expert's projections.
+const MIXTRAL: [(&str, &str); 3] = [(".w1.", ".gate_proj."), (".w3.", ".up_proj."), (".w2.", ".down_proj.")];
+
+/// `model.layers.0.mlp.experts.1.gate_proj.weight` → `model.layers.0.block_sparse_moe.experts.1.w1.weight`
+fn to_mixtral(name: &str) -> String {
+    let renamed = name.replace(".mlp.", ".block_sparse_moe.");
+    MIXTRAL.iter().fold(renamed, |name, (theirs, ours)| name.replace(ours, theirs))
+}
+
+/// The other way round.
+pub(crate) fn from_mixtral(name: &str) -> String {
+    let renamed = name.replace(".block_sparse_moe.", ".mlp.");
+    MIXTRAL.iter().fold(renamed, |name, (theirs, ours)| name.replace(theirs, ours))
 }

@@ -101,11 +101,14 @@ impl ModelSpec {
     /// GPU), what the adapters' first halves gave, and in f32 the two norms' reciprocals and one sum for each head.
     fn kept_per_token(&self, layer: usize, plan: &MemoryPlan) -> u64 {
         let layer = &self.layers[layer];
-        let (attention, inner) = (&layer.attention, layer.mlp.intermediate_size);
+        let (attention, experts) = (&layer.attention, layer.mlp.experts);
+        let inner = layer.mlp.intermediate_size * experts.map_or(1, |it| it.num_experts_per_tok);
+        let expert_rows =
+            experts.map_or(0, |it| 2 * it.num_experts_per_tok * self.hidden_size + it.num_experts);
         let streams = 2 * self.hidden_size + 2 * attention.q_width() + 2 * attention.kv_width();
         let inner = if layer.mlp.gated { 3 * inner } else { 2 * inner };
-        let adapters = layer.linears(self.hidden_size).len() * plan.lora_rank;
+        let adapters = layer.linears_of_a_token(self.hidden_size).count() * plan.lora_rank;
         let f32s = 2 + attention.num_attention_heads;
-        ((streams + inner + adapters) * plan.activation_bytes + f32s * 4) as u64
+        ((streams + inner + expert_rows + adapters) * plan.activation_bytes + f32s * 4) as u64
     }
 }

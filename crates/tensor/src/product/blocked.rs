@@ -24,8 +24,6 @@ pub(super) enum Right<'a> {
     Tiles { w: &'a dyn Tiles, transposed: bool },
 }
 
-/// k is cut into equal blocks of at most so many numbers.
-const DEPTH: usize = 768;
 /// Bytes of packed `b` that a task keeps in the L2 cache.
 const BLOCK_BYTES: usize = 512 << 10;
 /// Columns of a block, however little depth it has.
@@ -150,7 +148,7 @@ impl<'a> Product<'a> {
             Right::Dense(b) if b.col_stride == 1 && a.rows <= IN_PLACE_ROWS => Some(b),
             _ => None,
         };
-        let depth = a.cols.div_ceil(a.cols.div_ceil(DEPTH)).next_multiple_of(64);
+        let depth = a.cols.div_ceil(a.cols.div_ceil(engine.depth())).next_multiple_of(64);
         // Rows that are whole pages apart push one another out of the L1 cache: fewer at a time.
         let pages = |step: usize| step.is_multiple_of(PAGE);
         let few = left == Left::Rows && pages(a.row_stride) || a.cols <= SHALLOW && pages(c.1);

@@ -66,6 +66,11 @@ impl Engine {
         }
     }
 
+    /// k is cut into equal blocks of at most so many numbers: a panel of `a` is to stay in the L1 cache.
+    pub(super) fn depth(self) -> usize {
+        if self == Engine::F32 { 384 } else { 768 }
+    }
+
     /// 32-bit words that so many numbers of k take.
     pub(super) fn words(self, depth: usize) -> usize {
         match self {

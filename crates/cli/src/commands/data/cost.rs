@@ -64,7 +64,7 @@ fn products_per_token(spec: &ModelSpec, config: &RunConfig, trained_share: f64) 
     let passes = if config.recompute_policy() == Recompute::All { 3.0 } else { 2.0 };
     let head = (spec.vocab_size * spec.hidden_size) as f64;
     let adapters = spec.adapter_parameter_count(config.lora_rank) as f64;
-    2.0 * passes * spec.linear_parameter_count() as f64 + 6.0 * adapters + 4.0 * head * trained_share
+    2.0 * passes * spec.linear_parameters_of_a_token() as f64 + 6.0 * adapters + 4.0 * head * trained_share
 }
 
 /// Multiplications and additions a second in products the shape of the model's.

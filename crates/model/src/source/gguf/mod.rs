@@ -269,6 +269,12 @@ impl WeightSource for GgufSource {
         Ok(())
     }
 
+    fn forget(&self, name: &str) {
+        if let Some(entry) = self.entries.get(name) {
+            self.file.forget(&entry.bytes);
+        }
+    }
+
     fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
         let bytes = self.file.bytes();
