@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use ferrotune_export::{PeftAdapter, merge};
 use ferrotune_model::source::{ModelFiles, SafetensorsSource, WeightSource};
 use ferrotune_model::spec::names;
 use ferrotune_tensor::DType;
@@ -157,4 +158,84 @@ fn mistakes_are_named_before_anything_is_written() {
     let words = ["export", "--model", &other, "--adapter", &lora, "--output", "out"];
     dir.ferrotune(&words).fails(1).says("the adapter belongs to another model");
     assert!(!dir.path().join("out").exists());
+}
+
+#[test]
+fn models_in_four_bits_are_written_trained_and_merged_again() {
+    let dir = with_config("max_steps: 3\nnum_threads: 1\n");
+    let (model, lora) = (repository(TINY).display().to_string(), repository(LORA).display().to_string());
+    let export =
+        |words: &[&str]| dir.ferrotune(&[&["export", "--adapter", &lora, "--model", &model], words].concat());
+    export(&["--output", "whole"]).succeeds();
+    export(&["--output", "coded", "--format", "bnb-4bit", "export_size=0.00008"])
+        .succeeds()
+        .says("verified: logits are those of the merged model in few bits");
+    // The codes are taken as they are: the same as quantising in memory.
+    let expected = dir.logits(&["--model", "whole", "--ids", "5,6,7", "quantization_bit=4"]);
+    assert_eq!(dir.logits(&["--model", "coded", "--ids", "5,6,7"]), expected);
+    assert_eq!(dir.logits(&["--model", "coded", "--ids", "5,6,7", "quantization_bit=4"]), expected);
+    let shown = dir.ferrotune(&["model", "coded"]).succeeds();
+    let shown = shown.prints("4 bits by bitsandbytes (nf4, double-quantised): 21 of 21 linear layers");
+    assert!(
+        shown.stdout.contains("4 bit, recompute: all") && !shown.stdout.contains("32 bit"),
+        "{}",
+        shown.stdout
+    );
+
+    let train =
+        |words: &[&str]| dir.ferrotune(&[&["train", "c.yaml", "model_name_or_path=coded"], words].concat());
+    train(&["quantization_bit=4"]).succeeds().says("the model is in 4 bits already, and is taken as it is");
+    train(&["finetuning_type=full", "output_dir=full"])
+        .fails(2)
+        .says("weights in 4 bits can't be trained themselves");
+    let words = ["chat", "--model", "coded", "--adapter", "out", "--prompt", "Question 3", "--greedy"];
+    dir.ferrotune(&[&words[..], &["--max-new-tokens", "4"]].concat()).succeeds();
+    dir.ferrotune(&["export", "--model", "coded", "--adapter", "out", "--output", "again"])
+        .succeeds()
+        .says("the weights are in few bits; the adapter is merged into what they are read as")
+        .says("verified");
+    let again = config(&dir.path().join("again"));
+    assert_eq!((&again["torch_dtype"], again.get("quantization_config")), (&json!("float32"), None));
+    let live = dir.logits(&["--model", "coded", "--adapter", "out", "--ids", "5,6,7"]);
+    assert!(difference(&live, &dir.logits(&["--model", "again", "--ids", "5,6,7"])) < 1e-5);
+}
+
+/// Files that PEFT wrote, with what it computed, and their base; beside the checkout where they are.
+#[test]
+fn merged_as_peft_merges() {
+    let data = repository("../shared/data");
+    let golden = data.join("golden_bnb_peft");
+    if !golden.is_dir() {
+        eprintln!("skipped: {} isn't there", golden.display());
+        return;
+    }
+    let base = data.join("stories260k/hf");
+    let merged = |adapter: &str| {
+        let adapter = PeftAdapter::read(&golden.join(adapter)).expect(adapter);
+        merge(ModelFiles::open(&base).expect("the base"), adapter).expect("a merged model")
+    };
+    let files = merged("peft_lora_r8");
+    let expected = SafetensorsSource::open(&golden.join("merged_lora_r8")).expect("PEFT's");
+    for name in files.source.names() {
+        let floats = |source: &dyn WeightSource| source.get_f32(name).expect(name).to_f32().expect(name);
+        let (got, expected) = (floats(files.source.as_ref()), floats(&expected));
+        let off = got.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(off < 1e-6, "{name}: {off:.1e}");
+    }
+    let text = fs::read_to_string(golden.join("logits.json")).expect("the logits");
+    let logits: Value = serde_json::from_str(&text).expect("JSON");
+    let ids: Vec<String> =
+        logits["input_ids"].as_array().expect("ids").iter().map(Value::to_string).collect();
+    let dir = Dir::new();
+    for (adapter, key) in [("peft_lora_r8", "peft_lora_r8_merged"), ("peft_rslora_r16", "peft_rslora_r16")] {
+        let (base, adapter) = (base.display().to_string(), golden.join(adapter).display().to_string());
+        let words = ["export", "--model", &base, "--adapter", &adapter, "--output", key];
+        dir.ferrotune(&words).succeeds().says("verified");
+        let words = ["--model", key, "template=empty", "--ids", &ids.join(",")];
+        let got = dir.logits(&words);
+        let expected = logits[key].as_array().expect(key).iter().map(|it| it.as_f64().expect("a number"));
+        let last = &got[got.len() - got.len() / ids.len()..];
+        let off = expected.zip(last).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        assert!(off < 1e-4, "{key}: {off:.1e}");
+    }
 }

@@ -1,12 +1,13 @@
 //! Each family against transformers: logits, loss, and the gradients of adapters on every projection. The
 //! numbers are `fixtures/make_families.py`'s; weights, adapters and tokens come from a hash of their names.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+mod hashed;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::Device as CandleDevice;
-use ferrotune_data::{Batch, Sample};
 use ferrotune_export::{FolderOptions, LoraTensors, Modules, PeftAdapter, merge, write_folder};
 use ferrotune_lora::LoraAdapter;
 use ferrotune_model::source::{ModelFiles, Stored};
@@ -16,29 +17,10 @@ use ferrotune_nn::{Context, LanguageModel};
 use ferrotune_tensor::{DType, Device, Precision, Result, Tensor};
 use serde_json::Value;
 
+use hashed::{Checkpoint, LENGTHS, batch, floats, largest, logits_off, numbers, weight};
+
 const RANK: usize = 2;
 const SCALING: f64 = 2.0;
-const LENGTHS: [usize; 2] = [12, 7];
-const POSITIONS: [&[usize]; 2] = [&[0, 3, 6, 11], &[2, 6]];
-
-/// In −1..1: FNV-1a of the name, then lowbias32 (Wellons) of that plus a multiple of the index.
-fn numbers(name: &str, count: usize) -> Vec<f32> {
-    let seed =
-        name.bytes().fold(2_166_136_261, |seed: u32, byte| (seed ^ u32::from(byte)).wrapping_mul(16_777_619));
-    let number = |index: usize| {
-        let mut x = (index as u32).wrapping_mul(0x9E37_79B9).wrapping_add(seed);
-        x = (x ^ (x >> 16)).wrapping_mul(0x7FEB_352D);
-        x = (x ^ (x >> 15)).wrapping_mul(0x846C_A68B);
-        x ^= x >> 16;
-        (f64::from(x >> 8) / f64::from(1 << 23) - 1.0) as f32
-    };
-    (0..count).map(number).collect()
-}
-
-fn weight(name: &str, count: usize) -> Vec<f32> {
-    let norm = name.contains("norm");
-    numbers(name, count).into_iter().map(|it| if norm { 1.0 + it / 2.0 } else { it / 4.0 }).collect()
-}
 
 fn golden() -> serde_json::Map<String, Value> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/families.json");
@@ -54,82 +36,20 @@ fn computed_on(device: &Device) -> serde_json::Map<String, Value> {
     all
 }
 
-fn floats(value: &Value) -> Vec<f64> {
-    value.as_array().unwrap().iter().map(|it| it.as_f64().unwrap()).collect()
-}
-
-/// A checkpoint as transformers would write it; gone when dropped.
-struct Checkpoint(PathBuf);
-
-impl Checkpoint {
-    fn new(family: &str, golden: &Value) -> Checkpoint {
-        let folder = std::env::temp_dir().join(format!("ferrotune-{family}-{}", std::process::id()));
-        fs::create_dir_all(&folder).unwrap();
-        fs::write(folder.join("config.json"), golden["config"].to_string()).unwrap();
-        let tensors = golden["tensors"].as_object().unwrap().iter().map(|(name, shape)| {
-            let shape: Vec<usize> = floats(shape).into_iter().map(|it| it as usize).collect();
-            let values = weight(name, shape.iter().product());
-            (name.clone(), candle_core::Tensor::from_vec(values, shape, &CandleDevice::Cpu).unwrap())
-        });
-        let tensors: HashMap<String, candle_core::Tensor> = tensors.collect();
-        candle_core::safetensors::save(&tensors, folder.join("model.safetensors")).unwrap();
-        Checkpoint(folder)
-    }
-
-    fn decoder(&self, device: &Device) -> Decoder {
-        let options = BuildOptions { precision: Precision::Full, dtype: DType::F32, device: device.clone() };
-        let files = ModelFiles::open(&self.0).unwrap();
-        let mut make = |spec: &PartSpec, stored: Stored| -> Result<_> {
-            let mut part = dense_part(spec, stored, &options)?;
-            let matrix = |kind: &str, rows: usize, cols: usize| {
-                Tensor::from_vec(rows, cols, weight(&format!("{}.{kind}.weight", spec.name), rows * cols))
-            };
-            let (a, b) =
-                (matrix("lora_A", RANK, spec.in_features)?, matrix("lora_B", spec.out_features, RANK)?);
-            let adapter = LoraAdapter::from_parts(&spec.name, a, b, SCALING, 0.0, Precision::Full)?;
-            part.adapter = Some(Box::new(adapter.to_device(device, DType::F32)?));
-            Ok(part)
+fn decoder(checkpoint: &Checkpoint, device: &Device) -> Decoder {
+    let options = BuildOptions { precision: Precision::Full, dtype: DType::F32, device: device.clone() };
+    let files = ModelFiles::open(&checkpoint.0).unwrap();
+    let mut make = |spec: &PartSpec, stored: Stored| -> Result<_> {
+        let mut part = dense_part(spec, stored, &options)?;
+        let matrix = |kind: &str, rows: usize, cols: usize| {
+            Tensor::from_vec(rows, cols, weight(&format!("{}.{kind}.weight", spec.name), rows * cols))
         };
-        build(&files.spec, files.source.as_ref(), options.clone(), &mut make).unwrap()
-    }
-}
-
-impl Drop for Checkpoint {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
-fn batch(vocab_size: usize) -> Batch {
-    let samples = LENGTHS.iter().enumerate().map(|(index, length)| {
-        let tokens = numbers(&format!("tokens.{index}"), *length);
-        let tokens = tokens.iter().map(|it| ((f64::from(*it) + 1.0) / 2.0 * vocab_size as f64) as u32);
-        Sample { tokens: tokens.collect(), trained: vec![true; *length], ..Sample::default() }
-    });
-    Batch::new(&samples.collect::<Vec<_>>())
-}
-
-/// The largest difference of the logits, relative to them where they are above 1.
-fn logits_off(model: &Decoder, ctx: &Context, hidden: &Tensor, golden: &Value) -> f64 {
-    let logits = model.logits(hidden).unwrap();
-    let (values, cols) = (logits.to_f32().unwrap(), logits.cols());
-    let rows = POSITIONS
-        .iter()
-        .zip(ctx.sequences())
-        .flat_map(|(positions, sequence)| positions.iter().map(move |position| sequence.start + position));
-    let expected = golden["logits"].as_array().unwrap();
-    let rows: Vec<usize> = rows.collect();
-    assert_eq!((rows.len(), floats(&expected[0]).len()), (expected.len(), cols));
-    let off = rows.iter().zip(expected).flat_map(|(row, expected)| {
-        let got = values[row * cols..][..cols].to_vec();
-        got.into_iter().zip(floats(expected)).map(|(got, it)| (f64::from(got) - it).abs() / it.abs().max(1.0))
-    });
-    largest(off)
-}
-
-/// Not a number where one isn't.
-fn largest(numbers: impl Iterator<Item = f64>) -> f64 {
-    numbers.fold(0.0, |most, it| if most.is_nan() || it <= most { most } else { it })
+        let (a, b) = (matrix("lora_A", RANK, spec.in_features)?, matrix("lora_B", spec.out_features, RANK)?);
+        let adapter = LoraAdapter::from_parts(&spec.name, a, b, SCALING, 0.0, Precision::Full)?;
+        part.adapter = Some(Box::new(adapter.to_device(device, DType::F32)?));
+        Ok(part)
+    };
+    build(&files.spec, files.source.as_ref(), options.clone(), &mut make).unwrap()
 }
 
 /// The largest difference of a gradient's norm and of its dot products with hashed numbers, by its norm.
@@ -156,8 +76,8 @@ fn gradients_off(model: &mut Decoder, golden: &Value) -> f64 {
 fn logits_loss_and_adapter_gradients_equal_those_of_transformers() {
     for device in Device::each() {
         for (family, golden) in &computed_on(&device) {
-            let checkpoint = Checkpoint::new(family, golden);
-            let mut model = checkpoint.decoder(&device);
+            let checkpoint = Checkpoint::new(family, &golden["config"], &golden["tensors"]);
+            let mut model = decoder(&checkpoint, &device);
             let batch = batch(golden["config"]["vocab_size"].as_u64().unwrap() as usize);
             let ctx = Context::new(batch.sequence_starts.iter().map(|it| *it as usize).collect());
             let (hidden, saved) = model.forward(&ctx, &batch.tokens).unwrap();
@@ -181,7 +101,7 @@ fn logits_loss_and_adapter_gradients_equal_those_of_transformers() {
 #[test]
 fn merged_models_compute_what_base_and_adapter_compute() {
     for (family, golden) in &golden() {
-        let checkpoint = Checkpoint::new(&format!("{family}-merged"), golden);
+        let checkpoint = Checkpoint::new(&format!("{family}-merged"), &golden["config"], &golden["tensors"]);
         let files = ModelFiles::open(&checkpoint.0).unwrap();
         let out = checkpoint.0.join("merged");
         let options = FolderOptions { dtype: None, shard_bytes: 50_000 };
@@ -222,7 +142,7 @@ fn merged_models_compute_what_base_and_adapter_compute() {
     }
 }
 
-/// The adapter of [`Checkpoint::decoder`], as a folder holds it.
+/// The adapter of [`decoder`], as a folder holds it.
 fn adapter(checkpoint: &Checkpoint) -> PeftAdapter {
     let files = ModelFiles::open(&checkpoint.0).unwrap();
     let mut tensors = Vec::new();
@@ -255,7 +175,10 @@ fn adapter(checkpoint: &Checkpoint) -> PeftAdapter {
 fn token_by_token_gives_what_a_whole_pass_gives() {
     for device in Device::each() {
         for (family, golden) in &computed_on(&device) {
-            let model = Checkpoint::new(&format!("{family}-steps"), golden).decoder(&device);
+            let model = decoder(
+                &Checkpoint::new(&format!("{family}-steps"), &golden["config"], &golden["tensors"]),
+                &device,
+            );
             let tokens =
                 &batch(golden["config"]["vocab_size"].as_u64().unwrap() as usize).tokens[..LENGTHS[0]];
             let whole = model.hidden(&Context::new(vec![0, tokens.len()]), tokens).unwrap().to_f32().unwrap();

@@ -9,6 +9,7 @@ mod doctor;
 mod evaluation;
 mod experts;
 mod export;
+mod export_gguf;
 mod llama_factory;
 mod quickstart;
 mod run;

@@ -7,6 +7,7 @@ mod fixtures;
 mod fuzz;
 mod gpu_test;
 mod kernels;
+mod peers;
 mod python;
 mod quickstart;
 mod sha256;
@@ -28,6 +29,8 @@ const USAGE: &str = "cargo xtask <verb>
   gpu-test             builds what tests/gpu/run.py needs on a machine with a GPU, into target/gpu-test
   bench cpu            speed and memory of training on this machine's cores
   fuzz [kind] [--runs N]   hostile chat templates (template), damaged files: json, jsonl, csv, tsv, txt, parquet, arrow
+  peers [words]        trains a tiny model of each family, and lets transformers, PEFT and bitsandbytes read what leaves;
+                       words go to tests/peers.py; FERROTUNE_PEERS_PYTHON names a Python that has these already
   fetch-model          only brings SmolLM2 into the model cache, and prints where it is";
 
 /// What went wrong, in one line.
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
         ["gpu-test"] => gpu_test::prepare(),
         ["bench", "cpu"] => bench::cpu(),
         ["fuzz", words @ ..] => fuzz::run_all(words),
+        ["peers", words @ ..] => peers::run_all(words),
         ["fetch-model"] => test_model::fetch().map(|path| println!("{}", path.display())),
         _ => {
             eprintln!("{USAGE}");

@@ -15,6 +15,7 @@ use std::path::PathBuf;
 use anyhow::{Context as _, bail};
 use ferrotune_data::{BatchSource, Batches, StreamedBatches};
 use ferrotune_model::BuildOptions;
+use ferrotune_model::source::ModelFiles;
 use ferrotune_model::spec::{BaseWeights, MemoryEstimate, MemoryPlan, ModelSpec, TensorSpec};
 use ferrotune_tensor::product::bf16_products;
 use ferrotune_tensor::{DType, Device, Precision};
@@ -73,6 +74,7 @@ impl Run {
         set_threads(&config);
         let computing = open_device(&config, console)?;
         let model = OpenModel::open(&config, console)?;
+        say_four_bits(&config, &model.files, console);
         let model = prepare(&mut config, model, console)?;
         let tokens = model.files.spec.vocab_size;
         check_trained(&config, &model)?;
@@ -82,7 +84,7 @@ impl Run {
         let evaluation = evaluation.or_else(|| data.take_evaluation());
         evaluation.iter().for_each(|it| it.warn(console));
         check_fit(&config, &model, &data, console)?;
-        let plan = memory_plan(&config, &model.files.spec, &computing, data.longest_batch(&config));
+        let plan = memory_plan(&config, &model.files, &computing, data.longest_batch(&config));
         check_memory(&model.files.spec.memory(&plan), &computing, console)?;
         fs::create_dir_all(&output_dir).with_context(|| format!("can't create {}", output_dir.display()))?;
         let lock = lock.map_or_else(|| RunLock::take(&output_dir), Ok)?;
@@ -99,6 +101,20 @@ impl Run {
         }
         let samples = std::mem::take(&mut self.data.samples);
         Ok(RunBatches::InMemory(Batches::new(samples, data::batch_options(&self.config))?))
+    }
+}
+
+/// Says what becomes of weights that bitsandbytes has put into 4 bits, where that may not be expected.
+fn say_four_bits(config: &RunConfig, files: &ModelFiles, console: &Console) {
+    let Some(kind) = &files.four_bit else { return };
+    if config.quantization_bit.is_some() {
+        console.note("`quantization_bit`: the model is in 4 bits already, and is taken as it is");
+    }
+    if !kind.is_nf4() {
+        console.note(format!(
+            "the model's {} weights are kept in 16 or 32 bits while it trains",
+            kind.quant_type
+        ));
     }
 }
 
@@ -260,13 +276,14 @@ fn check_fit(
 /// How training uses memory, by the config, with micro-batches of this many tokens.
 pub fn memory_plan(
     config: &RunConfig,
-    spec: &ModelSpec,
+    files: &ModelFiles,
     computing: &BuildOptions,
     tokens: usize,
 ) -> MemoryPlan {
-    let base = match config.quantization_bit {
-        Some(QuantizationBit::Four) => BaseWeights::FourBit,
-        None => BaseWeights::Whole,
+    let base = match (&files.four_bit, config.quantization_bit) {
+        (Some(kind), _) if kind.is_nf4() => BaseWeights::FourBit,
+        (None, Some(QuantizationBit::Four)) => BaseWeights::FourBit,
+        _ => BaseWeights::Whole,
     };
     MemoryPlan {
         base,
@@ -275,7 +292,7 @@ pub fn memory_plan(
             Precision::Full => computing.dtype.size_in_bytes(),
         },
         lora_rank: if config.finetuning_type == FinetuningType::Lora { config.lora_rank } else { 0 },
-        trained_weights: trained_weights(config, spec),
+        trained_weights: trained_weights(config, &files.spec),
         tokens,
         activation_bytes: computing.dtype.size_in_bytes(),
         recompute: matches!(config.recompute_policy(), Recompute::All | Recompute::Offload),

@@ -33,7 +33,7 @@ pub fn merge(files: ModelFiles, mut adapter: PeftAdapter) -> Result<ModelFiles> 
         deltas.insert(format!("{module}.weight"), delta);
     }
     let source = Box::new(Merged { base: files.source, deltas });
-    Ok(ModelFiles { source, ..files })
+    Ok(ModelFiles { source, four_bit: None, ..files })
 }
 
 /// The model with the whole weights that were saved beside an adapter. One of an embedding and a head that
@@ -105,7 +105,7 @@ impl WeightSource for Merged {
     fn get(&self, name: &str) -> Result<Stored> {
         match self.deltas.contains_key(name) {
             true => Ok(Stored::Dense(self.get_f32(name)?.cast(self.dtype(name)?)?)),
-            false => self.base.get(name),
+            false => Ok(Stored::Dense(self.base.get(name)?.into_dense()?)),
         }
     }
 
@@ -115,6 +115,10 @@ impl WeightSource for Merged {
             Some(delta) => delta.add(rows, out),
             None => Ok(()),
         }
+    }
+
+    fn forget(&self, name: &str) {
+        self.base.forget(name);
     }
 
     /// Another than the base's for each adapter.

@@ -27,8 +27,8 @@ pub enum SavedAs {
 /// How a whole model is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FolderOptions {
-    /// The type of all numbers; where it is none, each tensor has its own in the base model's files, and
-    /// bf16 where those hold few bits.
+    /// The type of all numbers; where it is none, each tensor has its own in the base model's files. What
+    /// GGUF files hold in few bits becomes bf16.
     pub dtype: Option<DType>,
     /// The longest file; one tensor may be longer.
     pub shard_bytes: u64,
@@ -49,7 +49,7 @@ pub fn write_model(
     trained: &BTreeMap<String, Tensor>,
     saved_as: SavedAs,
 ) -> Result<()> {
-    let read = |name: &str, rows: Range<usize>, out: &mut [f32]| match trained.get(name) {
+    let read: &ReadRows = &|name, rows, out| match trained.get(name) {
         None => base.source.read_rows(name, rows, out),
         Some(tensor) => {
             out.copy_from_slice(&tensor.values::<f32>()?[rows.start * tensor.cols()..][..out.len()]);
@@ -60,8 +60,8 @@ pub fn write_model(
         SavedAs::Trained if it.parts.iter().any(|part| trained.contains_key(part)) => Ok(DType::F32),
         _ => base.source.dtype(&it.parts[0]),
     };
-    write_weights(folder, base, &dtype, &read, u64::MAX, &mut |_, _| {})?;
-    write_configs(folder, base, None)
+    write_weights(folder, base, &dtype, read, u64::MAX, &mut |_, _| {})?;
+    write_configs(folder, base, &config(base, None)?)
 }
 
 /// Writes a model, such as a merged one; the config comes last, so that a folder with a config is a whole
@@ -75,28 +75,34 @@ pub fn write_folder(
     options: FolderOptions,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<()> {
-    let one = written_dtype(files, options)?;
-    let dtype = |it: &CheckpointTensor| match one {
-        Some(dtype) => Ok(dtype),
-        None => Ok(files.source.stored_dtype(&it.parts[0])?.unwrap_or(DType::BF16)),
-    };
-    let read = |name: &str, rows: Range<usize>, out: &mut [f32]| files.source.read_rows(name, rows, out);
-    write_weights(folder, files, &dtype, &read, options.shard_bytes, progress)?;
-    write_configs(folder, files, one)
+    let dtype = |it: &CheckpointTensor| written_dtype(files, options, it);
+    let read: &ReadRows = &|name, rows, out| files.source.read_rows(name, rows, out);
+    write_weights(folder, files, &dtype, read, options.shard_bytes, progress)?;
+    let uniform = options.dtype.is_some() || files.kind == FileKind::Gguf;
+    let first = &files.spec.checkpoint_tensors()[0];
+    let named = uniform.then(|| written_dtype(files, options, first)).transpose()?;
+    write_configs(folder, files, &config(files, named)?)
 }
 
-/// The one type of all numbers: the one asked for, or for a GGUF file, whose small tensors are f32 beside
-/// large ones of another type, that of its projections.
-fn written_dtype(files: &ModelFiles, options: FolderOptions) -> Result<Option<DType>> {
-    if options.dtype.is_some() || files.kind == FileKind::Folder {
-        return Ok(options.dtype);
+/// The type that a tensor is written in. In a GGUF file small tensors are f32 beside large ones of another type:
+/// there all get that of the projections.
+pub(crate) fn written_dtype(
+    files: &ModelFiles,
+    options: FolderOptions,
+    tensor: &CheckpointTensor,
+) -> Result<DType> {
+    if let Some(dtype) = options.dtype {
+        return Ok(dtype);
     }
-    let first = files.source.stored_dtype(&names::weight(0, names::O))?;
-    Ok(Some(first.unwrap_or(DType::BF16)))
+    let (source, part) = (&files.source, &tensor.parts[0]);
+    Ok(match files.kind {
+        FileKind::Folder => source.stored_dtype(part)?.map_or_else(|| source.dtype(part), Ok)?,
+        FileKind::Gguf => source.stored_dtype(&names::weight(0, names::O))?.unwrap_or(DType::BF16),
+    })
 }
 
 /// Some rows of a canonical tensor.
-type ReadRows<'a> = dyn Fn(&str, Range<usize>, &mut [f32]) -> Result<()> + 'a;
+pub(crate) type ReadRows<'a> = dyn Fn(&str, Range<usize>, &mut [f32]) -> Result<()> + 'a;
 
 fn write_weights(
     folder: &Path,
@@ -108,36 +114,50 @@ fn write_weights(
 ) -> Result<()> {
     let tensors = files.spec.checkpoint_tensors();
     let dtypes = tensors.iter().map(dtype).collect::<Result<Vec<DType>>>()?;
-    let entry = |(it, dtype): (&CheckpointTensor, &DType)| {
-        vec![Entry { name: it.name.clone(), dtype: stored_as(*dtype), shape: it.shape() }]
-    };
-    let groups: Vec<Vec<Entry>> = tensors.iter().zip(&dtypes).map(entry).collect();
+    let groups: Vec<Vec<Entry>> =
+        tensors.iter().zip(&dtypes).map(|(it, dtype)| vec![entry_of(it, *dtype)]).collect();
     let total = files.spec.parameter_count();
     let mut writer = CheckpointWriter::create(folder, &groups, shard_bytes, total)?;
     let mut done = 0;
     for (tensor, dtype) in tensors.iter().zip(dtypes) {
-        for part in &tensor.parts {
-            let (rows, cols) = files.source.shape(part)?;
-            let step = (PIECE / cols).max(1);
-            for first in (0..rows).step_by(step) {
-                let rows = first..(first + step).min(rows);
-                let mut values = vec![0.0; rows.len() * cols];
-                read(part, rows, &mut values)?;
-                if tensor.less != 0.0 {
-                    values.iter_mut().for_each(|it| *it -= tensor.less);
-                }
-                done += values.len() as u64;
-                writer.write(&tensor.name, &bytes_as(values, dtype)?)?;
-                progress(done, total);
-            }
-        }
+        write_tensor(&mut writer, files, tensor, dtype, read)?;
+        done += (tensor.rows * tensor.cols) as u64;
+        progress(done, total);
     }
     writer.finish()
 }
 
+pub(crate) fn entry_of(tensor: &CheckpointTensor, dtype: DType) -> Entry {
+    Entry { name: tensor.name.clone(), dtype: stored_as(dtype), shape: tensor.shape() }
+}
+
+/// Writes a tensor in plain numbers, some rows at a time.
+pub(crate) fn write_tensor(
+    writer: &mut CheckpointWriter,
+    files: &ModelFiles,
+    tensor: &CheckpointTensor,
+    dtype: DType,
+    read: &ReadRows,
+) -> Result<()> {
+    for part in &tensor.parts {
+        let (rows, cols) = files.source.shape(part)?;
+        let step = (PIECE / cols).max(1);
+        for first in (0..rows).step_by(step) {
+            let rows = first..(first + step).min(rows);
+            let mut values = vec![0.0; rows.len() * cols];
+            read(part, rows, &mut values)?;
+            if tensor.less != 0.0 {
+                values.iter_mut().for_each(|it| *it -= tensor.less);
+            }
+            writer.write(&tensor.name, &bytes_as(values, dtype)?)?;
+        }
+        files.source.forget(part);
+    }
+    Ok(())
+}
+
 /// config.json and generation_config.json, the former last.
-pub(crate) fn write_configs(folder: &Path, files: &ModelFiles, dtype: Option<DType>) -> Result<()> {
-    let config = config(files, dtype)?;
+pub(crate) fn write_configs(folder: &Path, files: &ModelFiles, config: &Value) -> Result<()> {
     let generation = match files.kind {
         FileKind::Folder => fs::read(files.path.join(GENERATION)).ok(),
         FileKind::Gguf => {
@@ -151,7 +171,7 @@ pub(crate) fn write_configs(folder: &Path, files: &ModelFiles, dtype: Option<DTy
     if let Some(bytes) = generation {
         write_whole(&folder.join(GENERATION), &bytes)?;
     }
-    write_whole(&folder.join(CONFIG), &pretty(&config)?)
+    write_whole(&folder.join(CONFIG), &pretty(config)?)
 }
 
 /// The base's config with what has changed since.

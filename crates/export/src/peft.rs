@@ -10,7 +10,7 @@ use std::fmt;
 use std::fs;
 use std::path::Path;
 
-use ferrotune_model::source::{SafetensorsSource, Stored, WeightSource};
+use ferrotune_model::source::{SafetensorsSource, WeightSource};
 use ferrotune_model::spec::{LinearSpec, ModelSpec, names};
 use ferrotune_tensor::{DType, Error, Result, Tensor};
 use safetensors::tensor::{Dtype, View};
@@ -126,12 +126,7 @@ impl PeftAdapter {
         let mut pairs: BTreeMap<String, [Option<Tensor>; 2]> = BTreeMap::new();
         for name in source.names() {
             source.shape(name)?;
-            let Stored::Dense(tensor) = source.get(name)? else {
-                return Err(Error::file(
-                    &path,
-                    format!("tensor `{name}` is in few bits, expected f32, f16 or bf16"),
-                ));
-            };
+            let tensor = source.get(name)?.into_dense()?;
             let short = name.strip_prefix(PREFIX).unwrap_or(name);
             if [names::EMBEDDING, names::HEAD].contains(&short) {
                 adapter.saved.insert(short.to_string(), tensor);

@@ -84,7 +84,7 @@ impl Builder<'_, '_> {
     /// A table of token vectors; with bf16 products it is kept in bf16.
     fn table(&self, name: &str) -> Result<DenseWeight> {
         self.check(name, (self.spec.vocab_size, self.spec.hidden_size))?;
-        let Stored::Dense(value) = self.weights.get(name)?;
+        let value = self.weights.get(name)?.into_dense()?;
         let BuildOptions { precision, dtype, device } = &self.options;
         let value = match (device, precision) {
             (Device::Cuda(_), _) => value.to_device_as(device, *dtype)?,
@@ -172,7 +172,7 @@ impl Builder<'_, '_> {
         }
         let router = names::weight(index, names::ROUTER);
         self.check(&router, (experts.num_experts, self.spec.hidden_size))?;
-        let Stored::Dense(value) = self.weights.get(&router)?;
+        let value = self.weights.get(&router)?.into_dense()?;
         let one = |expert| self.mlp(index, it, linears, |part| names::of_expert(expert, part));
         Ok(FeedForward::Experts(Experts {
             experts: (0..experts.num_experts).map(one).collect::<Result<_>>()?,
@@ -228,7 +228,7 @@ impl Builder<'_, '_> {
 /// # Errors
 /// When the device has no room.
 pub fn dense_part(spec: &PartSpec, stored: Stored, options: &BuildOptions) -> Result<Part> {
-    let Stored::Dense(mut value) = stored;
+    let mut value = stored.into_dense()?;
     if let Device::Cuda(_) = options.device {
         value = value.to_device_as(&options.device, options.dtype)?;
     }

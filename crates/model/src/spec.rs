@@ -1,13 +1,13 @@
 //! What a decoder is made of. A family fills this in; nothing else asks which family it is.
 
-use ferrotune_nn::{Activation, NormKind, Rope};
+pub use ferrotune_nn::{Activation, NormKind, Rope};
 use ferrotune_tensor::{Error, Result};
 
 mod checkpoint;
 mod memory;
 
-pub use checkpoint::CheckpointTensor;
-pub(crate) use checkpoint::{FUSED, from_mixtral};
+pub(crate) use checkpoint::from_mixtral;
+pub use checkpoint::{CheckpointTensor, FUSED};
 pub use memory::{BaseWeights, MemoryEstimate, MemoryPlan};
 
 /// Experts of a layer, at most: far above any model.
@@ -401,6 +401,11 @@ impl ModelSpec {
     /// Numbers in the weights of the layers' projections: what 4-bit storage applies to.
     pub fn linear_parameter_count(&self) -> u64 {
         self.linears().map(|it| it.out_features as u64 * it.in_features as u64).sum()
+    }
+
+    /// Projections of the layers; one that a checkpoint holds within another counts as well.
+    pub fn linear_count(&self) -> usize {
+        self.linears().count()
     }
 
     /// Those of them that one token is multiplied by.

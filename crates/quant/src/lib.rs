@@ -10,5 +10,5 @@ mod nf4;
 mod tables;
 
 pub use gpu::Nf4GpuWeight;
-pub use nf4::{Absmax, Nf4Weight, Scales};
+pub use nf4::{Absmax, BLOCK as NF4_BLOCK, GROUP as NF4_GROUP, Nf4Weight, Scales};
 pub use tables::{NF4_LEVELS, dynamic_map};

@@ -16,9 +16,9 @@ use crate::mean::mean;
 use crate::tables::{NF4_LEVELS, NF4_THRESHOLDS, dynamic_map};
 
 /// Elements that share a scale.
-pub(crate) const BLOCK: usize = 64;
+pub const BLOCK: usize = 64;
 /// Blocks that share a scale of scales.
-pub(crate) const GROUP: usize = 256;
+pub const GROUP: usize = 256;
 
 /// Keeps the reciprocal of a scale finite.
 const SMALLEST: f32 = 1e-38;

@@ -1,12 +1,17 @@
 //! `ferrotune export`: the model and its adapter as one, in the formats that other programs read.
 
+mod gguf;
+mod ollama;
 mod verify;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
-use ferrotune_export::{FolderOptions, PeftAdapter, merge, merged_card, write_folder, write_whole};
+use ferrotune_export::{
+    FolderOptions, PeftAdapter, check_bnb, merge, merged_card, rounded_as_gguf, write_bnb, write_folder,
+    write_whole,
+};
 use ferrotune_model::source::ModelFiles;
 use ferrotune_model::spec::names;
 use ferrotune_tensor::DType;
@@ -26,10 +31,23 @@ pub fn run(args: &ExportArgs, console: &Console) -> anyhow::Result<Outcome> {
     set_threads(&config);
     let mut model = UntemplatedModel::open(&config, console)?;
     let folder = folder(&config, &model)?;
+    if config.export_format == ExportFormat::BnbFourBit {
+        check_bnb(&model.files)?;
+    }
     let adapter = read_adapter(&config, &model)?;
     model.set_template(&config)?;
     warn_of_few_bits(&mut config, &model.files, adapter.is_some(), console)?;
     let card = merged_card(&model.name, adapter.as_ref());
+
+    if config.export_format == ExportFormat::GgufAdapter {
+        let UntemplatedModel { name, files, tokenizer } = &model;
+        let Some(adapter) = &adapter else {
+            let message = "`gguf-adapter` needs an adapter; give `adapter_name_or_path`, or --adapter";
+            return Err(mistake(&config, "export_format", message));
+        };
+        gguf::write_adapter(&folder, name, files, tokenizer, adapter, console)?;
+        return Ok(Outcome::Done);
+    }
 
     let UntemplatedModel { name, files, tokenizer } = model;
     let (files, expected) = match config.export_verify {
@@ -44,6 +62,19 @@ pub fn run(args: &ExportArgs, console: &Console) -> anyhow::Result<Outcome> {
         None => files,
     };
     tracing::info!("{name}: {} tensors", files.spec.tensors().len());
+    if let Some(mix) = gguf::mix(config.export_format) {
+        let path = gguf::write_model(&folder, &name, &files, &tokenizer, mix, console)?;
+        if let Some(expected) = expected {
+            let rounded = rounded_as_gguf(files, mix)?;
+            expected.rounded_as(&rounded, &config)?.compare(&config, &path, console)?;
+        }
+        return Ok(Outcome::Done);
+    }
+    // What rounding to few bits comes to is no fault: formats of few bits are compared with the same in memory.
+    let expected = match (expected, config.export_format) {
+        (Some(live), ExportFormat::BnbFourBit) => Some(live.in_four_bits(&config, &files)?),
+        (expected, _) => expected,
+    };
     write(&config, &folder, &files, console)?;
     tokenizer.save(&folder)?;
     // Older converters read the model of SentencePiece itself.
@@ -144,6 +175,8 @@ fn write(config: &RunConfig, folder: &Path, files: &ModelFiles, console: &Consol
     };
     let written = match config.export_format {
         ExportFormat::Safetensors => write_folder(folder, files, folder_options(config), &mut progress),
+        ExportFormat::BnbFourBit => write_bnb(folder, files, folder_options(config), &mut progress),
+        _ => Ok(()), // one file, which `gguf` has written
     };
     bar.finish_and_clear();
     Ok(written?)

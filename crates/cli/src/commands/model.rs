@@ -31,6 +31,16 @@ pub fn run(args: &ModelArgs, console: &Console) -> anyhow::Result<Outcome> {
     };
     line("model", model.name.clone())?;
     line("files", format!("{} ({kind})", files.path.display()))?;
+    if let Some(kind) = &files.four_bit {
+        let scales = if kind.double_quantized { ", double-quantised" } else { "" };
+        let how = format!(
+            "4 bits by bitsandbytes ({}{scales}): {} of {} linear layers",
+            kind.quant_type,
+            kind.count,
+            spec.linear_count()
+        );
+        line("weights", how)?;
+    }
     line("family", spec.family.to_string())?;
     if let Some(layer) = spec.layers.first() {
         let attention = &layer.attention;
@@ -68,12 +78,14 @@ pub fn run(args: &ModelArgs, console: &Console) -> anyhow::Result<Outcome> {
     line("memory", memory)?;
     let header = ["weights", "adapters", "activations", "logits", "together"];
     writeln!(out, "  {:<24}{}", "mode", header.map(|name| format!("{name:>13}")).concat())?;
-    for (bits, base, recompute) in [
-        (4, BaseWeights::FourBit, false),
-        (4, BaseWeights::FourBit, true),
-        (8 * weight_bytes, BaseWeights::Whole, false),
-        (8 * weight_bytes, BaseWeights::Whole, true),
-    ] {
+    let modes = [(4, BaseWeights::FourBit), (8 * weight_bytes, BaseWeights::Whole)];
+    // What is in 4 bits stays so, where it can.
+    let possible = |base: &BaseWeights| match &files.four_bit {
+        Some(kind) => (*base == BaseWeights::FourBit) == kind.is_nf4(),
+        None => true,
+    };
+    let modes = modes.into_iter().filter(|(_, base)| possible(base));
+    for (bits, base, recompute) in modes.flat_map(|(bits, base)| [(bits, base, false), (bits, base, true)]) {
         let name = format!("{bits} bit{}", if recompute { ", recompute: all" } else { "" });
         let plan = MemoryPlan {
             base,

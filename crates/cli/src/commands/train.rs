@@ -183,7 +183,7 @@ fn out_of_memory(error: Error, run: &Run, longest_batch: usize) -> anyhow::Error
     if !matches!(error, Error::OutOfMemory { .. }) {
         return error.into();
     }
-    let plan = memory_plan(&run.config, &run.model.files.spec, &run.computing, longest_batch);
+    let plan = memory_plan(&run.config, &run.model.files, &run.computing, longest_batch);
     let lean = MemoryPlan { recompute: true, ..plan };
     let spec = &run.model.files.spec;
     anyhow::anyhow!(
@@ -309,7 +309,7 @@ fn recompute(run: &Run, longest_batch: usize) -> Vec<Recompute> {
         config::Recompute::All => 0,
         config::Recompute::Offload => return vec![Recompute::Offload; blocks],
         config::Recompute::Auto => {
-            let plan = memory_plan(&run.config, &run.model.files.spec, &run.computing, longest_batch);
+            let plan = memory_plan(&run.config, &run.model.files, &run.computing, longest_batch);
             available_memory(&run.computing)
                 .map_or(blocks, |available| run.model.files.spec.blocks_kept(&plan, available / 10 * 9))
         }

@@ -642,6 +642,26 @@ choice! {
     ExportFormat {
         /// A Hugging Face folder in 16 bits (or in f32).
         Safetensors = "safetensors",
+        /// The same with projections in 4 bits, as bitsandbytes serialises them.
+        BnbFourBit = "bnb-4bit",
+        /// GGUF files for llama.cpp and Ollama.
+        GgufF32 = "gguf-f32",
+        /// In f16.
+        GgufF16 = "gguf-f16" | "gguf",
+        /// In bf16.
+        GgufBf16 = "gguf-bf16",
+        /// In 8 bits.
+        GgufQ8 = "gguf-q8_0",
+        /// In 4 bits, the plain way.
+        GgufQ4 = "gguf-q4_0",
+        /// In 4 to 6 bits.
+        GgufQ4KM = "gguf-q4_k_m",
+        /// In 5 to 6 bits.
+        GgufQ5KM = "gguf-q5_k_m",
+        /// In 6 bits.
+        GgufQ6K = "gguf-q6_k",
+        /// The adapter by itself, for llama.cpp.
+        GgufAdapter = "gguf-adapter",
     }
     later {} wrong {}
 }

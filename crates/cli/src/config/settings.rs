@@ -296,7 +296,7 @@ settings! {
     "Export" {
         /// Where `ferrotune export` writes.
         export_dir: Option<PathBuf> = None,
-        /// What it writes: safetensors (the whole model in 16 bits, adapter merged).
+        /// What it writes: safetensors (all in 16 bits, adapter merged), bnb-4bit (4 bits, as bitsandbytes has it), gguf-f16, gguf-q4_k_m … (llama.cpp, Ollama).
         export_format: ExportFormat = ExportFormat::Safetensors,
         /// Longest file of a model in GB (10^9 bytes).
         export_size: f64 = 5.0,

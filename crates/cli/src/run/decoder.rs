@@ -5,10 +5,12 @@ use std::time::Instant;
 
 use ferrotune_export::{LoraTensors, Modules, PeftAdapter, with_saved};
 use ferrotune_lora::{LoraAdapter, LoraConfig, Target};
-use ferrotune_model::source::{ModelFiles, Stored};
+use ferrotune_model::source::{FourBit, FourBitScales, ModelFiles, Stored};
 use ferrotune_model::{BuildOptions, Decoder, PartSpec, build, dense_part};
 use ferrotune_nn::{LanguageModel, Parameter, Part, Weight};
-use ferrotune_quant::{Nf4GpuWeight, Nf4Weight, Scales};
+use ferrotune_quant::{
+    Absmax, NF4_BLOCK, NF4_GROUP, NF4_LEVELS, Nf4GpuWeight, Nf4Weight, Scales, dynamic_map,
+};
 use ferrotune_tensor::{DType, Device, Precision, Result, Tensor};
 
 use super::{OpenModel, is_trained, open_device, set_threads};
@@ -45,17 +47,19 @@ pub fn build_decoder(
         (other, _) => other,
     };
     let mut adapters = Maker::new(adapters, files, computing.precision)?;
+    // What is in 4 bits already is left as it is, and so is what its maker left out.
+    let quantization_bit = config.quantization_bit.filter(|_| files.four_bit.is_none());
     let scales = if config.double_quantization { Scales::Nested } else { Scales::Plain };
     let mut make = |spec: &PartSpec, stored: Stored| -> Result<Part> {
-        let mut part = match (config.quantization_bit, stored) {
-            (Some(_), Stored::Dense(value)) => {
-                let weight: Box<dyn Weight> = match &computing.device {
-                    Device::Cpu => Box::new(Nf4Weight::quantize(&value, scales, computing.precision)?),
-                    gpu => Box::new(Nf4GpuWeight::quantize(&value.to_device(gpu)?, scales)?),
-                };
-                Part { name: spec.name.clone(), weight, bias: None, adapter: None }
+        let mut part = match (stored, quantization_bit, &computing.device) {
+            (Stored::FourBit(matrix), ..) => four_bit_part(spec, matrix, computing)?,
+            (Stored::Dense(value), Some(_), Device::Cpu) => {
+                quantised_part(spec, Nf4Weight::quantize(&value, scales, computing.precision)?)
             }
-            (_, stored) => dense_part(spec, stored, computing)?,
+            (Stored::Dense(value), Some(_), gpu) => {
+                quantised_part(spec, Nf4GpuWeight::quantize(&value.to_device(gpu)?, scales)?)
+            }
+            (stored, ..) => dense_part(spec, stored, computing)?,
         };
         if let Some(adapter) = adapters.make(spec)? {
             part.adapter = Some(Box::new(adapter.to_device(&computing.device, computing.dtype)?));
@@ -72,6 +76,35 @@ pub fn build_decoder(
     }
     tracing::info!("weights read in {:.2} s", start.elapsed().as_secs_f64());
     Ok(decoder)
+}
+
+/// A projection that bitsandbytes has put into 4 bits: NF4 as it is, bit for bit; codes of another kind are
+/// read for what they mean, and not quantised again.
+fn four_bit_part(spec: &PartSpec, matrix: FourBit, computing: &BuildOptions) -> Result<Part> {
+    let own_map = |map: &[f32]| map == dynamic_map();
+    let nested = match &matrix.scales {
+        FourBitScales::Plain(_) => true,
+        FourBitScales::Nested { map, group, .. } => own_map(map) && *group == NF4_GROUP,
+    };
+    if matrix.table != NF4_LEVELS || matrix.block != NF4_BLOCK || !nested {
+        return dense_part(spec, Stored::FourBit(matrix), computing);
+    }
+    let FourBit { rows, cols, codes, scales, dtype, .. } = matrix;
+    let absmax = match scales {
+        FourBitScales::Plain(values) => Absmax::Plain(values),
+        FourBitScales::Nested { codes, nested_absmax, offset, .. } => {
+            Absmax::Nested { codes, nested_absmax, offset }
+        }
+    };
+    let weight = Nf4Weight::from_parts((rows, cols), codes, absmax, dtype, computing.precision)?;
+    Ok(match computing.device.gpu() {
+        Some(gpu) => quantised_part(spec, Nf4GpuWeight::from_cpu(&weight, gpu)?),
+        None => quantised_part(spec, weight),
+    })
+}
+
+fn quantised_part(spec: &PartSpec, weight: impl Weight + 'static) -> Part {
+    Part { name: spec.name.clone(), weight: Box::new(weight), bias: None, adapter: None }
 }
 
 /// Opens the model that the config names and builds it, with the trained adapter it names.

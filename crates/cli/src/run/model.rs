@@ -219,11 +219,14 @@ fn tokenizer(files: &ModelFiles) -> anyhow::Result<Tokenizer> {
         merges: vocabulary.merges,
         bos: vocabulary.bos_token_id,
         eos: vocabulary.eos_token_id,
+        eot: vocabulary.eot_token_id,
         unk: vocabulary.unk_token_id,
         pad: vocabulary.pad_token_id,
         add_bos: vocabulary.add_bos_token,
+        add_eos: vocabulary.add_eos_token,
         add_space_prefix: vocabulary.add_space_prefix,
         chat_template: vocabulary.chat_template,
+        more_templates: vocabulary.more_templates,
     })?)
 }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use ferrotune_export::{ModelCard, PeftAdapter, SavedAs, write_model};
 use ferrotune_model::Decoder;
-use ferrotune_model::source::{FileKind, NewRows, Replacement, SafetensorsSource, Stored, WeightSource as _};
+use ferrotune_model::source::{FileKind, NewRows, Replacement, SafetensorsSource, WeightSource as _};
 use ferrotune_model::spec::{CheckpointForm, names};
 use ferrotune_nn::{LanguageModel as _, Parameter};
 use ferrotune_tensor::{DType, Error, Result, Tensor};
@@ -115,6 +115,10 @@ pub fn check_trained(config: &RunConfig, model: &OpenModel) -> anyhow::Result<()
             "training whole weights needs a model folder as Hugging Face lays it out, not a GGUF file";
         return Err(mistake(config, "finetuning_type", message));
     }
+    if model.files.four_bit.is_some() {
+        let message = "weights in 4 bits can't be trained themselves; use `finetuning_type: lora`, or the 16-bit original";
+        return Err(mistake(config, "finetuning_type", message));
+    }
     if model.files.spec.checkpoint != CheckpointForm::Canonical {
         let message = format!(
             "training whole weights of the family {} is not there yet, LoRA is: its checkpoints have a form that \
@@ -169,12 +173,10 @@ pub fn save_trained(
 pub fn load_trained(config: &RunConfig, model: &mut Decoder, folder: &Path) -> Result<()> {
     if config.finetuning_type != FinetuningType::Lora {
         let source = SafetensorsSource::open_file(&folder.join("model.safetensors"))?;
-        return model.parameters().into_iter().try_for_each(|parameter| {
-            let Stored::Dense(tensor) = source.get(&parameter.name)? else {
-                return Err(Error::file(folder, format!("`{}` is in few bits", parameter.name)));
-            };
-            set(parameter, tensor)
-        });
+        return model
+            .parameters()
+            .into_iter()
+            .try_for_each(|parameter| set(parameter, source.get(&parameter.name)?.into_dense()?));
     }
     let adapter = PeftAdapter::read(folder)?;
     let tensors = adapter.tensors.into_iter().flat_map(|it| {

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use ferrotune_tensor::{DType, Error, Result, Tensor};
 
-use super::{SafetensorsSource, Stored, WeightSource, check_rows};
+use super::{Stored, WeightSource, check_rows};
 use crate::spec::{CheckpointForm, FUSED, ModelSpec, from_mixtral, names};
 
 /// Where a tensor is.
@@ -18,12 +18,12 @@ struct Place {
 }
 
 pub(super) struct CanonicalSource {
-    inner: SafetensorsSource,
+    inner: Box<dyn WeightSource>,
     places: BTreeMap<String, Place>,
 }
 
 impl CanonicalSource {
-    pub(super) fn new(spec: &ModelSpec, inner: SafetensorsSource) -> Result<CanonicalSource> {
+    pub(super) fn new(spec: &ModelSpec, inner: Box<dyn WeightSource>) -> Result<CanonicalSource> {
         let mut places = BTreeMap::new();
         for name in inner.names() {
             let (rows, cols) = inner.shape(name)?;
@@ -35,7 +35,7 @@ impl CanonicalSource {
             places.insert(canonical, Place { stored_name: name.into(), rows: 0..rows, cols, less_one });
         }
         if spec.checkpoint == CheckpointForm::Fused {
-            cut(spec, &inner, &mut places)?;
+            cut(spec, inner.as_ref(), &mut places)?;
         }
         Ok(CanonicalSource { inner, places })
     }
@@ -47,7 +47,7 @@ impl CanonicalSource {
 }
 
 /// Puts the parts of fused projections in their place.
-fn cut(spec: &ModelSpec, inner: &SafetensorsSource, places: &mut BTreeMap<String, Place>) -> Result<()> {
+fn cut(spec: &ModelSpec, inner: &dyn WeightSource, places: &mut BTreeMap<String, Place>) -> Result<()> {
     for (index, layer) in spec.layers.iter().enumerate() {
         let linears = layer.linears(spec.hidden_size);
         for (fused, parts) in FUSED {
@@ -99,6 +99,12 @@ impl WeightSource for CanonicalSource {
         if !place.less_one && place.rows.len() == self.inner.shape(&place.stored_name)?.0 {
             return self.inner.get(&place.stored_name);
         }
+        if self.stored_dtype(name)?.is_none()
+            && let Stored::FourBit(whole) = self.inner.get(&place.stored_name)?
+            && let Some(rows) = whole.rows(place.rows.clone())
+        {
+            return Ok(Stored::FourBit(rows));
+        }
         let tensor: Tensor = self.get_f32(name)?.cast(self.dtype(name)?)?;
         Ok(Stored::Dense(tensor))
     }
@@ -112,6 +118,12 @@ impl WeightSource for CanonicalSource {
             out.iter_mut().for_each(|it| *it += 1.0);
         }
         Ok(())
+    }
+
+    fn forget(&self, name: &str) {
+        if let Some(place) = self.places.get(name) {
+            self.inner.forget(&place.stored_name);
+        }
     }
 
     fn fingerprint(&self) -> String {

@@ -142,6 +142,10 @@ impl WeightSource for Changed {
         }
     }
 
+    fn forget(&self, name: &str) {
+        self.base.forget(name);
+    }
+
     /// The base's own: what stands in its places isn't another model.
     fn fingerprint(&self) -> String {
         self.base.fingerprint()

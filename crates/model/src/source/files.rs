@@ -6,6 +6,7 @@ use ferrotune_tensor::{Error, Result};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use super::bnb::{BnbSource, FourBitKind};
 use super::canonical::CanonicalSource;
 use super::gguf::GgufSource;
 use super::{Changed, GgufVocabulary, Replacement, SafetensorsSource, WeightSource};
@@ -22,6 +23,8 @@ pub struct ModelFiles {
     pub config: Value,
     /// What the weights are in.
     pub kind: FileKind,
+    /// How projections are in 4 bits, where bitsandbytes has put them there.
+    pub four_bit: Option<FourBitKind>,
     /// The folder or the file.
     pub path: PathBuf,
     /// The tokenizer and the chat template that a GGUF file carries.
@@ -66,14 +69,14 @@ impl ModelFiles {
     /// # Errors
     /// When they don't fit each other.
     pub fn change(self, replacements: BTreeMap<String, Replacement>) -> Result<ModelFiles> {
-        let ModelFiles { mut spec, source: base, config, kind, path, vocabulary } = self;
+        let ModelFiles { mut spec, source: base, .. } = self;
         if replacements.contains_key(names::HEAD) {
             spec.tie_word_embeddings = false;
         }
         let source = Box::new(Changed { base, replacements });
         spec.vocab_size = source.shape(names::EMBEDDING)?.0;
         check_tensors(&spec, source.as_ref())?;
-        Ok(ModelFiles { spec, source, config, kind, path, vocabulary })
+        Ok(ModelFiles { spec, source, ..self })
     }
 
     /// A short text that is another when the model is: config, sizes of the files, their headers.
@@ -101,14 +104,13 @@ fn open_gguf(path: &Path) -> Result<ModelFiles> {
     let config = source.config()?;
     let spec = families::spec(&config, path)?;
     let vocabulary = Some(source.vocabulary()?);
-    Ok(ModelFiles {
-        spec,
-        source: Box::new(source),
-        config,
-        kind: FileKind::Gguf,
-        path: path.into(),
-        vocabulary,
-    })
+    // Norms are whole in GGUF files, whatever a folder's are.
+    let source: Box<dyn WeightSource> = match spec.checkpoint {
+        CheckpointForm::Fused => Box::new(CanonicalSource::new(&spec, Box::new(source))?),
+        _ => Box::new(source),
+    };
+    let (kind, path) = (FileKind::Gguf, path.into());
+    Ok(ModelFiles { spec, source, config, kind, four_bit: None, path, vocabulary })
 }
 
 fn open_folder(path: &Path) -> Result<ModelFiles> {
@@ -119,18 +121,32 @@ fn open_folder(path: &Path) -> Result<ModelFiles> {
         return Err(Error::file(path, message));
     }
     let config = read_json(&file)?;
-    refuse_quantised(&config, &file)?;
+    let in_four_bits = in_four_bits(&config, &file)?;
     let mut spec = families::spec(&config, &file)?;
     let generation = path.join("generation_config.json");
     if generation.exists() {
         add_end_tokens(&mut spec, &read_json(&generation)?);
     }
     let stored = SafetensorsSource::open(path)?;
+    let (stored, four_bit): (Box<dyn WeightSource>, _) = match BnbSource::is_one(&stored) {
+        true => {
+            let stored = BnbSource::new(stored)?;
+            let kind = stored.kind();
+            (Box::new(stored), kind)
+        }
+        false if in_four_bits => {
+            let message = "`quantization_config` says that the weights are in 4 bits, but they aren't: take it out of the \
+                           config, and set `quantization_bit: 4` to train with 4 bits";
+            return Err(Error::file(file, message));
+        }
+        false => (Box::new(stored), None),
+    };
     let source: Box<dyn WeightSource> = match spec.checkpoint {
-        CheckpointForm::Canonical => Box::new(stored),
+        CheckpointForm::Canonical => stored,
         _ => Box::new(CanonicalSource::new(&spec, stored)?),
     };
-    Ok(ModelFiles { spec, source, config, kind: FileKind::Folder, path: path.into(), vocabulary: None })
+    let (kind, path) = (FileKind::Folder, path.into());
+    Ok(ModelFiles { spec, source, config, kind, four_bit, path, vocabulary: None })
 }
 
 fn read_json(file: &Path) -> Result<Value> {
@@ -152,21 +168,24 @@ fn add_end_tokens(spec: &mut ModelSpec, generation: &Value) {
     }
 }
 
-/// Checkpoints that are already in few bits.
-fn refuse_quantised(config: &Value, file: &Path) -> Result<()> {
-    let Some(section) = config.get("quantization_config").filter(|it| !it.is_null()) else { return Ok(()) };
+/// Whether the config says that bitsandbytes has put the weights into 4 bits; other ways of few bits are refused.
+fn in_four_bits(config: &Value, file: &Path) -> Result<bool> {
+    let Some(section) = config.get("quantization_config").filter(|it| !it.is_null()) else {
+        return Ok(false);
+    };
+    let is_set = |key: &str| section.get(key).and_then(Value::as_bool) == Some(true);
     let method = section.get("quant_method").and_then(Value::as_str).unwrap_or("unnamed");
-    let eight = section.get("load_in_8bit").and_then(Value::as_bool) == Some(true);
     let what = match method {
-        "bitsandbytes" if eight => "bitsandbytes 8-bit",
-        "bitsandbytes" => "bitsandbytes 4-bit",
+        _ if is_set("load_in_8bit") => "bitsandbytes 8-bit",
+        "bitsandbytes" | "bitsandbytes_4bit" => return Ok(true),
+        "unnamed" if is_set("load_in_4bit") => return Ok(true),
         "gptq" => "GPTQ",
         "awq" => "AWQ",
         other => other,
     };
     let message = format!(
-        "`quantization_config`: a checkpoint in {what} form can't be read yet; \
-         take the same model in 16 bits and set `quantization_bit: 4`"
+        "`quantization_config`: a checkpoint in {what} form can't be read; take the same model in 16 bits and set \
+         `quantization_bit: 4`, or take its `-bnb-4bit` form"
     );
     Err(Error::file(file, message))
 }

@@ -1,4 +1,5 @@
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use ferrotune_tensor::{Error, Result, bf16, f16};
@@ -11,9 +12,16 @@ use rayon::prelude::*;
 pub(super) struct Mapped {
     pub(super) path: PathBuf,
     map: Option<Mmap>,
+    /// What there is without a file.
+    held: Vec<u8>,
 }
 
 impl Mapped {
+    /// Bytes that are in memory already.
+    pub(super) fn held(name: &str, bytes: &[u8]) -> Mapped {
+        Mapped { path: name.into(), map: None, held: bytes.to_vec() }
+    }
+
     pub(super) fn open(path: &Path) -> Result<Mapped> {
         let file = File::open(path).map_err(|source| Error::io(path, source))?;
         let metadata = file.metadata().map_err(|source| Error::io(path, source))?;
@@ -27,11 +35,24 @@ impl Mapped {
             // the process with a signal; that is so for every program that maps its weights.
             _ => Some(unsafe { Mmap::map(&file) }.map_err(|source| Error::io(path, source))?),
         };
-        Ok(Mapped { path: path.to_path_buf(), map })
+        Ok(Mapped { path: path.to_path_buf(), map, held: Vec::new() })
+    }
+
+    /// Lets the system take the pages of some bytes back; they come again from the file when they are asked for.
+    pub(super) fn forget(&self, bytes: &Range<usize>) {
+        #[cfg(not(unix))]
+        let _ = bytes;
+        #[cfg(unix)]
+        if let Some(map) = &self.map {
+            // SAFETY: the map is private and never written, so that pages read again hold the same.
+            let _ = unsafe {
+                map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, bytes.start, bytes.len())
+            };
+        }
     }
 
     pub(super) fn bytes(&self) -> &[u8] {
-        self.map.as_deref().unwrap_or(&[])
+        self.map.as_deref().unwrap_or(&self.held)
     }
 }
 

@@ -3,9 +3,11 @@
 //! A source is mapped into memory, not read: a tensor costs memory when it is asked for, and only
 //! then. Several threads may ask at once, so that layers are quantised side by side.
 
+mod bnb;
 mod canonical;
 mod changed;
 mod files;
+mod four_bit;
 mod gguf;
 mod mapped;
 mod safetensors;
@@ -17,9 +19,14 @@ use std::path::Path;
 
 use ferrotune_tensor::{DType, Error, Result, Tensor};
 
+pub use bnb::FourBitKind;
 pub use changed::{Changed, NewRows, Replacement};
 pub use files::{FileKind, ModelFiles};
-pub use gguf::{GgufSource, GgufVocabulary};
+pub use four_bit::{FourBit, FourBitScales};
+pub use gguf::{
+    GgufArchitecture, GgufSource, GgufType, GgufVocabulary, RawValue, file_row, raw_vocabulary,
+    read_gguf_through,
+};
 pub use safetensors::SafetensorsSource;
 
 /// A tensor as its file holds it.
@@ -28,6 +35,21 @@ pub use safetensors::SafetensorsSource;
 pub enum Stored {
     /// Numbers, in the file's type where that is f32, f16 or bf16, else in f32.
     Dense(Tensor),
+    /// Codes of 4 bits, as bitsandbytes keeps them.
+    FourBit(FourBit),
+}
+
+impl Stored {
+    /// In plain numbers, of the original's type where it is in few bits.
+    ///
+    /// # Errors
+    /// When the original's type isn't f32, f16 or bf16.
+    pub fn into_dense(self) -> Result<Tensor> {
+        match self {
+            Stored::Dense(tensor) => Ok(tensor),
+            Stored::FourBit(matrix) => matrix.to_dense(),
+        }
+    }
 }
 
 /// Where weights come from, by their canonical names ([`crate::spec::names`]).
@@ -63,6 +85,8 @@ pub trait WeightSource: Send + Sync {
     /// # Errors
     /// When there is no such tensor, or `out` isn't as long as the rows.
     fn read_rows(&self, name: &str, rows: Range<usize>, out: &mut [f32]) -> Result<()>;
+    /// Says that a tensor won't be read again soon: the memory that its file is mapped to may be taken back.
+    fn forget(&self, _name: &str) {}
     /// A short text that is another when the weights are: sizes of the files and a hash of their headers.
     fn fingerprint(&self) -> String;
 

@@ -32,6 +32,12 @@ struct Entry {
     bytes: Range<usize>,
 }
 
+/// A tensor as it lies in its file.
+pub(super) struct Raw<'a> {
+    pub(super) dtype: Dtype,
+    pub(super) bytes: &'a [u8],
+}
+
 impl SafetensorsSource {
     /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names.
     ///
@@ -103,6 +109,12 @@ impl SafetensorsSource {
             self.files.push(file);
         }
         Ok(())
+    }
+
+    /// A tensor's bytes, whatever they mean.
+    pub(super) fn raw(&self, name: &str) -> Result<Raw<'_>> {
+        let entry = self.entry(name)?;
+        Ok(Raw { dtype: entry.dtype, bytes: &self.files[entry.file].bytes()[entry.bytes.clone()] })
     }
 
     fn entry(&self, name: &str) -> Result<&Entry> {
@@ -184,6 +196,12 @@ impl WeightSource for SafetensorsSource {
         let row = shape.1 * plain.bytes();
         plain.read(&bytes[rows.start * row..rows.end * row], out);
         Ok(())
+    }
+
+    fn forget(&self, name: &str) {
+        if let Some(entry) = self.entries.get(name) {
+            self.files[entry.file].forget(&entry.bytes);
+        }
     }
 
     fn fingerprint(&self) -> String {

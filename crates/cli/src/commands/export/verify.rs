@@ -6,12 +6,12 @@ use anyhow::bail;
 use ferrotune_data::Tokenizer;
 use ferrotune_export::{PeftAdapter, with_saved};
 use ferrotune_model::source::ModelFiles;
-use ferrotune_model::spec::names;
+use ferrotune_model::spec::{CheckpointForm, names};
 use ferrotune_model::{BuildOptions, Decoder};
 use ferrotune_nn::{Context, LanguageModel as _};
 use ferrotune_tensor::{DType, Precision};
 
-use crate::config::RunConfig;
+use crate::config::{QuantizationBit, RunConfig};
 use crate::console::Console;
 use crate::run::{Adapters, build_decoder, open_device};
 
@@ -25,6 +25,8 @@ pub struct Logits {
     /// (T, V), row after row.
     values: Vec<f32>,
     computing: BuildOptions,
+    /// Those of the model before its weights were put into few bits, and how far these may be apart.
+    few_bits: Option<(Vec<f32>, f64)>,
 }
 
 impl Logits {
@@ -51,7 +53,38 @@ impl Logits {
         };
         let decoder = build_decoder(config, &files, &computing, adapters)?;
         let values = logits(&decoder, &ids)?;
-        Ok((ModelFiles::open(again)?, Logits { ids, values, computing }))
+        Ok((ModelFiles::open(again)?, Logits { ids, values, computing, few_bits: None }))
+    }
+
+    /// Those of the merged model with its projections put into 4 bits in memory.
+    ///
+    /// # Errors
+    /// When a weight is damaged.
+    pub fn in_four_bits(self, config: &RunConfig, merged: &ModelFiles) -> anyhow::Result<Logits> {
+        let config = RunConfig {
+            quantization_bit: Some(QuantizationBit::Four),
+            double_quantization: true,
+            ..config.clone()
+        };
+        let values = logits(&build_decoder(&config, merged, &self.computing, Adapters::None)?, &self.ids)?;
+        // Where a checkpoint fuses projections, scales are quantised for all of them together; what is in 4 bits
+        // already is as it was in memory, and put into them again on the disk; a GPU sums scales in another order.
+        let same = merged.spec.checkpoint != CheckpointForm::Fused
+            && merged.four_bit.is_none()
+            && self.computing.device.gpu().is_none();
+        let allowed = if same { 1e-6 } else { 5e-2 };
+        Ok(Logits { few_bits: Some((self.values, allowed)), values, ..self })
+    }
+
+    /// Those of the merged model with its weights rounded as another format rounds them.
+    ///
+    /// # Errors
+    /// When a weight is damaged.
+    pub fn rounded_as(self, rounded: &ModelFiles, config: &RunConfig) -> anyhow::Result<Logits> {
+        let decoder = build_decoder(config, rounded, &self.computing, Adapters::None)?;
+        let values = logits(&decoder, &self.ids)?;
+        let few_bits = Some((self.values.clone(), self.allowed(DType::F32)));
+        Ok(Logits { few_bits, values, ..self })
     }
 
     /// Compares them with those of a folder, and says how far they are apart.
@@ -62,18 +95,29 @@ impl Logits {
         let files = ModelFiles::open(folder)?;
         let stored = files.source.dtype(&names::weight(0, names::O))?;
         let decoder = build_decoder(config, &files, &self.computing, Adapters::None)?;
-        let off = difference(&self.values, &logits(&decoder, &self.ids)?);
-        let allowed = self.allowed(stored);
-        let shown = folder.display();
+        let got = logits(&decoder, &self.ids)?;
+        let off = difference(&self.values, &got);
+        let (of, allowed) = match &self.few_bits {
+            None => ("base and adapter", self.allowed(stored)),
+            Some((_, allowed)) => ("the merged model in few bits", *allowed),
+        };
         if off.is_nan() || off > allowed {
             bail!(
-                "{shown}: its logits differ by {off:.1e} of the largest from those of base and adapter, expected {allowed:.0e} \
-                 or less: what was written is wrong; please report this"
+                "{}: its logits differ by {off:.1e} of the largest from those of {of}, expected {allowed:.0e} or less: \
+                 what was written is wrong; please report this",
+                folder.display()
             );
         }
-        console.plain(format!(
-            "verified: logits differ by {off:.1e} of the largest (up to {allowed:.0e} is rounding)"
-        ));
+        console.plain(match &self.few_bits {
+            None => format!(
+                "verified: logits differ by {off:.1e} of the largest (up to {allowed:.0e} is rounding)"
+            ),
+            Some((whole, _)) => format!(
+                "verified: logits are those of the merged model in few bits (they differ by {off:.1e} of the largest), \
+                 which differ by {:.1e} from those of base and adapter",
+                difference(whole, &got)
+            ),
+        });
         Ok(())
     }
 

@@ -40,7 +40,9 @@ fn configs_that_are_not_understood() {
     config_refused("quantization_config", json!({ "quant_method": "gptq", "bits": 4 }), &["GPTQ", "16 bits"]);
     config_refused("quantization_config", json!({ "quant_method": "awq" }), &["AWQ"]);
     let eight = json!({ "quant_method": "bitsandbytes", "load_in_8bit": true });
-    config_refused("quantization_config", eight, &["bitsandbytes 8-bit"]);
+    config_refused("quantization_config", eight, &["bitsandbytes 8-bit", "`-bnb-4bit`"]);
+    let four = json!({ "quant_method": "bitsandbytes", "load_in_4bit": true });
+    config_refused("quantization_config", four, &["but they aren't", "`quantization_bit: 4`"]);
     refused(
         &with_config(|config| drop(config.as_object_mut().unwrap().remove("vocab_size"))).0,
         &["vocab_size", "missing"],

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::{ModelFiles, Stored, WeightSource};
+use super::{ModelFiles, WeightSource};
 
 /// The repository's fixtures.
 fn fixture(name: &str) -> PathBuf {
