@@ -7,6 +7,7 @@ mod data;
 mod debug;
 mod doctor;
 mod evaluation;
+mod further;
 mod llama_factory;
 mod quickstart;
 mod run;

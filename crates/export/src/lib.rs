@@ -4,10 +4,12 @@
 
 mod card;
 mod files;
+mod merge;
 mod model;
 mod peft;
 
 pub use card::ModelCard;
 pub use files::write_whole;
+pub use merge::{merge, with_saved};
 pub use model::{SavedAs, write_model};
 pub use peft::{LoraTensors, Modules, PeftAdapter, write_tensors};

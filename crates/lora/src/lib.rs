@@ -4,7 +4,9 @@
 //! format of the weight beside it nor the model around it.
 
 mod adapter;
+mod change;
 mod config;
 
 pub use adapter::LoraAdapter;
+pub use change::Change;
 pub use config::{LoraConfig, Target};

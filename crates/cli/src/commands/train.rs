@@ -98,7 +98,8 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
             None
         }
     };
-    let model = build_decoder(&run.config, &run.model.files, &run.computing, Adapters::ToTrain);
+    let adapters = Adapters::ToTrain(run.adapter.take());
+    let model = build_decoder(&run.config, &run.model.files, &run.computing, adapters);
     let mut model = model.map_err(|error| match error.downcast::<Error>() {
         Ok(error) => out_of_memory(error, &run, longest_batch),
         Err(error) => error,
@@ -482,26 +483,21 @@ pub fn evaluation_line(report: &EvalReport) -> String {
 
 fn card(run: &Run) -> ModelCard {
     let config = &run.config;
-    let row = |name: &str, value: String| (name.to_string(), value);
-    ModelCard {
-        title: String::new(),
-        datasets: config.dataset.clone(),
-        training: vec![
-            row("Learning rate", config.learning_rate.to_string()),
-            row("Epochs", config.num_train_epochs.to_string()),
-            row("Samples in a step", {
-                (config.per_device_train_batch_size * config.gradient_accumulation_steps).to_string()
-            }),
-            row("Longest sample", format!("{} tokens", config.cutoff_len)),
-            row(
-                "Base in training",
-                match config.quantization_bit {
-                    Some(_) => "4 bits (NF4)".to_string(),
-                    None => "as stored".to_string(),
-                },
-            ),
-        ],
+    let mut training = Vec::new();
+    let mut row = |name: &str, value: String| training.push((name.to_string(), value));
+    row("Learning rate", config.learning_rate.to_string());
+    row("Epochs", config.num_train_epochs.to_string());
+    row("Samples in a step", {
+        (config.per_device_train_batch_size * config.gradient_accumulation_steps).to_string()
+    });
+    row("Longest sample", format!("{} tokens", config.cutoff_len));
+    let base = if config.quantization_bit.is_some() { "4 bits (NF4)" } else { "as stored" };
+    row("Base in training", base.to_string());
+    if let beneath @ [_, ..] = config.merged_adapters() {
+        let names: Vec<String> = beneath.iter().map(|it| it.display().to_string()).collect();
+        row("Merged into the base before", names.join(", "));
     }
+    ModelCard { title: String::new(), datasets: config.dataset.clone(), training }
 }
 
 /// Time, pace, memory, and what was written where.

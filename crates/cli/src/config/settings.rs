@@ -74,8 +74,10 @@ settings! {
     "Model" {
         /// The base model: a folder, a GGUF file or a model's name on the hub.
         model_name_or_path: Option<String> = None,
-        /// A trained adapter to put on the model (chat, debug, and train without training).
-        adapter_name_or_path: Option<PathBuf> = None,
+        /// Trained adapters on the model: train goes on with the last one, and merges those before it into the base.
+        adapter_name_or_path: Vec<PathBuf> = Vec::new(),
+        /// train: merge all of adapter_name_or_path into the base, and train a new one on top.
+        create_new_adapter: bool = false,
         /// Where downloaded models are kept instead of the model cache.
         cache_dir: Option<PathBuf> = None,
         /// Branch, tag or commit of the model on the hub.
@@ -296,6 +298,14 @@ settings! {
 }
 
 impl RunConfig {
+    /// The adapters that become part of the base in training.
+    pub fn merged_adapters(&self) -> &[PathBuf] {
+        match (self.adapter_name_or_path.as_slice(), self.create_new_adapter) {
+            ([beneath @ .., _], false) => beneath,
+            (all, _) => all,
+        }
+    }
+
     /// Where a key was given (`config.yaml:12: ` or `command line: `), or nothing for a default; a message starts with it.
     pub fn place(&self, key: &str) -> &str {
         self.places.get(key).map_or("", String::as_str)

@@ -1,17 +1,17 @@
 //! Model files to a decoder in memory: the one place that puts stored weights, NF4 and adapters together.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::time::Instant;
 
 use ferrotune_export::{LoraTensors, Modules, PeftAdapter};
 use ferrotune_lora::{LoraAdapter, LoraConfig, Target};
-use ferrotune_model::source::{ModelFiles, Replacement, Stored};
-use ferrotune_model::spec::names;
+use ferrotune_model::source::{ModelFiles, Stored};
 use ferrotune_model::{BuildOptions, Decoder, PartSpec, build, dense_part};
 use ferrotune_nn::{LanguageModel, Parameter, Part, Weight};
 use ferrotune_quant::{Nf4GpuWeight, Nf4Weight, Scales};
 use ferrotune_tensor::{DType, Device, Precision, Result, Tensor};
 
+use super::adapters::{OnTop, take_adapters};
 use super::{OpenModel, is_trained, open_device, set_threads};
 use crate::config::{FinetuningType, RunConfig};
 use crate::console::Console;
@@ -20,8 +20,8 @@ use crate::console::Console;
 pub enum Adapters {
     /// None: the base model.
     None,
-    /// What a run starts with, by the config: new ones, or none where weights are trained themselves.
-    ToTrain,
+    /// What a run starts with: this one, else by the config new ones, or none where weights are trained themselves.
+    ToTrain(Option<Box<PeftAdapter>>),
     /// New ones.
     New(LoraConfig),
     /// Trained ones, read from a folder; dropout counts where they are trained further.
@@ -39,10 +39,11 @@ pub fn build_decoder(
     adapters: Adapters,
 ) -> anyhow::Result<Decoder> {
     let start = Instant::now();
-    let training = matches!(adapters, Adapters::ToTrain);
+    let training = matches!(adapters, Adapters::ToTrain(_));
     let adapters = match (adapters, config.finetuning_type) {
-        (Adapters::ToTrain, FinetuningType::Lora) => Adapters::New(lora_config(config)),
-        (Adapters::ToTrain, _) => Adapters::None,
+        (Adapters::ToTrain(Some(adapter)), _) => Adapters::Trained(adapter),
+        (Adapters::ToTrain(None), FinetuningType::Lora) => Adapters::New(lora_config(config)),
+        (Adapters::ToTrain(None), _) => Adapters::None,
         (other, _) => other,
     };
     let mut adapters = Maker::new(adapters, files, computing.precision)?;
@@ -82,33 +83,14 @@ pub fn build_decoder(
 pub fn open_decoder(config: &RunConfig, console: &Console) -> anyhow::Result<(OpenModel, Decoder)> {
     set_threads(config);
     let computing = open_device(config, console)?;
-    let mut model = OpenModel::open(config, console)?;
-    let adapters = match &config.adapter_name_or_path {
-        Some(folder) => {
-            let mut adapter = PeftAdapter::read(folder)?;
-            adapter.check_fits(&model.files.spec)?;
-            model.files = with_saved(model.files, std::mem::take(&mut adapter.saved))?;
-            Adapters::Trained(Box::new(adapter))
-        }
+    let taken = take_adapters(config, OpenModel::open(config, console)?, OnTop::Last)?;
+    let model = taken.model;
+    let adapters = match taken.adapter {
+        Some(adapter) => Adapters::Trained(Box::new(adapter)),
         None => Adapters::None,
     };
     let decoder = build_decoder(config, &model.files, &computing, adapters)?;
     Ok((model, decoder))
-}
-
-/// The model with the whole weights that were saved beside an adapter. One of an embedding and a head that
-/// were one stays as it was where the other is saved, as in PEFT.
-fn with_saved(files: ModelFiles, saved: BTreeMap<String, Tensor>) -> Result<ModelFiles> {
-    if saved.is_empty() {
-        return Ok(files);
-    }
-    let saved = saved.into_iter().map(|(name, tensor)| (name, Replacement::Tensor(tensor)));
-    let mut changes: BTreeMap<String, Replacement> = saved.collect();
-    if files.spec.tie_word_embeddings {
-        let tied = || Replacement::Other(names::EMBEDDING.to_string());
-        changes.entry(names::HEAD.to_string()).or_insert_with(tied);
-    }
-    files.change(changes)
 }
 
 /// What gives each projection its adapter.
@@ -121,7 +103,7 @@ enum Maker {
 impl Maker {
     fn new(adapters: Adapters, files: &ModelFiles, precision: Precision) -> anyhow::Result<Maker> {
         Ok(match adapters {
-            Adapters::None | Adapters::ToTrain => Maker::None,
+            Adapters::None | Adapters::ToTrain(_) => Maker::None,
             Adapters::New(config) => {
                 config.check(&projections(files))?;
                 Maker::New(config, precision)

@@ -75,7 +75,7 @@ impl Vocabulary {
         tokenizer.add_tokens(&config.add_tokens, Added::Plain)?;
         tokenizer.add_tokens(&config.add_special_tokens, Added::Control)?;
         let trained_with =
-            config.adapter_name_or_path.as_deref().map(|folder| folder.join("chat_template.jinja"));
+            config.adapter_name_or_path.last().map(|folder| folder.join("chat_template.jinja"));
         let template = match &config.template {
             TemplateName::Auto => match trained_with.filter(|file| file.is_file()) {
                 // What the adapter was trained with wins over what came with the model.
@@ -108,13 +108,15 @@ impl Vocabulary {
     }
 }
 
-/// An adapter's folder, where its embedding is its own and it has the tokenizer for that.
+/// The last adapter's folder of those whose embedding is their own, where it has the tokenizer for that.
 fn saved_tokenizer(config: &RunConfig) -> Option<&Path> {
-    let folder = config.adapter_name_or_path.as_deref()?;
-    let text = fs::read_to_string(folder.join("adapter_config.json")).ok()?;
-    let value: Value = serde_json::from_str(&text).ok()?;
-    let saves = value.get("modules_to_save")?.as_array().is_some_and(|it| !it.is_empty());
-    (saves && folder.join("tokenizer.json").is_file()).then_some(folder)
+    let saves = |folder: &&PathBuf| {
+        let text = fs::read_to_string(folder.join("adapter_config.json")).ok();
+        let value: Option<Value> = text.and_then(|it| serde_json::from_str(&it).ok());
+        value.is_some_and(|it| it["modules_to_save"].as_array().is_some_and(|it| !it.is_empty()))
+    };
+    let folder = config.adapter_name_or_path.iter().rfind(saves)?;
+    folder.join("tokenizer.json").is_file().then_some(folder)
 }
 
 /// What the model that the config names is made of; none where there is no config to read it from.

@@ -1,0 +1,128 @@
+//! Going on from trained adapters: further training, adapters beneath a new one.
+
+use std::fs;
+
+use ferrotune_model::source::{SafetensorsSource, WeightSource};
+use serde_json::Value;
+
+use crate::train::with_config;
+use crate::util::{Dir, TINY, repository};
+
+/// Ten rows, one a step, in the same order each epoch, by an optimizer without a state.
+const PLAIN: &str = "max_samples: 10\ndisable_shuffling: true\noptim: sgd\nlr_scheduler_type: constant\nnum_threads: 1\nlearning_rate: 0.5\nlora_rank: 3\nlora_alpha: 5\nlora_target: q_proj,down_proj\nsave_strategy: no\n";
+
+fn config(more: &str) -> Dir {
+    let dir = with_config("");
+    let text = fs::read_to_string(dir.path().join("c.yaml")).expect("the config");
+    dir.file("c.yaml", text.replace("learning_rate: 1e-2\n", "") + PLAIN + more);
+    dir
+}
+
+fn adapter(dir: &Dir, folder: &str) -> Vec<u8> {
+    fs::read(dir.path().join(folder).join("adapter_model.safetensors")).expect("an adapter")
+}
+
+fn settings(dir: &Dir, folder: &str) -> Value {
+    let text = fs::read_to_string(dir.path().join(folder).join("adapter_config.json")).expect("a config");
+    serde_json::from_str(&text).expect("JSON")
+}
+
+fn logits(dir: &Dir, adapters: &str) -> Vec<f64> {
+    let model = repository(TINY).display().to_string();
+    let adapters = format!("adapter_name_or_path={adapters}");
+    let words = ["debug", "logits", "--model", &model, "--ids", "5,6,7", &adapters];
+    let value: Value = serde_json::from_str(&dir.ferrotune(&words).succeeds().stdout).expect("JSON");
+    let rows = value["logits"].as_array().expect("rows").iter().flat_map(|it| it.as_array().expect("a row"));
+    rows.map(|it| it.as_f64().expect("a number")).collect()
+}
+
+#[test]
+fn ten_steps_and_ten_more_are_twenty() {
+    let dir = config("");
+    dir.ferrotune(&["train", "c.yaml", "max_steps=20", "output_dir=twenty"]).succeeds();
+    dir.ferrotune(&["train", "c.yaml", "max_steps=10", "output_dir=ten"]).succeeds();
+    // With the adapter's rank, alpha and modules, whatever the config says.
+    let words =
+        ["train", "c.yaml", "max_steps=10", "output_dir=more", "adapter_name_or_path=ten", "lora_rank=8"];
+    let ran = dir.ferrotune(&words).succeeds();
+    ran.says("command line: `lora_rank`: the adapter that training goes on with has 3, not 8");
+    assert!(adapter(&dir, "more") == adapter(&dir, "twenty"), "the same bits");
+    assert!(adapter(&dir, "more") != adapter(&dir, "ten"));
+    assert_eq!(settings(&dir, "more"), settings(&dir, "twenty"));
+    let (more, twenty) = (dir.losses("more"), dir.losses("twenty"));
+    assert_eq!(more, twenty[10..]);
+}
+
+#[test]
+fn adapters_beneath_become_the_base() {
+    let dir = config("max_steps: 10\n");
+    dir.ferrotune(&["train", "c.yaml", "output_dir=first"]).succeeds();
+    let words = ["train", "c.yaml", "output_dir=second", "adapter_name_or_path=first"];
+    let new = ["create_new_adapter=true", "lora_rank=2", "lora_target=v_proj"];
+    let ran = dir.ferrotune(&[&words[..], &new].concat()).succeeds();
+    ran.says("1 adapter is merged into the base");
+    assert_eq!(settings(&dir, "second")["r"], 2);
+    let card = fs::read_to_string(dir.path().join("second/README.md")).expect("the card");
+    assert!(card.contains("| Merged into the base before | first |"), "{card}");
+    // A new adapter changes nothing at first: it begins where the other ended.
+    let (first, second) = (dir.losses("first"), dir.losses("second"));
+    assert!(second[0] < first[0] - 0.5, "{first:?} {second:?}");
+    // The two together answer as the last step left them; the order counts.
+    let (both, alone, other) = (logits(&dir, "first,second"), logits(&dir, "second"), logits(&dir, "first"));
+    assert!(both != alone && both != other);
+    // Going on with the last of two.
+    let words = ["train", "c.yaml", "output_dir=third", "adapter_name_or_path=[first, second]"];
+    dir.ferrotune(&words).succeeds().says("1 adapter is merged into the base");
+    assert_eq!(settings(&dir, "third")["r"], 2);
+    let third = dir.losses("third");
+    assert!(third[0] < second[0], "{second:?} {third:?}");
+    // It holds the modules of the second alone.
+    let path = dir.path().join("third/adapter_model.safetensors");
+    let source = SafetensorsSource::open_file(&path).expect("the adapter");
+    assert!(source.names().iter().all(|it| it.contains(".v_proj.")), "{:?}", source.names());
+}
+
+#[test]
+fn what_does_not_go_with_given_adapters_is_said() {
+    let dir = config("max_steps: 1\n");
+    dir.ferrotune(&["train", "c.yaml", "output_dir=first"]).succeeds();
+    let check = |words: &[&str], message: &str| {
+        let words = [&["train", "c.yaml", "output_dir=other"], words].concat();
+        dir.ferrotune(&words).fails(2).says(message);
+    };
+    let first = "adapter_name_or_path=first";
+    let four = "quantization_bit=4";
+    check(
+        &[first, four, "create_new_adapter=true"],
+        "`create_new_adapter`: a base in 4 bits takes no adapter",
+    );
+    check(&["adapter_name_or_path=first,first", four], "`adapter_name_or_path`: a base in 4 bits takes one");
+    check(&[first, "finetuning_type=full"], "only `finetuning_type: lora` goes on with an adapter");
+    let words = ["train", "c.yaml", "output_dir=other", "adapter_name_or_path=nowhere"];
+    dir.ferrotune(&words).fails(1).says("nowhere: no such folder");
+    dir.ferrotune(&["train", "c.yaml", "output_dir=other", first, four]).succeeds();
+}
+
+#[test]
+fn whole_modules_and_new_tokens_are_trained_further() {
+    let dir = config("max_steps: 10\nadd_tokens: [Answer]\n");
+    dir.ferrotune(&["train", "c.yaml", "output_dir=first"]).succeeds();
+    let text = fs::read_to_string(dir.path().join("c.yaml")).expect("the config");
+    dir.file("c.yaml", text.replace("add_tokens: [Answer]\n", ""));
+    let words = ["train", "c.yaml", "output_dir=more", "adapter_name_or_path=first"];
+    dir.ferrotune(&words).succeeds();
+    assert_eq!(settings(&dir, "more")["modules_to_save"], settings(&dir, "first")["modules_to_save"]);
+    let (first, more) = (dir.losses("first"), dir.losses("more"));
+    assert!(more[0] < first[0], "{first:?} {more:?}");
+    let read = |folder: &str| {
+        let path = dir.path().join(folder).join("adapter_model.safetensors");
+        let source = SafetensorsSource::open_file(&path).expect("the adapter");
+        source
+            .get_f32("base_model.model.model.embed_tokens.weight")
+            .expect("a table")
+            .to_f32()
+            .expect("numbers")
+    };
+    let (before, after) = (read("first"), read("more"));
+    assert!(before.len() == after.len() && before != after && before.len() == 320 * 64);
+}
