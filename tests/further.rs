@@ -83,6 +83,42 @@ fn adapters_beneath_become_the_base() {
 }
 
 #[test]
+fn dora_is_trained_saved_resumed_gone_on_with_and_merged() {
+    let dir = config("use_dora: true\nlora_dropout: 0.1\n");
+    let file = |folder: &str| dir.path().join(folder).join("adapter_model.safetensors");
+    for (name, four) in [("whole", "quantization_bit=null"), ("four", "quantization_bit=4")] {
+        let out = format!("output_dir={name}");
+        let words = ["train", "c.yaml", "max_steps=10", "save_strategy=steps", "save_steps=4", four, &out];
+        dir.ferrotune(&words).succeeds();
+        let bytes = adapter(&dir, name);
+        let losses = dir.losses(name);
+        assert!(losses[9] < losses[0], "{losses:?}");
+        fs::remove_dir_all(dir.path().join(name).join("checkpoint-10")).expect("a checkpoint");
+        dir.ferrotune(&[&words[..], &["resume_from_checkpoint=true"]].concat())
+            .succeeds()
+            .says("after step 8");
+        assert!(adapter(&dir, name) == bytes, "{name}: the same bits");
+    }
+    assert_eq!(settings(&dir, "whole")["use_dora"], true);
+    let source = SafetensorsSource::open_file(&file("whole")).expect("the adapter");
+    let vectors = source.names().into_iter().filter(|it| it.ends_with(".lora_magnitude_vector")).count();
+    assert_eq!(vectors, 6, "q and down of three layers: {:?}", source.names());
+    // Going on with it, it stays what it is.
+    let words = ["train", "c.yaml", "max_steps=2", "use_dora=false", "adapter_name_or_path=whole"];
+    let ran = dir.ferrotune(&[&words[..], &["output_dir=more"]].concat()).succeeds();
+    ran.says("`use_dora`: the adapter that training goes on with has true, not false");
+    // Beside the base and merged into it, beneath a new adapter that changes nothing yet.
+    let new = ["create_new_adapter=true", "learning_rate=0", "output_dir=new", "use_dora=true"];
+    dir.ferrotune(&[&words[..3], &words[4..], &new].concat()).succeeds();
+    let (beside, merged) = (logits(&dir, "whole"), logits(&dir, "whole,new"));
+    let off = beside.iter().zip(&merged).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    assert!(off < 1e-4 && beside != logits(&dir, "more"), "off by {off:.1e}");
+    let model = repository(TINY).display().to_string();
+    let words = ["chat", "--model", &model, "--adapter", "whole", "--greedy", "--max-new-tokens", "3"];
+    dir.ferrotune(&[&words[..], &["--prompt", "Question 1"]].concat()).succeeds();
+}
+
+#[test]
 fn what_does_not_go_with_given_adapters_is_said() {
     let dir = config("max_steps: 1\n");
     dir.ferrotune(&["train", "c.yaml", "output_dir=first"]).succeeds();

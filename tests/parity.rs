@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use ferrotune_data::{Batch, BatchOptions, BatchSource, Batches, Sample};
-use ferrotune_lora::LoraAdapter;
+use ferrotune_lora::{DoraAdapter, LoraAdapter, magnitudes};
 use ferrotune_model::source::{ModelFiles, Stored};
 use ferrotune_model::{BuildOptions, Decoder, PartSpec, Recompute, build, dense_part};
 use ferrotune_nn::{Adapter, Context, LanguageModel, Weight};
@@ -50,7 +50,15 @@ fn matrix(tensor: &candle_core::Tensor) -> Tensor {
 /// What the adapters of a test are.
 enum Adapters {
     None,
-    Lora { tensors: Tensors, scaling: f64 },
+    Lora {
+        tensors: Tensors,
+        scaling: f64,
+    },
+    /// With the magnitudes of the base.
+    Dora {
+        tensors: Tensors,
+        scaling: f64,
+    },
 }
 
 impl Adapters {
@@ -59,12 +67,26 @@ impl Adapters {
         Adapters::Lora { tensors: tensors("lora_tiny/adapter_model.safetensors"), scaling }
     }
 
-    fn make(&self, spec: &PartSpec, device: &Device) -> Result<Option<Box<dyn Adapter>>> {
-        let Adapters::Lora { tensors, scaling } = self else { return Ok(None) };
+    fn make(
+        &self,
+        spec: &PartSpec,
+        weight: &dyn Weight,
+        device: &Device,
+    ) -> Result<Option<Box<dyn Adapter>>> {
+        let (Adapters::Lora { tensors, scaling } | Adapters::Dora { tensors, scaling }) = self else {
+            return Ok(None);
+        };
         let read = |kind: &str| matrix(&tensors[&format!("base_model.model.{}.{kind}.weight", spec.name)]);
-        let (a, b) = (read("lora_A"), read("lora_B"));
-        let adapter = LoraAdapter::from_parts(&spec.name, a, b, *scaling, 0.0, Precision::Full)?;
-        Ok(Some(Box::new(adapter.to_device(device, DType::F32)?)))
+        let lora = |b: Tensor| {
+            LoraAdapter::from_parts(&spec.name, read("lora_A"), b, *scaling, 0.0, Precision::Full)
+        };
+        let (plain, b) = (lora(read("lora_B"))?, read("lora_B"));
+        if let Adapters::Lora { .. } = self {
+            return Ok(Some(Box::new(plain.to_device(device, DType::F32)?)));
+        }
+        let before = magnitudes(&lora(b.zeros_like(b.rows(), b.cols())?)?, weight)?;
+        let dora = DoraAdapter::from_parts(plain, before, weight)?;
+        Ok(Some(Box::new(dora.to_device(device, DType::F32)?)))
     }
 }
 
@@ -88,7 +110,7 @@ fn decoder(device: &Device, folder: &Path, base: Base, adapters: &Adapters) -> D
                 None => Box::new(weight),
             };
         }
-        part.adapter = adapters.make(spec, device)?;
+        part.adapter = adapters.make(spec, part.weight.as_ref(), device)?;
         Ok(part)
     };
     build(&files.spec, files.source.as_ref(), options.clone(), &mut make).unwrap()

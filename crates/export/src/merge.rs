@@ -21,8 +21,8 @@ pub fn merge(files: ModelFiles, mut adapter: PeftAdapter) -> Result<ModelFiles> 
     let scaling = adapter.scaling();
     let files = with_saved(files, std::mem::take(&mut adapter.saved))?;
     let mut changes = HashMap::new();
-    for LoraTensors { module, a, b } in adapter.tensors {
-        changes.insert(format!("{module}.weight"), Change::new(a, b, scaling, None)?);
+    for LoraTensors { module, a, b, magnitude } in adapter.tensors {
+        changes.insert(format!("{module}.weight"), Change::new(a, b, scaling, magnitude)?);
     }
     let source = Box::new(Merged { base: files.source, changes });
     Ok(ModelFiles { source, ..files })

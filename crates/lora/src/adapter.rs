@@ -291,6 +291,7 @@ mod tests {
             lora_alpha: 8.0,
             lora_dropout: 0.0,
             use_rslora: false,
+            use_dora: false,
             target_modules: Target::All,
             exclude_modules: Vec::new(),
             layers_to_transform: Vec::new(),

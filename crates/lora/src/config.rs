@@ -20,6 +20,8 @@ pub struct LoraConfig {
     pub lora_dropout: f64,
     /// Scaling alpha/√r instead of alpha/r.
     pub use_rslora: bool,
+    /// DoRA: a trained magnitude for each output.
+    pub use_dora: bool,
     /// Which projections get an adapter.
     pub target_modules: Target,
     /// Projections that don't, by the same rule of names.
@@ -110,6 +112,7 @@ mod tests {
             lora_alpha: 32.0,
             lora_dropout: 0.0,
             use_rslora: false,
+            use_dora: false,
             target_modules,
             exclude_modules: exclude.iter().map(|it| it.to_string()).collect(),
             layers_to_transform: Vec::new(),

@@ -65,7 +65,7 @@ const LATER: &[&str] = &[
     // Data.
     "media_dir", "eval_on_each_dataset", "tool_format", "preserve_thinking", "eval_num_beams",
     // Adapters and what is trained.
-    "use_dora", "pissa_init", "pissa_convert",
+    "pissa_init", "pissa_convert",
     "module_dropout", "oft_rank",
     "rank_pattern", "alpha_pattern", "use_llama_pro", "new_special_tokens_config", "train_from_scratch", "adapter_folder",
     // Preferences.

@@ -116,6 +116,8 @@ settings! {
         additional_target: Vec<String> = Vec::new(),
         /// Divide the scale by the square root of the rank instead.
         use_rslora: bool = false,
+        /// DoRA: train a magnitude of each output beside the adapters' direction.
+        use_dora: bool = false,
         /// freeze: how many of the last layers are trained; of the first ones, where it is negative.
         freeze_trainable_layers: i64 = 2,
         /// freeze: which of their modules: all, or names such as mlp,self_attn.

@@ -111,6 +111,7 @@ fn adopt(
     config.lora_alpha = Some(adapter.lora_alpha);
     config.lora_dropout = adapter.lora_dropout;
     config.use_rslora = adapter.use_rslora;
+    config.use_dora = adapter.use_dora;
     config.lora_target = names(&adapter.target_modules);
     config.lora_exclude = adapter.exclude_modules.as_ref().map(names).unwrap_or_default();
     config.layers_to_transform = adapter.layers_to_transform.clone();

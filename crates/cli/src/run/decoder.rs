@@ -4,12 +4,12 @@ use std::collections::HashMap;
 use std::time::Instant;
 
 use ferrotune_export::{LoraTensors, Modules, PeftAdapter};
-use ferrotune_lora::{LoraAdapter, LoraConfig, Target};
+use ferrotune_lora::{DoraAdapter, LoraAdapter, LoraConfig, Target, magnitudes};
 use ferrotune_model::source::{ModelFiles, Stored};
 use ferrotune_model::{BuildOptions, Decoder, PartSpec, build, dense_part};
-use ferrotune_nn::{LanguageModel, Parameter, Part, Weight};
+use ferrotune_nn::{Adapter, LanguageModel, Parameter, Part, Weight};
 use ferrotune_quant::{Nf4GpuWeight, Nf4Weight, Scales};
-use ferrotune_tensor::{DType, Device, Precision, Result, Tensor};
+use ferrotune_tensor::{DType, Device, Result, Tensor};
 
 use super::adapters::{OnTop, take_adapters};
 use super::{OpenModel, is_trained, open_device, set_threads};
@@ -46,7 +46,7 @@ pub fn build_decoder(
         (Adapters::ToTrain(None), _) => Adapters::None,
         (other, _) => other,
     };
-    let mut adapters = Maker::new(adapters, files, computing.precision)?;
+    let mut adapters = Maker::new(adapters, files, computing)?;
     let scales = if config.double_quantization { Scales::Nested } else { Scales::Plain };
     let mut make = |spec: &PartSpec, stored: Stored| -> Result<Part> {
         let mut part = match (config.quantization_bit, stored) {
@@ -59,9 +59,7 @@ pub fn build_decoder(
             }
             (_, stored) => dense_part(spec, stored, computing)?,
         };
-        if let Some(adapter) = adapters.make(spec)? {
-            part.adapter = Some(Box::new(adapter.to_device(&computing.device, computing.dtype)?));
-        }
+        part.adapter = adapters.make(spec, part.weight.as_ref())?;
         Ok(part)
     };
     let mut decoder = build(&files.spec, files.source.as_ref(), computing.clone(), &mut make)?;
@@ -94,43 +92,66 @@ pub fn open_decoder(config: &RunConfig, console: &Console) -> anyhow::Result<(Op
 }
 
 /// What gives each projection its adapter.
-enum Maker {
-    None,
-    New(LoraConfig, Precision),
-    Trained { tensors: HashMap<String, LoraTensors>, scaling: f64, dropout: f64, precision: Precision },
+struct Maker<'a> {
+    kind: Kind,
+    computing: &'a BuildOptions,
 }
 
-impl Maker {
-    fn new(adapters: Adapters, files: &ModelFiles, precision: Precision) -> anyhow::Result<Maker> {
-        Ok(match adapters {
-            Adapters::None | Adapters::ToTrain(_) => Maker::None,
+enum Kind {
+    None,
+    New(LoraConfig),
+    Trained { tensors: HashMap<String, LoraTensors>, scaling: f64, dropout: f64 },
+}
+
+impl Maker<'_> {
+    fn new<'a>(
+        adapters: Adapters,
+        files: &ModelFiles,
+        computing: &'a BuildOptions,
+    ) -> anyhow::Result<Maker<'a>> {
+        let kind = match adapters {
+            Adapters::None | Adapters::ToTrain(_) => Kind::None,
             Adapters::New(config) => {
                 config.check(&projections(files))?;
-                Maker::New(config, precision)
+                Kind::New(config)
             }
             Adapters::Trained(adapter) => {
                 adapter.check_fits(&files.spec)?;
                 let (scaling, dropout) = (adapter.scaling(), adapter.lora_dropout);
                 let tensors = adapter.tensors.into_iter().map(|it| (it.module.clone(), it)).collect();
-                Maker::Trained { tensors, scaling, dropout, precision }
+                Kind::Trained { tensors, scaling, dropout }
             }
-        })
+        };
+        Ok(Maker { kind, computing })
     }
 
-    fn make(&mut self, spec: &PartSpec) -> Result<Option<LoraAdapter>> {
+    fn make(&mut self, spec: &PartSpec, weight: &dyn Weight) -> Result<Option<Box<dyn Adapter>>> {
         let (output, input) = (spec.out_features, spec.in_features);
-        match self {
-            Maker::None => Ok(None),
-            Maker::New(config, _) if !config.adapts(&spec.name) => Ok(None),
-            Maker::New(config, precision) => {
-                LoraAdapter::new(&spec.name, output, input, config, *precision).map(Some)
+        let BuildOptions { precision, device, dtype } = self.computing;
+        let (lora, magnitude) = match &mut self.kind {
+            Kind::None => return Ok(None),
+            Kind::New(config) if !config.adapts(&spec.name) => return Ok(None),
+            Kind::New(config) => {
+                let lora = LoraAdapter::new(&spec.name, output, input, config, *precision)?;
+                let magnitude = config.use_dora.then(|| magnitudes(&lora, weight)).transpose()?;
+                (lora, magnitude)
             }
-            Maker::Trained { tensors, scaling, dropout, precision } => {
-                let Some(LoraTensors { a, b, .. }) = tensors.remove(&spec.name) else { return Ok(None) };
+            Kind::Trained { tensors, scaling, dropout } => {
+                let Some(LoraTensors { a, b, magnitude, .. }) = tensors.remove(&spec.name) else {
+                    return Ok(None);
+                };
                 let (a, b) = (a.cast(DType::F32)?, b.cast(DType::F32)?);
-                LoraAdapter::from_parts(&spec.name, a, b, *scaling, *dropout, *precision).map(Some)
+                let magnitude = magnitude.map(|it| it.cast(DType::F32)).transpose()?;
+                (LoraAdapter::from_parts(&spec.name, a, b, *scaling, *dropout, *precision)?, magnitude)
             }
-        }
+        };
+        let adapter: Box<dyn Adapter> = match magnitude {
+            None => Box::new(lora.to_device(device, *dtype)?),
+            Some(magnitude) => {
+                Box::new(DoraAdapter::from_parts(lora, magnitude, weight)?.to_device(device, *dtype)?)
+            }
+        };
+        Ok(Some(adapter))
     }
 }
 
@@ -154,6 +175,7 @@ pub fn lora_config(config: &RunConfig) -> LoraConfig {
         lora_alpha: config.alpha(),
         lora_dropout: config.lora_dropout,
         use_rslora: config.use_rslora,
+        use_dora: config.use_dora,
         target_modules: if all { Target::All } else { Target::Names(config.lora_target.clone()) },
         exclude_modules: config.lora_exclude.clone(),
         layers_to_transform: config.layers_to_transform.clone(),
@@ -161,18 +183,20 @@ pub fn lora_config(config: &RunConfig) -> LoraConfig {
     }
 }
 
-/// One tensor of each adapter matrix, by module.
+/// One tensor of each part of the adapters, by module.
 ///
 /// # Errors
 /// When a tensor can't be read.
 pub fn lora_tensors(model: &mut Decoder, tensor: fn(&Parameter) -> &Tensor) -> Result<Vec<LoraTensors>> {
-    let mut pairs: Vec<LoraTensors> = Vec::new();
-    let mut parameters = model.parameters().into_iter().filter(|it| it.name.contains(".lora_"));
+    let mut modules: Vec<LoraTensors> = Vec::new();
+    let mut parameters = model.parameters().into_iter().filter(|it| it.name.contains(".lora_")).peekable();
     while let (Some(a), Some(b)) = (parameters.next(), parameters.next()) {
         let module = a.name.trim_end_matches(".lora_A.weight").to_string();
-        pairs.push(LoraTensors { module, a: tensor(a).to_cpu()?, b: tensor(b).to_cpu()? });
+        let magnitude = parameters.next_if(|it| it.name.ends_with(".lora_magnitude_vector"));
+        let magnitude = magnitude.map(|it| tensor(it).to_cpu()).transpose()?;
+        modules.push(LoraTensors { module, a: tensor(a).to_cpu()?, b: tensor(b).to_cpu()?, magnitude });
     }
-    Ok(pairs)
+    Ok(modules)
 }
 
 /// The trained adapter as PEFT stores it.
@@ -199,6 +223,7 @@ pub fn peft_adapter(config: &RunConfig, base: &str, model: &mut Decoder) -> anyh
         lora_alpha: config.alpha(),
         lora_dropout: config.lora_dropout,
         use_rslora: config.use_rslora,
+        use_dora: config.use_dora,
         target_modules: Modules::Names(target_modules),
         exclude_modules: (!config.lora_exclude.is_empty())
             .then(|| Modules::Names(config.lora_exclude.clone())),

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use ferrotune_export::{ModelCard, PeftAdapter, SavedAs, write_model};
+use ferrotune_export::{LoraTensors, ModelCard, PeftAdapter, SavedAs, write_model};
 use ferrotune_model::Decoder;
 use ferrotune_model::source::{FileKind, NewRows, Replacement, SafetensorsSource, Stored, WeightSource as _};
 use ferrotune_model::spec::{CheckpointForm, names};
@@ -177,8 +177,10 @@ pub fn load_trained(config: &RunConfig, model: &mut Decoder, folder: &Path) -> R
         });
     }
     let adapter = PeftAdapter::read(folder)?;
-    let tensors = adapter.tensors.into_iter().flat_map(|it| {
-        [(format!("{}.lora_A.weight", it.module), it.a), (format!("{}.lora_B.weight", it.module), it.b)]
+    let tensors = adapter.tensors.into_iter().flat_map(|LoraTensors { module, a, b, magnitude }| {
+        let magnitude = magnitude.map(|it| (format!("{module}.lora_magnitude_vector"), it));
+        let matrices = [(format!("{module}.lora_A.weight"), a), (format!("{module}.lora_B.weight"), b)];
+        matrices.into_iter().chain(magnitude)
     });
     let mut tensors: HashMap<String, Tensor> = tensors.chain(adapter.saved).collect();
     for parameter in model.parameters() {
