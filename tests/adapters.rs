@@ -1,14 +1,18 @@
-//! Adapters beyond plain LoRA from the start, against PEFT: going on from a trained one, DoRA, merging. The
-//! numbers are `fixtures/make_adapters.py`'s, or those of the collection beside the checkout, where that is.
+//! Adapters beyond plain LoRA from the start, against PEFT: going on from a trained one, DoRA, PiSSA, LoftQ,
+//! merging. The numbers are `fixtures/make_adapters.py`'s, or those of the collection beside the checkout, where that is.
 
 use std::path::Path;
 
 use ferrotune_data::Batch;
 use ferrotune_export::{PeftAdapter, merge};
+use ferrotune_lora::{Initial, Iterations, LoraAdapter, LoraConfig, Target, loftq, pissa};
 use ferrotune_model::source::{ModelFiles, Stored};
 use ferrotune_model::{BuildOptions, PartSpec, build, dense_part};
-use ferrotune_nn::{Context, LanguageModel};
-use ferrotune_tensor::{DType, Device, Precision, Result};
+use ferrotune_nn::{Context, LanguageModel, Weight};
+use ferrotune_quant::{Nf4Weight, Scales};
+use ferrotune_tensor::product::matmul;
+use ferrotune_tensor::{DType, Device, MatrixMut, Precision, Result, Tensor};
+use ferrotune_tests::hashed;
 use serde_json::Value;
 
 use super::golden::{check_near, ten_steps};
@@ -92,5 +96,79 @@ fn adapters_that_peft_wrote_answer_alike_beside_the_base_and_merged_into_it() {
             let (got, expected) = (f64::from(values[last + i]), expected.as_f64().unwrap());
             check_near(&format!("{name}: logit {i}"), got, expected, 1e-4);
         }
+    }
+}
+
+fn config(r: usize, lora_alpha: f64) -> LoraConfig {
+    LoraConfig {
+        r,
+        lora_alpha,
+        lora_dropout: 0.0,
+        use_rslora: false,
+        use_dora: false,
+        target_modules: Target::All,
+        exclude_modules: Vec::new(),
+        layers_to_transform: Vec::new(),
+        initial: Initial::Zero,
+        seed: 1,
+    }
+}
+
+/// s·B·A added to a matrix.
+fn with(adapter: &LoraAdapter, mut matrix: Tensor) -> Tensor {
+    let (rows, cols) = matrix.shape();
+    let (a, b) = (adapter.a.value.matrix().unwrap(), adapter.b.value.matrix().unwrap());
+    let out = MatrixMut::new(matrix.values_mut::<f32>().unwrap(), rows, cols);
+    matmul(Precision::Full, adapter.scaling as f32, b, a, 1.0, out);
+    matrix
+}
+
+fn length(tensor: &Tensor) -> f64 {
+    tensor.square_sum().unwrap().sqrt()
+}
+
+#[test]
+fn pissa_takes_the_directions_that_peft_takes() {
+    let golden = &json("adapters.json")["pissa"];
+    let weight = Tensor::from_vec(24, 40, hashed("pissa", 24 * 40)).unwrap();
+    // PEFT's fast search looks in no more directions than it takes, and ends a little off.
+    for (name, iterations, tolerance) in
+        [("pissa", Iterations::Exact, 1e-5), ("pissa_niter_16", Iterations::Count(16), 1e-3)]
+    {
+        let (adapter, rest) = pissa("q", &weight, &config(4, 6.0), iterations, Precision::Full).unwrap();
+        let expected = golden[name]["residual"].as_f64().unwrap();
+        assert!((length(&rest) / expected - 1.0).abs() < tolerance, "{name}: {}", length(&rest));
+        // Of singular vectors, s·B·A has its values as squared lengths of A's rows.
+        let rows = adapter.a.value.values::<f32>().unwrap().chunks(40);
+        let values = rows.map(|row| 1.5 * row.iter().map(|it| f64::from(it * it)).sum::<f64>());
+        for (got, expected) in values.zip(golden[name]["values"].as_array().unwrap()) {
+            let off = got / expected.as_f64().unwrap() - 1.0;
+            assert!(off.abs() < tolerance, "{name}: {got}, not {expected}");
+        }
+        let again = with(&adapter, rest);
+        let pairs = again.values::<f32>().unwrap().iter().zip(weight.values::<f32>().unwrap());
+        assert!(pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) < 1e-6);
+    }
+}
+
+#[test]
+fn loftq_makes_up_for_as_much_as_pefts() {
+    let golden = &json("adapters.json")["loftq"];
+    let weight = Tensor::from_vec(64, 128, hashed("loftq", 64 * 128)).unwrap();
+    let stored = Nf4Weight::quantize(&weight, Scales::Nested, Precision::Full).unwrap().to_dense().unwrap();
+    let error = |near: Tensor| {
+        let mut off = weight.try_clone().unwrap();
+        off.add_scaled(-1.0, &near).unwrap();
+        length(&off)
+    };
+    // Whatever alpha is.
+    for alpha in [8.0, 20.0] {
+        let adapter =
+            loftq("q", weight.try_clone().unwrap(), &stored, &config(8, alpha), Precision::Full).unwrap();
+        let of = |key: &str| golden[key].as_f64().unwrap();
+        let (plain, adapted) =
+            (error(stored.try_clone().unwrap()), error(with(&adapter, stored.try_clone().unwrap())));
+        assert!((plain / of("plain") - 1.0).abs() < 1e-4, "{plain}");
+        assert!((adapted / of("adapted") - 1.0).abs() < 1e-3, "{adapted}");
     }
 }

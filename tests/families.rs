@@ -12,6 +12,7 @@ use ferrotune_model::source::{ModelFiles, Stored};
 use ferrotune_model::{BuildOptions, Decoder, PartSpec, build, dense_part, families};
 use ferrotune_nn::{Context, LanguageModel};
 use ferrotune_tensor::{DType, Device, Precision, Result, Tensor};
+use ferrotune_tests::hashed;
 use serde_json::Value;
 
 const RANK: usize = 2;
@@ -19,23 +20,9 @@ const SCALING: f64 = 2.0;
 const LENGTHS: [usize; 2] = [12, 7];
 const POSITIONS: [&[usize]; 2] = [&[0, 3, 6, 11], &[2, 6]];
 
-/// In −1..1: FNV-1a of the name, then lowbias32 (Wellons) of that plus a multiple of the index.
-fn numbers(name: &str, count: usize) -> Vec<f32> {
-    let seed =
-        name.bytes().fold(2_166_136_261, |seed: u32, byte| (seed ^ u32::from(byte)).wrapping_mul(16_777_619));
-    let number = |index: usize| {
-        let mut x = (index as u32).wrapping_mul(0x9E37_79B9).wrapping_add(seed);
-        x = (x ^ (x >> 16)).wrapping_mul(0x7FEB_352D);
-        x = (x ^ (x >> 15)).wrapping_mul(0x846C_A68B);
-        x ^= x >> 16;
-        (f64::from(x >> 8) / f64::from(1 << 23) - 1.0) as f32
-    };
-    (0..count).map(number).collect()
-}
-
 fn weight(name: &str, count: usize) -> Vec<f32> {
     let norm = name.contains("norm");
-    numbers(name, count).into_iter().map(|it| if norm { 1.0 + it / 2.0 } else { it / 4.0 }).collect()
+    hashed(name, count).into_iter().map(|it| if norm { 1.0 + it / 2.0 } else { it / 4.0 }).collect()
 }
 
 fn golden() -> serde_json::Map<String, Value> {
@@ -91,7 +78,7 @@ impl Drop for Checkpoint {
 
 fn batch(vocab_size: usize) -> Batch {
     let samples = LENGTHS.iter().enumerate().map(|(index, length)| {
-        let tokens = numbers(&format!("tokens.{index}"), *length);
+        let tokens = hashed(&format!("tokens.{index}"), *length);
         let tokens = tokens.iter().map(|it| ((f64::from(*it) + 1.0) / 2.0 * vocab_size as f64) as u32);
         Sample { tokens: tokens.collect(), trained: vec![true; *length], ..Sample::default() }
     });
@@ -133,7 +120,7 @@ fn gradients_off(model: &mut Decoder, golden: &Value) -> f64 {
             got.iter().zip(other).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
         };
         let mut figures = vec![dot(&got).sqrt()];
-        figures.extend((0..2).map(|i| dot(&numbers(&format!("{}.{i}", parameter.name), got.len()))));
+        figures.extend((0..2).map(|i| dot(&hashed(&format!("{}.{i}", parameter.name), got.len()))));
         let worst = largest(figures.iter().zip(&expected).map(|(a, b)| (a - b).abs()));
         assert!(expected[0] > 1e-4, "{}: a gradient of {}", parameter.name, expected[0]);
         worst / expected[0]

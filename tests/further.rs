@@ -1,4 +1,4 @@
-//! Going on from trained adapters: further training, adapters beneath a new one.
+//! Adapters beyond a new LoRA: going on from trained ones, DoRA, PiSSA, LoftQ.
 
 use std::fs;
 
@@ -161,4 +161,94 @@ fn whole_modules_and_new_tokens_are_trained_further() {
     };
     let (before, after) = (read("first"), read("more"));
     assert!(before.len() == after.len() && before != after && before.len() == 320 * 64);
+}
+
+/// The loss of the rows with an adapter beside the base as it is stored.
+fn judged(dir: &Dir, adapter: &str, more: &[&str]) -> f64 {
+    let adapter = format!("adapter_name_or_path={adapter}");
+    let words = ["train", "c.yaml", "do_train=false", "do_eval=true", "output_dir=judged", &adapter];
+    let rest = ["eval_dataset=rows.jsonl", "overwrite_output_dir=true", "pissa_init=false"];
+    dir.ferrotune(&[&words[..], &rest, more].concat()).succeeds();
+    eval_loss(dir, "judged")
+}
+
+fn eval_loss(dir: &Dir, folder: &str) -> f64 {
+    let text = fs::read_to_string(dir.path().join(folder).join("eval_results.json")).expect("results");
+    serde_json::from_str::<Value>(&text).expect("JSON")["eval_loss"].as_f64().expect("a loss")
+}
+
+#[test]
+fn pissa_begins_as_the_base_and_is_saved_for_it() {
+    let dir = config("max_steps: 10\n");
+    dir.ferrotune(&["train", "c.yaml", "output_dir=plain"]).succeeds();
+    for (name, more) in [
+        ("pissa", &["pissa_iter=4"][..]),
+        ("exact", &["pissa_iter=-1", "use_rslora=true", "use_dora=true", "lora_dropout=0.1"]),
+    ] {
+        let out = format!("output_dir={name}");
+        let words = ["train", "c.yaml", "pissa_init=true", "learning_rate=0.05", &out];
+        let saves = ["save_strategy=steps", "save_steps=4", "eval_dataset=rows.jsonl"];
+        let words = [&words[..], &saves, more].concat();
+        dir.ferrotune(&words).succeeds();
+        let (plain, losses) = (dir.losses("plain"), dir.losses(name));
+        let close = |a: f64, b: f64, tolerance: f64| assert!((a - b).abs() < tolerance, "{name}: {a} {b}");
+        if name == "pissa" {
+            close(losses[0], plain[0], 1e-5);
+        }
+        assert!(losses[9] < losses[0], "{losses:?}");
+        let settings = settings(&dir, name);
+        assert_eq!((&settings["r"], &settings["init_lora_weights"]), (&6.into(), &true.into()));
+        let scaling =
+            settings["lora_alpha"].as_f64().expect("alpha") / if name == "pissa" { 6.0 } else { 6f64.sqrt() };
+        close(scaling, if name == "pissa" { 5.0 / 3.0 } else { 5.0 / 3f64.sqrt() }, 1e-9);
+        // Beside the unchanged base it is what it was beside the rest of it.
+        close(judged(&dir, name, &[]), eval_loss(&dir, name), 1e-5);
+        let bytes = adapter(&dir, name);
+        fs::remove_dir_all(dir.path().join(name).join("checkpoint-10")).expect("a checkpoint");
+        let ran = dir.ferrotune(&[&words[..], &["resume_from_checkpoint=true"]].concat()).succeeds();
+        ran.says("after step 8");
+        assert!(adapter(&dir, name) == bytes, "{name}: the same bits");
+        // From here on it is an adapter as any other.
+        let given = format!("adapter_name_or_path={name}");
+        let words =
+            ["train", "c.yaml", "max_steps=1", "output_dir=more", "overwrite_output_dir=true", &given];
+        dir.ferrotune(&words).succeeds();
+    }
+}
+
+#[test]
+fn loftq_brings_four_bits_nearer_to_the_base() {
+    let dir = config("max_steps: 1\nquantization_bit: 4\n");
+    let words = ["train", "c.yaml", "learning_rate=0", "lora_target=all", "lora_rank=24"];
+    dir.ferrotune(&[&words[..], &["output_dir=plain"]].concat()).succeeds();
+    dir.ferrotune(&[&words[..], &["output_dir=loftq", "init_lora_weights=loftq"]].concat()).succeeds();
+    let model = repository(TINY).display().to_string();
+    let logits = |more: &[&str]| -> Vec<f64> {
+        let words = ["debug", "logits", "--model", &model, "--ids", "5,6,7,8"];
+        let value: Value =
+            serde_json::from_str(&dir.ferrotune(&[&words[..], more].concat()).succeeds().stdout)
+                .expect("JSON");
+        let rows = value["logits"].as_array().expect("rows").iter();
+        rows.flat_map(|it| it.as_array().expect("a row")).map(|it| it.as_f64().expect("a number")).collect()
+    };
+    let whole = logits(&[]);
+    let off = |adapter: &str| -> f64 {
+        let near = logits(&["--adapter", adapter, "quantization_bit=4"]);
+        near.iter().zip(&whole).map(|(a, b)| (a - b) * (a - b)).sum::<f64>().sqrt()
+    };
+    let (plain, loftq) = (off("plain"), off("loftq"));
+    assert!(loftq < 0.75 * plain, "{loftq} is not much less than {plain}");
+    let card = fs::read_to_string(dir.path().join("loftq/README.md")).expect("the card");
+    assert!(card.contains("LoftQ: made for the base in NF4"), "{card}");
+    let check = |words: &[&str], message: &str| {
+        let words = [&["train", "c.yaml", "output_dir=other"], words].concat();
+        dir.ferrotune(&words).fails(2).says(message);
+    };
+    check(&["pissa_init=true"], "`pissa_init`: PiSSA changes the base's weights, which are in 4 bits");
+    check(&["init_lora_weights=loftq", "quantization_bit=null"], "`init_lora_weights`: loftq makes up for");
+    check(&["init_lora_weights=pissa"], "use `pissa_init: true`");
+    let many = ["pissa_init=true", "quantization_bit=null", "lora_rank=65"];
+    dir.ferrotune(&[&["train", "c.yaml", "output_dir=other"], &many[..]].concat())
+        .fails(1)
+        .says("a weight of 64 x 64 has no 65 singular values");
 }

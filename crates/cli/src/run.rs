@@ -8,6 +8,7 @@ mod data;
 mod decoder;
 mod hub;
 mod model;
+mod saved;
 mod trained;
 
 use std::fs;
@@ -29,7 +30,7 @@ use crate::machine;
 use adapters::adapter_to_train;
 
 pub use data::{DataUse, OpenData, mark_options, warn_of_rows};
-pub use decoder::{Adapters, build_decoder, lora_tensors, open_decoder};
+pub use decoder::{Adapters, Subtracted, build_decoder, lora_tensors, open_decoder};
 pub use model::{OpenModel, TemplateSource, Vocabulary, model_spec, template_source};
 pub use trained::{check_trained, is_trained, load_trained, prepare, save_trained};
 

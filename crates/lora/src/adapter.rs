@@ -211,7 +211,7 @@ impl Adapter for LoraAdapter {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Target;
+    use crate::{Initial, Target};
     use ferrotune_nn::check::{gradients, seeded};
     use ferrotune_nn::{DenseWeight, Layer, Linear, Part};
 
@@ -295,6 +295,7 @@ mod tests {
             target_modules: Target::All,
             exclude_modules: Vec::new(),
             layers_to_transform: Vec::new(),
+            initial: Initial::Zero,
             seed: 9,
         };
         let new = |name: &str| LoraAdapter::new(name, 5, 16, &config, Precision::Full).unwrap();

@@ -1,5 +1,7 @@
 use ferrotune_tensor::{Error, Result};
 
+use crate::Initial;
+
 /// Which projections get an adapter.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {
@@ -28,6 +30,8 @@ pub struct LoraConfig {
     pub exclude_modules: Vec<String>,
     /// Layers whose projections get an adapter; empty: all of them.
     pub layers_to_transform: Vec<usize>,
+    /// What A and B begin as.
+    pub initial: Initial,
     /// Seed of the initialisation and of dropout.
     pub seed: u64,
 }
@@ -116,6 +120,7 @@ mod tests {
             target_modules,
             exclude_modules: exclude.iter().map(|it| it.to_string()).collect(),
             layers_to_transform: Vec::new(),
+            initial: Initial::Zero,
             seed: 1,
         }
     }

@@ -7,8 +7,12 @@ mod adapter;
 mod change;
 mod config;
 mod dora;
+mod initial;
+mod svd;
 
 pub use adapter::LoraAdapter;
 pub use change::Change;
 pub use config::{LoraConfig, Target};
 pub use dora::{DoraAdapter, magnitudes};
+pub use initial::{Initial, loftq, pissa, residual};
+pub use svd::Iterations;

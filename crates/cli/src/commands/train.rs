@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use ferrotune_data::BatchSource as _;
-use ferrotune_export::{ModelCard, SavedAs};
+use ferrotune_export::{ModelCard, PeftAdapter, SavedAs};
 use ferrotune_model::spec::MemoryPlan;
 use ferrotune_model::{BuildOptions, Decoder, Recompute};
 use ferrotune_nn::LanguageModel as _;
@@ -24,14 +24,16 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::predict;
 use crate::args::TrainArgs;
-use crate::config::{self, BestMetric, EvalStrategy, FinetuningType, Resume, RunConfig, SaveStrategy};
+use crate::config::{
+    self, BestMetric, EvalStrategy, FinetuningType, InitLoraWeights, Resume, RunConfig, SaveStrategy,
+};
 use crate::console::{Console, Usage, bytes, clock, thousands};
 use crate::machine::write_kernel_times;
 use crate::plot::plot_losses;
 use crate::results::{forget_results, has_results, train_results, write_results};
 use crate::run::{
-    Adapters, Run, RunBatches, available_memory, build_decoder, load_trained, memory_plan, save_trained,
-    warn_of_rows,
+    Adapters, Run, RunBatches, Subtracted, available_memory, build_decoder, load_trained, memory_plan,
+    save_trained, warn_of_rows,
 };
 use crate::{INTERRUPTED, Outcome};
 
@@ -98,9 +100,14 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
             None
         }
     };
-    let adapters = Adapters::ToTrain(run.adapter.take());
+    let adapters = match &run.resume_from {
+        Some(checkpoint) if run.config.pissa_init => {
+            Adapters::Resumed(Box::new(PeftAdapter::read(checkpoint)?))
+        }
+        _ => Adapters::ToTrain(run.adapter.take()),
+    };
     let model = build_decoder(&run.config, &run.model.files, &run.computing, adapters);
-    let mut model = model.map_err(|error| match error.downcast::<Error>() {
+    let (mut model, subtracted) = model.map_err(|error| match error.downcast::<Error>() {
         Ok(error) => out_of_memory(error, &run, longest_batch),
         Err(error) => error,
     })?;
@@ -118,6 +125,7 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
     }
     let mut hooks = Hooks {
         run: &run,
+        subtracted,
         console,
         bar: bar(console, total_steps),
         log: LogWriter::new(&run.output_dir, done),
@@ -387,6 +395,7 @@ fn interrupted() -> anyhow::Result<Arc<AtomicBool>> {
 
 struct Hooks<'a> {
     run: &'a Run,
+    subtracted: Subtracted,
     console: &'a Console,
     bar: ProgressBar,
     log: LogWriter,
@@ -401,7 +410,7 @@ impl RunHooks<Decoder> for Hooks<'_> {
         let exact = if folder == self.run.output_dir { SavedAs::Stored } else { SavedAs::Trained };
         let (config, base) = (&self.run.config, &self.run.model);
         // Last, with its config at the very end: where that is, the model is whole.
-        save_trained(config, base, model, folder, exact, &card(self.run))
+        save_trained(config, base, (model, &self.subtracted), folder, exact, &card(self.run))
     }
 
     fn report(&mut self, report: &StepReport) -> Result<Control> {
@@ -491,6 +500,12 @@ fn card(run: &Run) -> ModelCard {
         (config.per_device_train_batch_size * config.gradient_accumulation_steps).to_string()
     });
     row("Longest sample", format!("{} tokens", config.cutoff_len));
+    if config.pissa_init {
+        row("Initialisation", "PiSSA; saved for the unchanged base, with twice the rank".to_string());
+    }
+    if config.init_lora_weights == InitLoraWeights::Loftq {
+        row("Initialisation", "LoftQ: made for the base in NF4, whose losses it makes up for".to_string());
+    }
     let base = if config.quantization_bit.is_some() { "4 bits (NF4)" } else { "as stored" };
     row("Base in training", base.to_string());
     if let beneath @ [_, ..] = config.merged_adapters() {

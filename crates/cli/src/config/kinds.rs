@@ -571,6 +571,19 @@ choice! {
 }
 
 choice! {
+    /// `init_lora_weights`
+    InitLoraWeights {
+        /// A random, B zero.
+        Default = "true",
+        /// What quantising takes from the base.
+        Loftq = "loftq",
+    }
+    later { "gaussian", "eva", "olora", "corda", "orthogonal", "lora_ga" } wrong {
+        "pissa" => "use `pissa_init: true`",
+    }
+}
+
+choice! {
     /// `recompute`
     Recompute {
         /// Keeps as many blocks' activations as memory allows.

@@ -118,6 +118,12 @@ settings! {
         use_rslora: bool = false,
         /// DoRA: train a magnitude of each output beside the adapters' direction.
         use_dora: bool = false,
+        /// PiSSA: adapters begin as the leading directions of the base's weights, which lose them (not in 4 bits).
+        pissa_init: bool = false,
+        /// PiSSA: rounds of the search for these; -1 until nothing changes.
+        pissa_iter: i64 = 16,
+        /// What adapters begin as: true (A random, B zero), or loftq (what 4 bits take from the base).
+        init_lora_weights: InitLoraWeights = InitLoraWeights::Default,
         /// freeze: how many of the last layers are trained; of the first ones, where it is negative.
         freeze_trainable_layers: i64 = 2,
         /// freeze: which of their modules: all, or names such as mlp,self_attn.
@@ -507,6 +513,20 @@ impl RunConfig {
             "fp16",
             "training in f16 needs a GPU (a cpu gains nothing from it); use `bf16: true`, or leave both out",
         );
+        let four = self.quantization_bit.is_some();
+        check(
+            !(self.pissa_init && four),
+            "pissa_init",
+            "PiSSA changes the base's weights, which are in 4 bits; leave `quantization_bit` out, or use `init_lora_weights: loftq`",
+        );
+        check(self.pissa_iter >= -1, "pissa_iter", "expected 0 or more, or -1");
+        let loftq = self.init_lora_weights == InitLoraWeights::Loftq;
+        check(
+            !loftq || four,
+            "init_lora_weights",
+            "loftq makes up for what 4 bits lose; set `quantization_bit: 4`",
+        );
+        check(!(loftq && self.pissa_init), "init_lora_weights", "loftq and `pissa_init` exclude each other");
         check(self.num_threads != Some(0), "num_threads", "expected 1 or more");
         check(self.max_new_tokens > 0, "max_new_tokens", "expected 1 or more");
         check(self.temperature >= 0.0, "temperature", "expected 0 or more");

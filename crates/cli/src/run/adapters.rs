@@ -6,7 +6,7 @@ use ferrotune_model::source::ModelFiles;
 
 use super::decoder::{lora_config, projections};
 use super::{OpenModel, mistake};
-use crate::config::{FinetuningType, RunConfig};
+use crate::config::{FinetuningType, InitLoraWeights, RunConfig};
 use crate::console::Console;
 
 /// What stays on top of the base.
@@ -112,6 +112,8 @@ fn adopt(
     config.lora_dropout = adapter.lora_dropout;
     config.use_rslora = adapter.use_rslora;
     config.use_dora = adapter.use_dora;
+    config.pissa_init = false;
+    config.init_lora_weights = InitLoraWeights::Default;
     config.lora_target = names(&adapter.target_modules);
     config.lora_exclude = adapter.exclude_modules.as_ref().map(names).unwrap_or_default();
     config.layers_to_transform = adapter.layers_to_transform.clone();
