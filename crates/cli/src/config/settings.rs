@@ -236,7 +236,7 @@ settings! {
         adam_epsilon: f64 = 1e-8,
         /// Longest gradient, all weights together; 0 for no limit.
         max_grad_norm: f64 = 1.0,
-        /// Optimizer: adamw_torch, adamw_8bit, paged_adamw_32bit, paged_adamw_8bit (states in the host's memory), sgd, lion, adafactor, muon.
+        /// Optimizer: adamw_torch, adamw_8bit, paged_adamw_32bit, paged_adamw_8bit (states in the host's memory), sgd, lion_32bit, adafactor, muon.
         optim: Optimizer = Optimizer::AdamW,
         /// More for the optimizer: momentum=0.9 (sgd: 0 unless given, muon: 0.95).
         optim_args: OptimArgs = OptimArgs::default(),

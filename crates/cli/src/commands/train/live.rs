@@ -4,7 +4,7 @@ use ferrotune_trainer::StepReport;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use ratatui::crossterm::terminal;
 
-use crate::console::{Console, bytes, clock};
+use crate::console::{Console, bytes, clock, fitting};
 
 /// Of the running mean of the loss: how much of it a step leaves.
 const KEPT: f64 = 0.9;
@@ -80,14 +80,7 @@ fn line(report: &StepReport, loss: f64, memory: Option<u64>, width: usize) -> St
         (7, memory.map_or_else(String::new, bytes)),
         (2, format!("{} left", clock(report.remaining_seconds))),
     ];
-    let mut shown: Vec<&(usize, String)> = fields.iter().filter(|it| !it.1.is_empty()).collect();
-    loop {
-        let line = shown.iter().map(|it| it.1.as_str()).collect::<Vec<_>>().join("  ");
-        match shown.iter().enumerate().max_by_key(|(_, it)| it.0) {
-            Some((last, _)) if line.chars().count() > width => shown.remove(last),
-            _ => return line,
-        };
-    }
+    fitting(&fields, width)
 }
 
 fn bar(step: usize, total_steps: usize) -> String {
