@@ -11,6 +11,7 @@ mod files;
 mod merge;
 mod model;
 mod peft;
+mod rounded;
 
 pub use bnb::{check_bnb, write_bnb};
 pub use card::{ModelCard, merged_card};
@@ -18,3 +19,4 @@ pub use files::write_whole;
 pub use merge::{merge, with_saved};
 pub use model::{FolderOptions, SavedAs, write_folder, write_model};
 pub use peft::{LoraTensors, Modules, PeftAdapter, write_tensors};
+pub use rounded::rounded;
