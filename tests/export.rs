@@ -137,6 +137,9 @@ fn a_gguf_file_becomes_a_folder() {
         &dir.logits(&["--model", "out", "--ids", "5,6,7"]),
     );
     assert!(off < 2e-2, "{off}");
+    // Rounded to 16 bits before it goes into 4.
+    let words = ["export", "--model", &gguf, "--output", "coded", "--format", "bnb-4bit"];
+    dir.ferrotune(&words).succeeds().says("verified: logits are those of the merged model in few bits");
 }
 
 #[test]

@@ -14,7 +14,7 @@ pub fn run() -> Result<()> {
     if found > MOST {
         return Err(format!(
             "tests/fixtures holds {found} bytes of data, {MOST} are allowed: compare with hashes, make weights of hashed \
-             names (tests/families.rs), or make the models smaller"
+             names (tests/hashed.rs), or make the models smaller"
         ));
     }
     Ok(())

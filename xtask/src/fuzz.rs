@@ -1,4 +1,5 @@
-//! Fuzzing the readers of data, chat templates and GGUF files: with cargo-fuzz where it is installed, else by mutations within a test.
+//! Fuzzing the readers of data, chat templates and models' files: with cargo-fuzz where it is installed, else by mutations
+//! within a test. Folders of models, which are mapped from the disk, are always fuzzed within a test.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -8,15 +9,19 @@ use crate::{Result, cargo, root, run};
 /// Chat templates, the kinds of files of data, and GGUF files, each a target of its own.
 const TARGETS: [&str; 9] = ["template", "json", "jsonl", "csv", "tsv", "txt", "parquet", "arrow", "gguf"];
 
+/// Kinds of folders of models.
+const FOLDERS: [&str; 2] = ["safetensors", "bnb"];
+
 /// `cargo xtask fuzz [target] [--runs N]`
 pub fn run_all(words: &[&str]) -> Result<()> {
-    let (mut targets, mut runs) = (TARGETS.to_vec(), "100000".to_string());
+    let all = [&TARGETS[..], &FOLDERS[..]].concat();
+    let (mut targets, mut runs) = (all.clone(), "100000".to_string());
     let mut words = words.iter();
     while let Some(word) = words.next() {
         match *word {
             "--runs" => runs = words.next().ok_or("`--runs`: expected a number")?.to_string(),
-            target if TARGETS.contains(&target) => targets = vec![target],
-            other => return Err(format!("`{other}` is no target; expected one of {}", TARGETS.join(", "))),
+            target if all.contains(&target) => targets = vec![target],
+            other => return Err(format!("`{other}` is no target; expected one of {}", all.join(", "))),
         }
     }
     runs.parse::<u64>().map_err(|_| format!("`--runs`: expected a number, found `{runs}`"))?;
@@ -27,7 +32,19 @@ pub fn run_all(words: &[&str]) -> Result<()> {
         .status();
     let with_fuzzer = fuzzer.is_ok_and(|status| status.success());
     for target in targets {
-        if with_fuzzer {
+        if FOLDERS.contains(&target) {
+            let words = [
+                "test",
+                "--release",
+                "--package",
+                "ferrotune-tests",
+                "--test",
+                "fuzz_files",
+                "--",
+                "--nocapture",
+            ];
+            run(cargo(&words).env("FUZZ_TARGET", target).env("FUZZ_RUNS", &runs))?;
+        } else if with_fuzzer {
             seed(target)?;
             let limit = "-rss_limit_mb=2048";
             // Without a sanitizer, the stable compiler has all that is needed; it only has to be told so.

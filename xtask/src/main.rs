@@ -28,7 +28,8 @@ const USAGE: &str = "cargo xtask <verb>
   quickstart           builds, fetches SmolLM2, fine-tunes it, shows its answers before and after
   gpu-test             builds what tests/gpu/run.py needs on a machine with a GPU, into target/gpu-test
   bench cpu            speed and memory of training on this machine's cores
-  fuzz [kind] [--runs N]   hostile chat templates (template), damaged files: json, jsonl, csv, tsv, txt, parquet, arrow
+  fuzz [kind] [--runs N]   hostile chat templates (template), damaged files: json, jsonl, csv, tsv, txt, parquet, arrow,
+                       safetensors, bnb, gguf
   peers [words]        trains a tiny model of each family, and lets transformers, PEFT and bitsandbytes read what leaves;
                        words go to tests/peers.py; FERROTUNE_PEERS_PYTHON names a Python that has these already
   fetch-model          only brings SmolLM2 into the model cache, and prints where it is";

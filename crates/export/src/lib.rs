@@ -12,6 +12,7 @@ mod gguf;
 mod merge;
 mod model;
 mod peft;
+mod rounded;
 #[cfg(test)]
 mod scratch;
 
@@ -24,3 +25,4 @@ pub use gguf::{
 pub use merge::{merge, with_saved};
 pub use model::{FolderOptions, SavedAs, write_folder, write_model};
 pub use peft::{LoraTensors, Modules, PeftAdapter, write_tensors};
+pub use rounded::rounded;

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use ferrotune_export::{
-    FolderOptions, PeftAdapter, check_bnb, merge, merged_card, rounded_as_gguf, write_bnb, write_folder,
-    write_whole,
+    FolderOptions, PeftAdapter, check_bnb, merge, merged_card, rounded, rounded_as_gguf, write_bnb,
+    write_folder, write_whole,
 };
 use ferrotune_model::source::ModelFiles;
 use ferrotune_model::spec::names;
@@ -68,9 +68,13 @@ pub fn run(args: &ExportArgs, console: &Console) -> anyhow::Result<Outcome> {
         return Ok(Outcome::Done);
     }
     // What rounding to few bits comes to is no fault: formats of few bits are compared with the same in memory.
-    let expected = match (expected, config.export_format) {
-        (Some(live), ExportFormat::BnbFourBit) => Some(live.in_four_bits(&config, &files)?),
-        (expected, _) => expected,
+    let (files, expected) = match (expected, config.export_format) {
+        (Some(live), ExportFormat::BnbFourBit) => {
+            let files = rounded(files, folder_options(&config))?;
+            let expected = live.in_four_bits(&config, &files)?;
+            (files, Some(expected))
+        }
+        (expected, _) => (files, expected),
     };
     write(&config, &folder, &files, console)?;
     tokenizer.save(&folder)?;

@@ -70,11 +70,9 @@ impl Logits {
         };
         let (decoder, _) = build_decoder(&config, merged, &self.computing, Adapters::None)?;
         let values = logits(&decoder, &self.ids)?;
-        // Where a checkpoint fuses projections, scales are quantised for all of them together; what is in 4 bits
-        // already is as it was in memory, and put into them again on the disk; a GPU sums scales in another order.
-        let same = merged.spec.checkpoint != CheckpointForm::Fused
-            && merged.four_bit.is_none()
-            && self.computing.device.gpu().is_none();
+        // Where a checkpoint fuses projections, scales are quantised for all of them together; a GPU sums scales in
+        // another order.
+        let same = merged.spec.checkpoint != CheckpointForm::Fused && self.computing.device.gpu().is_none();
         let allowed = if same { 1e-6 } else { 5e-2 };
         Ok(Logits { few_bits: Some((self.values, allowed)), values, ..self })
     }

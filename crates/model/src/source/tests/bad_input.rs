@@ -107,6 +107,8 @@ fn damaged_safetensors() {
     damaged(&lie("[300,64]", "[4611686018427387904,64]"), &[]);
     damaged(&lie("\"F32\"", "\"F31\""), &["F31"]);
     damaged(&lie("{", "["), &[]);
+    // A name that is there twice leaves a hole where the first was.
+    damaged(&lie("model.layers.0.input_layernorm.weight", "model.layers.0.mlp.down_proj.weight"), &[]);
 }
 
 #[test]
@@ -124,6 +126,17 @@ fn shards_that_are_not_there() {
         let index = json!({ "weight_map": { "model.norm.weight": shard } }).to_string();
         scratch.write("model.safetensors.index.json", index);
         refused(&scratch.0, &["index.json", "the name of a file beside this one"]);
+    }
+    // An index of itself.
+    let name = "model.safetensors.index.json";
+    scratch.write(name, json!({ "weight_map": { "model.norm.weight": name } }).to_string());
+    refused(&scratch.0, &["index.json", "either it isn't safetensors"]);
+    let twice = r#"{"weight_map": {"a": "model-00001-of-00002.safetensors", "a": "nowhere.safetensors"}}"#;
+    scratch.write(name, twice);
+    refused(&scratch.0, &["nowhere.safetensors", "isn't there"]);
+    for map in [json!([]), json!({ "model.norm.weight": 7 }), json!({ "model.norm.weight": [name] })] {
+        scratch.write(name, json!({ "weight_map": map }).to_string());
+        refused(&scratch.0, &["index.json", "weight_map"]);
     }
 }
 
