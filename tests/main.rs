@@ -10,6 +10,7 @@ mod evaluation;
 mod experts;
 mod export;
 mod export_gguf;
+mod further;
 mod llama_factory;
 mod quickstart;
 mod run;

@@ -34,15 +34,15 @@ pub fn run(args: &ExportArgs, console: &Console) -> anyhow::Result<Outcome> {
     if config.export_format == ExportFormat::BnbFourBit {
         check_bnb(&model.files)?;
     }
-    let adapter = read_adapter(&config, &model)?;
+    let adapters = read_adapters(&config, &model)?;
     model.set_template(&config)?;
-    warn_of_few_bits(&mut config, &model.files, adapter.is_some(), console)?;
-    let card = merged_card(&model.name, adapter.as_ref());
+    warn_of_few_bits(&mut config, &model.files, !adapters.is_empty(), console)?;
+    let card = merged_card(&model.name, adapters.last());
 
     if config.export_format == ExportFormat::GgufAdapter {
         let UntemplatedModel { name, files, tokenizer } = &model;
-        let Some(adapter) = &adapter else {
-            let message = "`gguf-adapter` needs an adapter; give `adapter_name_or_path`, or --adapter";
+        let [adapter] = adapters.as_slice() else {
+            let message = "`gguf-adapter` needs one adapter; give `adapter_name_or_path`, or --adapter";
             return Err(mistake(&config, "export_format", message));
         };
         gguf::write_adapter(&folder, name, files, tokenizer, adapter, console)?;
@@ -57,10 +57,7 @@ pub fn run(args: &ExportArgs, console: &Console) -> anyhow::Result<Outcome> {
             (files, Some(logits))
         }
     };
-    let files = match adapter {
-        Some(adapter) => merge(files, adapter)?,
-        None => files,
-    };
+    let files = adapters.into_iter().try_fold(files, merge)?;
     tracing::info!("{name}: {} tensors", files.spec.tensors().len());
     if let Some(mix) = gguf::mix(config.export_format) {
         let path = gguf::write_model(&folder, &name, &files, &tokenizer, mix, console)?;
@@ -122,7 +119,7 @@ fn folder(config: &RunConfig, model: &UntemplatedModel) -> anyhow::Result<PathBu
     let same = |other: &Path| {
         other.canonicalize().is_ok_and(|other| folder.canonicalize().is_ok_and(|folder| folder == other))
     };
-    if same(&model.files.path) || config.adapter_name_or_path.as_deref().is_some_and(same) {
+    if same(&model.files.path) || config.adapter_name_or_path.iter().any(|it| same(it)) {
         return wrong(format!("`{shown}` holds what is to be exported; name another folder"));
     }
     let empty = fs::read_dir(folder).map_or(true, |mut entries| entries.next().is_none());
@@ -134,11 +131,14 @@ fn folder(config: &RunConfig, model: &UntemplatedModel) -> anyhow::Result<PathBu
     Ok(folder.clone())
 }
 
-fn read_adapter(config: &RunConfig, model: &UntemplatedModel) -> anyhow::Result<Option<PeftAdapter>> {
-    let Some(folder) = &config.adapter_name_or_path else { return Ok(None) };
-    let adapter = PeftAdapter::read(folder)?;
-    adapter.check_fits(&model.files.spec).with_context(|| folder.display().to_string())?;
-    Ok(Some(adapter))
+/// The adapters that are merged, one after the other.
+fn read_adapters(config: &RunConfig, model: &UntemplatedModel) -> anyhow::Result<Vec<PeftAdapter>> {
+    let read = |folder: &PathBuf| -> anyhow::Result<PeftAdapter> {
+        let adapter = PeftAdapter::read(folder)?;
+        adapter.check_fits(&model.files.spec).with_context(|| folder.display().to_string())?;
+        Ok(adapter)
+    };
+    config.adapter_name_or_path.iter().map(read).collect()
 }
 
 /// Merging is exact with the weights that the base model was made with, and with no others.

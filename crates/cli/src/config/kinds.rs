@@ -173,6 +173,19 @@ impl Setting for Vec<String> {
     }
 }
 
+impl Setting for Vec<PathBuf> {
+    fn expected() -> String {
+        "paths separated by commas, or a list of paths".to_string()
+    }
+    fn read(node: &Node) -> Result<Vec<PathBuf>, String> {
+        let paths = Vec::<String>::read(node).map_err(|_| mismatch::<Vec<PathBuf>>(node))?;
+        Ok(paths.into_iter().map(PathBuf::from).collect())
+    }
+    fn shown(&self) -> String {
+        self.iter().map(PathBuf::shown).collect::<Vec<_>>().shown()
+    }
+}
+
 /// Numbers in a list, or separated by commas.
 impl Setting for Vec<usize> {
     fn expected() -> String {
@@ -555,6 +568,19 @@ choice! {
         Muon = "muon",
     }
     later { "lion_8bit", "paged_lion_32bit", "paged_lion_8bit", "adagrad", "rmsprop" } wrong {}
+}
+
+choice! {
+    /// `init_lora_weights`
+    InitLoraWeights {
+        /// A random, B zero.
+        Default = "true",
+        /// What quantising takes from the base.
+        Loftq = "loftq",
+    }
+    later { "gaussian", "eva", "olora", "corda", "orthogonal", "lora_ga" } wrong {
+        "pissa" => "use `pissa_init: true`",
+    }
 }
 
 choice! {

@@ -37,6 +37,11 @@ pub fn write_gguf_adapter(
             "the adapter holds the whole tensor `{saved}`, and llama.cpp's adapters can't; export the merged model"
         )));
     }
+    if adapter.use_dora {
+        return Err(refused(
+            "llama.cpp's adapters have no magnitudes (DoRA); export the merged model".to_string(),
+        ));
+    }
     let notes = metadata::check(spec, architecture).map_err(|what| {
         let kind = architecture.name;
         refused(format!(
