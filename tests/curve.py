@@ -6,17 +6,20 @@ same first adapter, f32 on the CPU.
     python3 tests/curve.py MODEL_FOLDER [STEPS]      (with torch, transformers, peft, safetensors)
 
 Prints the losses' differences: on average they have to stay below 1e-3 of the loss, and below 1e-2 at most.
+Before that, both sides have to see the same tokens: transformers' rendering of every row equals ours, and the log
+counts as many as the steps' rows have.
 """
 
 import json
 import subprocess
 import sys
 import tempfile
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, get_scheduler
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "target/release/ferrotune"
@@ -26,12 +29,16 @@ BATCH, RATE = 2, 5e-4
 def rows(model, steps):
     """Ids and marks of the quick start's conversations, as often as the steps need them."""
     lines = (ROOT / "examples/identity.jsonl").read_text().splitlines()
+    tokenizer = AutoTokenizer.from_pretrained(model)
     seen = []
     for line in lines:
         rendered = subprocess.run(
             [PROGRAM, "debug", "render", "--model", model], input=line, capture_output=True, text=True, check=True
         )
         it = json.loads(rendered.stdout)
+        theirs = tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False)
+        theirs = tokenizer(theirs, add_special_tokens=False).input_ids
+        assert it["ids"] == theirs, f"transformers has other tokens for {line}"
         seen.append((it["ids"], it["trained_tokens"]))
     steps_of_an_epoch = -(-len(seen) // BATCH)
     return [seen[BATCH * (step % steps_of_an_epoch):][:BATCH] for step in range(steps)], lines
@@ -45,7 +52,8 @@ def ferrotune(model, data, folder, *words):
     config.write_text("")
     subprocess.run([PROGRAM, "train", "--quiet", config, *keys], check=True, stdout=subprocess.DEVNULL)
     log = (Path(folder) / "trainer_log.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in log]
+    log = [json.loads(line) for line in log]
+    return [it["loss"] for it in log], [it["total_tokens"] for it in log]
 
 
 def transformers(model, adapter, batches):
@@ -80,7 +88,9 @@ def main():
         data.write_text("\n".join(lines) + "\n")
         # A step of length 0 writes the first adapter.
         ferrotune(model, data, f"{folder}/first", "max_steps=1", "learning_rate=0")
-        ours = ferrotune(model, data, f"{folder}/run", f"max_steps={steps}", f"learning_rate={RATE}")
+        ours, seen = ferrotune(model, data, f"{folder}/run", f"max_steps={steps}", f"learning_rate={RATE}")
+        tokens = [sum(len(ids) for ids, _ in batch) for batch in batches]
+        assert seen == list(accumulate(tokens)), "the run has seen other tokens than transformers will"
         theirs = transformers(model, f"{folder}/first", batches)
     off = [abs(a - b) / b for a, b in zip(ours, theirs, strict=True)]
     for step in range(0, steps, max(1, steps // 10)):

@@ -165,6 +165,9 @@ fn sets_are_mixed() {
     wrong(&["val_size=1.5"], "expected a share under 1, or a whole number of samples");
     wrong(&["streaming=true"], "set `max_steps`");
     wrong(&["val_size=8"], "`val_size`: it leaves nothing to train on: there are 8 samples");
+    dir.ferrotune(&["train", "c.yaml", "dataset=a.jsonl", "streaming=true", "max_steps=2", "val_size=5000"])
+        .fails(2)
+        .says("`val_size`: it leaves nothing to train on: there are");
     dir.ferrotune(&["train", "c.yaml", "dataset=a.jsonl", "eval_dataset=b.jsonl", "max_steps=1"])
         .succeeds()
         .says("2 samples to evaluate on");

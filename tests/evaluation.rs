@@ -164,6 +164,8 @@ fn runs_are_listed() {
     let ran = dir.ferrotune(&["runs"]).succeeds().prints("folder").prints("out ").prints("2/2");
     ran.prints("finished");
     fs::remove_file(dir.path().join("out/train_results.json")).expect("the results");
-    dir.ferrotune(&["runs", "."]).succeeds().prints("stopped");
+    dir.ferrotune(&["runs", "."]).succeeds().prints("stopped, saved at step 2");
+    fs::remove_dir_all(dir.path().join("out/checkpoint-2")).expect("the checkpoint");
+    dir.ferrotune(&["runs", "."]).succeeds().prints("stopped, nothing saved");
     dir.ferrotune(&["watch", "out"]).fails(2).says("`watch` draws on a terminal");
 }

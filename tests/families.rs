@@ -153,7 +153,7 @@ fn adapter(checkpoint: &Checkpoint) -> PeftAdapter {
                 Tensor::from_vec(rows, cols, weight(&format!("{module}.{kind}.weight"), rows * cols)).unwrap()
             };
             let (a, b) = (matrix("lora_A", RANK, it.in_features), matrix("lora_B", it.out_features, RANK));
-            tensors.push(LoraTensors { module, a, b });
+            tensors.push(LoraTensors { module, a, b, magnitude: None });
         }
     }
     PeftAdapter {
@@ -163,6 +163,7 @@ fn adapter(checkpoint: &Checkpoint) -> PeftAdapter {
         lora_alpha: SCALING * RANK as f64,
         lora_dropout: 0.0,
         use_rslora: false,
+        use_dora: false,
         target_modules: Modules::Pattern("all-linear".into()),
         exclude_modules: None,
         layers_to_transform: Vec::new(),

@@ -5,22 +5,21 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use ferrotune_data::{BatchOptions, Batches, Sample};
-use ferrotune_lora::LoraAdapter;
-use ferrotune_model::source::{ModelFiles, Stored};
+use ferrotune_model::Decoder;
+use ferrotune_model::source::ModelFiles;
 use ferrotune_model::spec::names;
-use ferrotune_model::{BuildOptions, Decoder, PartSpec, build, dense_part};
 use ferrotune_nn::{Context, LanguageModel};
-use ferrotune_tensor::{DType, Device, Precision, Result};
+use ferrotune_tensor::Device;
 use ferrotune_trainer::{
     AdamW, NextToken, ParameterGroups, Schedule, ScheduleKind, StateMemory, StepOutcome, StepSettings,
     optimizer_step,
 };
 use serde_json::Value;
 
-use super::{Tensors, fixture, floats, json, matrix, sample, tensors};
+use super::{Adapters, Base, fixture, floats, json, sample};
 
 /// How a run is taken: steps, batch size, micro-batches, highest rate, warm-up, decay.
-struct Plan {
+pub(super) struct Plan {
     steps: usize,
     batch_size: usize,
     accumulation: usize,
@@ -40,7 +39,7 @@ impl Plan {
     }
 
     /// Takes the steps in the data's order; `look` sees the model after each.
-    fn run(
+    pub(super) fn run(
         &self,
         model: &mut Decoder,
         samples: Vec<Sample>,
@@ -73,28 +72,17 @@ impl Plan {
 }
 
 /// All weights trained, or adapters on all projections.
-fn decoder(folder: &Path, lora: Option<&Tensors>, device: &Device) -> Decoder {
-    let options = BuildOptions { precision: Precision::Full, dtype: DType::F32, device: device.clone() };
-    let files = ModelFiles::open(folder).unwrap();
-    let mut make = |spec: &PartSpec, weight: Stored| -> Result<_> {
-        let mut part = dense_part(spec, weight, &options)?;
-        if let Some(lora) = lora {
-            let read = |kind: &str| matrix(&lora[&format!("base_model.model.{}.{kind}.weight", spec.name)]);
-            let (a, b) = (read("lora_A"), read("lora_B"));
-            let adapter = LoraAdapter::from_parts(&spec.name, a, b, 2.0, 0.0, Precision::Full)?;
-            part.adapter = Some(Box::new(adapter.to_device(device, DType::F32)?));
-        }
-        Ok(part)
-    };
-    let mut decoder = build(&files.spec, files.source.as_ref(), options.clone(), &mut make).unwrap();
-    if lora.is_none() {
-        decoder.train(&files.spec, &|_| true).unwrap();
+fn decoder(folder: &Path, adapters: &Adapters, device: &Device) -> Decoder {
+    let mut decoder = super::decoder(device, folder, Base::Dense, adapters);
+    if let Adapters::None = adapters {
+        let spec = ModelFiles::open(folder).unwrap().spec;
+        decoder.train(&spec, &|_| true).unwrap();
     }
     decoder
 }
 
 #[track_caller]
-fn check_near(what: &str, got: f64, expected: f64, tolerance: f64) {
+pub(super) fn check_near(what: &str, got: f64, expected: f64, tolerance: f64) {
     let off = (got - expected).abs() / expected.abs().max(1.0);
     assert!(off < tolerance, "{what}: {got}, not {expected} (off by {off:.1e})");
 }
@@ -108,7 +96,7 @@ fn norm(values: &[f32]) -> f64 {
 }
 
 /// A run of ten steps on the rows of lora_tiny.
-fn ten_steps() -> (Plan, Vec<Sample>) {
+pub(super) fn ten_steps() -> (Plan, Vec<Sample>) {
     let steps = json("lora_tiny/steps.json");
     let rows = steps["batches"].as_array().unwrap().iter().flat_map(|it| it.as_array().unwrap());
     let samples: Vec<Sample> = rows.flat_map(|it| it.as_array().unwrap()).map(sample).collect();
@@ -131,7 +119,7 @@ fn full_fine_tuning_takes_pytorchs_steps() {
         .flat_map(|it| ["llama_tiny", "llama_tiny_tied"].map(|folder| (it.clone(), folder)))
     {
         let golden = &json("full_tiny.json")[folder];
-        let mut model = decoder(&fixture(folder), None, &device);
+        let mut model = decoder(&fixture(folder), &Adapters::None, &device);
         check_first_gradients(golden, &fixture(folder), &samples[..4], &device);
         plan.run(&mut model, samples.clone(), |step, outcome, _| {
             let expected = &golden["steps"][step];
@@ -156,9 +144,9 @@ fn full_fine_tuning_takes_pytorchs_steps() {
 #[test]
 fn adapters_with_embedding_and_head_take_pefts_steps() {
     let (plan, samples) = ten_steps();
-    let (golden, lora) = (json("saved_tiny.json"), tensors("lora_tiny/adapter_model.safetensors"));
+    let golden = json("saved_tiny.json");
     for device in Device::each() {
-        let mut model = decoder(&fixture("llama_tiny"), Some(&lora), &device);
+        let mut model = decoder(&fixture("llama_tiny"), &Adapters::tiny(2.0), &device);
         let spec = ModelFiles::open(fixture("llama_tiny")).unwrap().spec;
         model.train(&spec, &|name| [names::EMBEDDING, names::HEAD].contains(&name)).unwrap();
         plan.run(&mut model, samples.clone(), |step, outcome, _| {
@@ -186,7 +174,7 @@ fn adapters_with_embedding_and_head_take_pefts_steps() {
 
 /// Every weight's gradient of the first step, by norm and at five places.
 fn check_first_gradients(golden: &Value, folder: &Path, samples: &[Sample], device: &Device) {
-    let mut model = decoder(folder, None, device);
+    let mut model = decoder(folder, &Adapters::None, device);
     let batch = ferrotune_data::Batch::new(samples);
     let ctx = Context::new(batch.sequence_starts.iter().map(|it| *it as usize).collect());
     let total = batch.trained_tokens() as f64;
@@ -236,9 +224,14 @@ fn twenty_steps_equal_those_of_transformers_trainer() {
     };
     for device in Device::each() {
         for (name, learning_rate) in [("lora_linear", 2e-3), ("full_adamw", 5e-4)] {
-            let lora = (name == "lora_linear")
-                .then(|| open(golden.join("lora_linear/init/adapter_model.safetensors")));
-            let mut model = decoder(&shared.join("stories260k/hf"), lora.as_ref(), &device);
+            let adapters = match name {
+                "lora_linear" => {
+                    let tensors = open(golden.join("lora_linear/init/adapter_model.safetensors"));
+                    Adapters::Lora { tensors, scaling: 2.0 }
+                }
+                _ => Adapters::None,
+            };
+            let mut model = decoder(&shared.join("stories260k/hf"), &adapters, &device);
             let plan = Plan {
                 steps: 20,
                 batch_size: 2,

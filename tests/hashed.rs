@@ -9,24 +9,11 @@ use ferrotune_data::{Batch, Sample};
 use ferrotune_model::Decoder;
 use ferrotune_nn::Context;
 use ferrotune_tensor::Tensor;
+pub use ferrotune_tests::hashed as numbers;
 use serde_json::Value;
 
 pub const LENGTHS: [usize; 2] = [12, 7];
 pub const POSITIONS: [&[usize]; 2] = [&[0, 3, 6, 11], &[2, 6]];
-
-/// In −1..1: FNV-1a of the name, then lowbias32 (Wellons) of that plus a multiple of the index.
-pub fn numbers(name: &str, count: usize) -> Vec<f32> {
-    let seed =
-        name.bytes().fold(2_166_136_261, |seed: u32, byte| (seed ^ u32::from(byte)).wrapping_mul(16_777_619));
-    let number = |index: usize| {
-        let mut x = (index as u32).wrapping_mul(0x9E37_79B9).wrapping_add(seed);
-        x = (x ^ (x >> 16)).wrapping_mul(0x7FEB_352D);
-        x = (x ^ (x >> 15)).wrapping_mul(0x846C_A68B);
-        x ^= x >> 16;
-        (f64::from(x >> 8) / f64::from(1 << 23) - 1.0) as f32
-    };
-    (0..count).map(number).collect()
-}
 
 pub fn weight(name: &str, count: usize) -> Vec<f32> {
     let norm = name.contains("norm");

@@ -9,6 +9,8 @@ mod doctor;
 mod evaluation;
 mod experts;
 mod export;
+mod export_gguf;
+mod further;
 mod llama_factory;
 mod quickstart;
 mod run;

@@ -1,16 +1,17 @@
 //! The whole against transformers, PEFT and bitsandbytes: logits, loss, every adapter gradient by
 //! name, ten optimizer steps, bit-identical continuation. The numbers are `fixtures/make.py`'s.
 
+mod adapters;
 mod golden;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use ferrotune_data::{Batch, BatchOptions, BatchSource, Batches, Sample};
-use ferrotune_lora::LoraAdapter;
+use ferrotune_lora::{DoraAdapter, LoraAdapter, magnitudes};
 use ferrotune_model::source::{ModelFiles, Stored};
 use ferrotune_model::{BuildOptions, Decoder, PartSpec, Recompute, build, dense_part};
-use ferrotune_nn::{Context, LanguageModel, Weight};
+use ferrotune_nn::{Adapter, Context, LanguageModel, Weight};
 use ferrotune_quant::{Absmax, Nf4GpuWeight, Nf4Weight, Scales, dynamic_map};
 use ferrotune_tensor::{DType, Device, Precision, Result, Tensor};
 use ferrotune_trainer::{
@@ -47,10 +48,46 @@ fn matrix(tensor: &candle_core::Tensor) -> Tensor {
 }
 
 /// What the adapters of a test are.
-#[derive(Clone, Copy)]
 enum Adapters {
     None,
-    Lora { scaling: f64 },
+    Lora {
+        tensors: Tensors,
+        scaling: f64,
+    },
+    /// With the magnitudes of the base.
+    Dora {
+        tensors: Tensors,
+        scaling: f64,
+    },
+}
+
+impl Adapters {
+    /// Those of lora_tiny.
+    fn tiny(scaling: f64) -> Adapters {
+        Adapters::Lora { tensors: tensors("lora_tiny/adapter_model.safetensors"), scaling }
+    }
+
+    fn make(
+        &self,
+        spec: &PartSpec,
+        weight: &dyn Weight,
+        device: &Device,
+    ) -> Result<Option<Box<dyn Adapter>>> {
+        let (Adapters::Lora { tensors, scaling } | Adapters::Dora { tensors, scaling }) = self else {
+            return Ok(None);
+        };
+        let read = |kind: &str| matrix(&tensors[&format!("base_model.model.{}.{kind}.weight", spec.name)]);
+        let lora = |b: Tensor| {
+            LoraAdapter::from_parts(&spec.name, read("lora_A"), b, *scaling, 0.0, Precision::Full)
+        };
+        let (plain, b) = (lora(read("lora_B"))?, read("lora_B"));
+        if let Adapters::Lora { .. } = self {
+            return Ok(Some(Box::new(plain.to_device(device, DType::F32)?)));
+        }
+        let before = magnitudes(&lora(b.zeros_like(b.rows(), b.cols())?)?, weight)?;
+        let dora = DoraAdapter::from_parts(plain, before, weight)?;
+        Ok(Some(Box::new(dora.to_device(device, DType::F32)?)))
+    }
 }
 
 /// How the base of a test is stored.
@@ -60,10 +97,9 @@ enum Base {
     Bitsandbytes,
 }
 
-fn decoder(device: &Device, folder: &str, base: Base, adapters: Adapters) -> Decoder {
+fn decoder(device: &Device, folder: &Path, base: Base, adapters: &Adapters) -> Decoder {
     let options = BuildOptions { precision: Precision::Full, dtype: DType::F32, device: device.clone() };
-    let files = ModelFiles::open(fixture(folder)).unwrap();
-    let lora = tensors("lora_tiny/adapter_model.safetensors");
+    let files = ModelFiles::open(folder).unwrap();
     let stored = tensors("lora_tiny/base_nf4.safetensors");
     let mut make = |spec: &PartSpec, weight: Stored| -> Result<_> {
         let mut part = dense_part(spec, weight, &options)?;
@@ -74,12 +110,7 @@ fn decoder(device: &Device, folder: &str, base: Base, adapters: Adapters) -> Dec
                 None => Box::new(weight),
             };
         }
-        if let Adapters::Lora { scaling } = adapters {
-            let read = |kind: &str| matrix(&lora[&format!("base_model.model.{}.{kind}.weight", spec.name)]);
-            let (a, b) = (read("lora_A"), read("lora_B"));
-            let adapter = LoraAdapter::from_parts(&spec.name, a, b, scaling, 0.0, Precision::Full)?;
-            part.adapter = Some(Box::new(adapter.to_device(device, DType::F32)?));
-        }
+        part.adapter = adapters.make(spec, part.weight.as_ref(), device)?;
         Ok(part)
     };
     build(&files.spec, files.source.as_ref(), options.clone(), &mut make).unwrap()
@@ -153,7 +184,7 @@ fn logits_and_loss_equal_those_of_transformers() {
     for device in Device::each() {
         for folder in ["llama_tiny", "llama_tiny_tied"] {
             let golden = json(&format!("{folder}/golden.json"));
-            let model = decoder(&device, folder, Base::Dense, Adapters::None);
+            let model = decoder(&device, &fixture(folder), Base::Dense, &Adapters::None);
             let batch = batch_of(&golden["sequences"]);
             check_logits(&model, &batch, &golden["positions"], &golden["logits"], 1e-4);
             let samples: Vec<Sample> = golden["sequences"].as_array().unwrap().iter().map(sample).collect();
@@ -196,7 +227,7 @@ fn every_adapter_gradient_equals_pefts() {
     for device in Device::each() {
         let golden = json("lora_tiny/golden.json");
         for recompute in [Recompute::Keep, Recompute::Recompute, Recompute::Offload] {
-            let mut model = decoder(&device, "llama_tiny", Base::Dense, Adapters::Lora { scaling: 2.0 });
+            let mut model = decoder(&device, &fixture("llama_tiny"), Base::Dense, &Adapters::tiny(2.0));
             model.recompute.fill(recompute);
             let batch = batch_of(&json("llama_tiny/golden.json")["sequences"]);
             check_logits(&model, &batch, &golden["positions"], &golden["logits"], 1e-4);
@@ -211,7 +242,7 @@ fn every_adapter_gradient_equals_pefts() {
 fn rslora_scales_by_the_root_of_the_rank() {
     for device in Device::each() {
         let golden = json("lora_tiny/golden.json");
-        let model = decoder(&device, "llama_tiny", Base::Dense, Adapters::Lora { scaling: 4.0 });
+        let model = decoder(&device, &fixture("llama_tiny"), Base::Dense, &Adapters::tiny(4.0));
         let batch = batch_of(&json("llama_tiny/golden.json")["sequences"]);
         check_logits(&model, &batch, &golden["few_positions"], &golden["rslora_logits"], 1e-4);
     }
@@ -221,7 +252,7 @@ fn rslora_scales_by_the_root_of_the_rank() {
 fn a_four_bit_base_gives_what_bitsandbytes_gives() {
     for device in Device::each() {
         let golden = json("lora_tiny/golden.json");
-        let mut model = decoder(&device, "llama_tiny", Base::Bitsandbytes, Adapters::Lora { scaling: 2.0 });
+        let mut model = decoder(&device, &fixture("llama_tiny"), Base::Bitsandbytes, &Adapters::tiny(2.0));
         let batch = batch_of(&json("llama_tiny/golden.json")["sequences"]);
         check_logits(&model, &batch, &golden["few_positions"], &golden["nf4_logits"], 1e-4);
         let loss = pass(&mut model);
@@ -357,7 +388,7 @@ fn adamw() -> AdamW {
 fn ten_steps_equal_those_of_the_trainer_of_transformers() {
     for device in Device::each() {
         let golden = json("lora_tiny/golden.json");
-        let mut model = decoder(&device, "llama_tiny", Base::Dense, Adapters::Lora { scaling: 2.0 });
+        let mut model = decoder(&device, &fixture("llama_tiny"), Base::Dense, &Adapters::tiny(2.0));
         let got = take_steps(&mut model, &mut adamw(), &mut ten_steps(), 0..10);
         for (step, ((loss, norm), expected)) in
             got.iter().zip(golden["steps"].as_array().unwrap()).enumerate()
@@ -385,7 +416,7 @@ fn ten_steps_equal_those_of_the_trainer_of_transformers() {
 #[test]
 fn a_run_that_goes_on_from_its_state_is_bit_identical() {
     for device in Device::each() {
-        let new = || decoder(&device, "llama_tiny", Base::Dense, Adapters::Lora { scaling: 2.0 });
+        let new = || decoder(&device, &fixture("llama_tiny"), Base::Dense, &Adapters::tiny(2.0));
         let (mut whole, mut optimizer, mut batches) = (new(), adamw(), ten_steps());
         let losses = take_steps(&mut whole, &mut optimizer, &mut batches, 0..4);
         let (saved, state, cursor) = (values(&mut whole), optimizer.state().unwrap(), batches.cursor());
@@ -421,7 +452,7 @@ fn the_loss_does_not_depend_on_how_a_step_is_cut_into_batches() {
                     group_by_length: 0,
                 };
                 let mut batches = Batches::new(samples, options).unwrap();
-                let mut model = decoder(&device, "llama_tiny", Base::Dense, Adapters::Lora { scaling: 2.0 });
+                let mut model = decoder(&device, &fixture("llama_tiny"), Base::Dense, &Adapters::tiny(2.0));
                 let settings = StepSettings {
                     gradient_accumulation_steps: accumulation,
                     max_grad_norm: 1.0,

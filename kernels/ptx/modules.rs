@@ -48,6 +48,8 @@ static MODULES: &[(&str, u32, &str)] = &[
     ("attention_forward.256", 80, include_str!("attention_forward.256.sm_80.ptx")),
     ("cross_entropy", 75, include_str!("cross_entropy.sm_75.ptx")),
     ("cross_entropy", 80, include_str!("cross_entropy.sm_80.ptx")),
+    ("dora", 75, include_str!("dora.sm_75.ptx")),
+    ("dora", 80, include_str!("dora.sm_80.ptx")),
     ("elementwise", 75, include_str!("elementwise.sm_75.ptx")),
     ("elementwise", 80, include_str!("elementwise.sm_80.ptx")),
     ("embedding", 75, include_str!("embedding.sm_75.ptx")),

@@ -1,16 +1,16 @@
-//! Fuzzing the readers of data and chat templates: with cargo-fuzz where it is installed, else by mutations within a test.
-//! Models' files, which are mapped from the disk, are always fuzzed within a test.
+//! Fuzzing the readers of data, chat templates and GGUF files: with cargo-fuzz where it is installed, else by mutations within a
+//! test. Folders of safetensors, bitsandbytes' among them, are always fuzzed within a test.
 
 use std::fs;
 use std::process::{Command, Stdio};
 
 use crate::{Result, cargo, root, run};
 
-/// Chat templates, and the kinds of files of data, each a target of its own.
-const TARGETS: [&str; 8] = ["template", "json", "jsonl", "csv", "tsv", "txt", "parquet", "arrow"];
+/// Chat templates, the kinds of files of data, and GGUF files, each a target of its own.
+const TARGETS: [&str; 9] = ["template", "json", "jsonl", "csv", "tsv", "txt", "parquet", "arrow", "gguf"];
 
-/// Kinds of models' files.
-const MODELS: [&str; 3] = ["safetensors", "bnb", "gguf"];
+/// Kinds of models' folders.
+const MODELS: [&str; 2] = ["safetensors", "bnb"];
 
 /// `cargo xtask fuzz [target] [--runs N]`
 pub fn run_all(words: &[&str]) -> Result<()> {
@@ -54,9 +54,12 @@ pub fn run_all(words: &[&str]) -> Result<()> {
             run(command.current_dir(root()))?;
         } else {
             eprintln!("{target}: by mutations; `cargo install cargo-fuzz` looks deeper");
-            let test = if target == "template" { "fuzz_templates" } else { "fuzz_readers" };
-            let words =
-                ["test", "--release", "--package", "ferrotune-data", "--test", test, "--", "--nocapture"];
+            let test: &[&str] = match target {
+                "template" => &["ferrotune-data", "--test", "fuzz_templates"],
+                "gguf" => &["ferrotune-model", "--lib", "gguf::tests::damaged"],
+                _ => &["ferrotune-data", "--test", "fuzz_readers"],
+            };
+            let words = [&["test", "--release", "--package"], test, &["--", "--nocapture"]].concat();
             run(cargo(&words).env("FUZZ_TARGET", target).env("FUZZ_RUNS", &runs))?;
         }
     }
@@ -67,6 +70,7 @@ pub fn run_all(words: &[&str]) -> Result<()> {
 fn seed(target: &str) -> Result<()> {
     let (folder, ending) = match target {
         "template" => ("tests/fixtures/llama_tiny", "jinja"),
+        "gguf" => ("tests/fixtures/gguf", "gguf"),
         kind => ("tests/fixtures/rows", kind),
     };
     let corpus = root().join("fuzz/corpus").join(target);

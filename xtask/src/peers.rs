@@ -7,27 +7,56 @@ use std::process::Command;
 
 use crate::{Result, cargo, program, python, root, run};
 
-/// What `tests/peers.py` imports, in the versions of `tests/fixtures/versions.json`.
-const PACKAGES: &[&str] =
-    &["torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy", "gguf"];
+/// A script, its environment in target, and what it imports, in the versions of `tests/fixtures/versions.json`.
+struct Peers {
+    script: &'static str,
+    folder: &'static str,
+    packages: &'static [&'static str],
+}
 
-/// Builds the program and runs the script; words are its options.
+const PYTHON: Peers = Peers {
+    script: "tests/peers.py",
+    folder: "peers",
+    packages: &[
+        "torch",
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        "safetensors",
+        "tokenizers",
+        "numpy",
+        "gguf",
+    ],
+};
+
+/// llama.cpp is built from its source, which takes a C++ compiler and minutes.
+const LLAMA_CPP: Peers = Peers {
+    script: "tests/peers_llama_cpp.py",
+    folder: "peers-llama-cpp",
+    packages: &["llama-cpp-python", "numpy", "gguf"],
+};
+
+/// Builds the program and runs the script, that of llama.cpp where it is named first; words are its options.
 pub fn run_all(words: &[&str]) -> Result<()> {
+    let (peers, words) = match words {
+        ["llama.cpp", words @ ..] => (&LLAMA_CPP, words),
+        words => (&PYTHON, words),
+    };
     run(&mut cargo(&["build", "--release", "--locked", "--package", "ferrotune-cli"]))?;
     let python = match env::var_os("FERROTUNE_PEERS_PYTHON") {
         Some(python) => PathBuf::from(python),
-        None => own_python()?,
+        None => own_python(peers)?,
     };
-    run(Command::new(python).arg("tests/peers.py").arg(program()).args(words))
+    run(Command::new(python).arg(peers.script).arg(program()).args(words))
 }
 
-/// A virtual environment in target/peers; it is made anew when versions change.
-fn own_python() -> Result<PathBuf> {
+/// A virtual environment in target; it is made anew when versions change.
+fn own_python(peers: &Peers) -> Result<PathBuf> {
     let versions = root().join("tests").join("fixtures").join("versions.json");
     let versions =
         fs::read_to_string(&versions).map_err(|error| format!("{}: {error}", versions.display()))?;
-    let packages = packages(&versions)?;
-    let folder = root().join("target").join("peers");
+    let packages = packages(&versions, peers.packages)?;
+    let folder = root().join("target").join(peers.folder);
     let bin = folder.join(if cfg!(windows) { "Scripts" } else { "bin" }).join("python");
     let (done, wanted) = (folder.join("packages.txt"), packages.join("\n"));
     if fs::read_to_string(&done).is_ok_and(|it| it == wanted) {
@@ -42,13 +71,13 @@ fn own_python() -> Result<PathBuf> {
 }
 
 /// `name==version` of each package, out of lines of `"name": "version"`.
-fn packages(versions: &str) -> Result<Vec<String>> {
+fn packages(versions: &str, names: &[&str]) -> Result<Vec<String>> {
     let version = |name: &str| {
         let line = versions.lines().find(|line| line.trim_start().starts_with(&format!("\"{name}\"")))?;
         line.split('"').nth(3).map(|version| format!("{name}=={version}"))
     };
     let missing = |name: &str| format!("tests/fixtures/versions.json has no version of {name}");
-    PACKAGES.iter().map(|name| version(name).ok_or_else(|| missing(name))).collect()
+    names.iter().map(|name| version(name).ok_or_else(|| missing(name))).collect()
 }
 
 #[cfg(test)]
@@ -58,11 +87,12 @@ mod tests {
     #[test]
     fn every_package_has_a_version() {
         let text = fs::read_to_string(root().join("tests/fixtures/versions.json")).unwrap();
-        let packages = packages(&text).unwrap();
+        let packages: Vec<String> =
+            [PYTHON, LLAMA_CPP].iter().flat_map(|it| packages(&text, it.packages).unwrap()).collect();
         assert!(
             packages.iter().all(|it| it.split("==").nth(1).is_some_and(|it| !it.is_empty())),
             "{packages:?}"
         );
-        assert!(super::packages("{}").unwrap_err().contains("torch"));
+        assert!(super::packages("{}", PYTHON.packages).unwrap_err().contains("torch"));
     }
 }

@@ -17,8 +17,8 @@ use crate::console::Usage;
 use others::{Fate, other_key, other_names};
 
 pub use kinds::{
-    BestMetric, EvalStrategy, ExportFormat, FinetuningType, InferDtype, MixStrategy, OnBadRow, Optimizer,
-    QuantizationBit, Recompute, Resume, SaveStrategy, Stage, TemplateName,
+    BestMetric, EvalStrategy, ExportFormat, FinetuningType, InferDtype, InitLoraWeights, MixStrategy,
+    OnBadRow, Optimizer, QuantizationBit, Recompute, Resume, SaveStrategy, Stage, TemplateName,
 };
 pub use settings::RunConfig;
 pub use yaml::{Data, Node, parse as parse_yaml};

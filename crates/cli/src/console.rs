@@ -107,6 +107,19 @@ impl Console {
     }
 }
 
+/// As many fields side by side as fit into so many columns: those with the highest numbers are let go first, and those
+/// without text always.
+pub fn fitting(fields: &[(usize, String)], width: usize) -> String {
+    let mut shown: Vec<&(usize, String)> = fields.iter().filter(|it| !it.1.is_empty()).collect();
+    loop {
+        let line = shown.iter().map(|it| it.1.as_str()).collect::<Vec<_>>().join("  ");
+        match shown.iter().enumerate().max_by_key(|(_, it)| it.0) {
+            Some((last, _)) if line.chars().count() > width => shown.remove(last),
+            _ => return line,
+        };
+    }
+}
+
 /// The causes on one line. A message that ends with its cause already is not said twice.
 fn chain(error: &anyhow::Error) -> String {
     let mut text = String::new();

@@ -52,6 +52,14 @@ pub fn smoothed(raw: &[(f64, f64)]) -> Points {
         .collect()
 }
 
+/// The values that an axis shows: a little more than there are, but nothing below 0 where none is, and never so little
+/// that its labels are all the same.
+pub fn value_range(low: f64, high: f64) -> (f64, f64) {
+    let margin = (0.05 * (high - low)).max(0.02 * high.abs()).max(1e-3);
+    let below = if low >= 0.0 { (low - margin).max(0.0) } else { low - margin };
+    (below, high + margin)
+}
+
 fn write_pictures(path: &Path, title: &str, raw: &[(f64, f64)], smooth: &[(f64, f64)]) -> anyhow::Result<()> {
     // Its own font, so that every machine draws the same.
     register_font(FONT, FontStyle::Normal, epaint_default_fonts::UBUNTU_LIGHT)
@@ -80,17 +88,19 @@ fn draw<Backend: DrawingBackend>(
     area.fill(&WHITE).map_err(wrong)?;
     let values = raw.iter().chain(smooth).map(|it| it.1);
     let (low, high) = values.fold((f64::MAX, f64::MIN), |(low, high), it| (low.min(it), high.max(it)));
-    let margin = 0.05 * (high - low).max(1e-3);
+    let (low, high) = value_range(low, high);
     let last = raw.last().map_or(1.0, |it| it.0).max(1.0);
     let mut chart = ChartBuilder::on(&area)
         .caption(title, (FONT, 24))
         .margin(16)
         .x_label_area_size(40)
         .y_label_area_size(64)
-        .build_cartesian_2d(0.0..last, low - margin..high + margin)
+        .build_cartesian_2d(0.0..last, low..high)
         .map_err(wrong)?;
     let mesh = &mut chart.configure_mesh();
     mesh.x_desc("step").y_desc("loss").label_style((FONT, 15)).axis_desc_style((FONT, 16));
+    // Labels are whole steps, none of them twice.
+    mesh.x_labels(1 + last.min(10.0) as usize);
     mesh.x_label_formatter(&|step| format!("{step:.0}"));
     mesh.light_line_style(WHITE).draw().map_err(wrong)?;
     for (name, color, points) in
@@ -102,6 +112,8 @@ fn draw<Backend: DrawingBackend>(
         line.label(name).legend(move |(x, y)| PathElement::new(vec![(x, y), (x + 20, y)], color));
     }
     let labels = &mut chart.configure_series_labels();
+    // Where falling curves aren't.
+    labels.position(SeriesLabelPosition::UpperRight);
     labels.label_font((FONT, 15)).border_style(BLACK.mix(0.3)).background_style(WHITE.mix(0.9));
     labels.draw().map_err(wrong)?;
     area.present().map_err(wrong)

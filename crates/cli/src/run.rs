@@ -3,10 +3,12 @@
 //! What is cheap to check comes first: keys, folders, the model's header, its tokenizer and chat
 //! template, the data, and last the memory. The crates get plain values out of here, never the config.
 
+mod adapters;
 mod data;
 mod decoder;
 mod hub;
 mod model;
+mod saved;
 mod trained;
 
 use std::fs;
@@ -14,6 +16,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};
 use ferrotune_data::{BatchSource, Batches, StreamedBatches};
+use ferrotune_export::PeftAdapter;
 use ferrotune_model::BuildOptions;
 use ferrotune_model::source::ModelFiles;
 use ferrotune_model::spec::{BaseWeights, MemoryEstimate, MemoryPlan, ModelSpec, TensorSpec};
@@ -25,8 +28,10 @@ use crate::config::{FinetuningType, QuantizationBit, Recompute, Resume, RunConfi
 use crate::console::{Console, Usage, bytes};
 use crate::machine;
 
+use adapters::adapter_to_train;
+
 pub use data::{DataUse, OpenData, mark_options, warn_of_rows};
-pub use decoder::{Adapters, build_decoder, lora_tensors, open_decoder};
+pub use decoder::{Adapters, Subtracted, build_decoder, lora_tensors, open_decoder};
 pub use model::{OpenModel, TemplateSource, UntemplatedModel, Vocabulary, model_spec, template_source};
 pub use trained::{check_trained, is_trained, load_trained, prepare, save_trained};
 
@@ -42,6 +47,8 @@ pub struct Run {
     pub computing: BuildOptions,
     /// The base model's files, tokenizer and chat template.
     pub model: OpenModel,
+    /// The adapter that training goes on with.
+    pub adapter: Option<Box<PeftAdapter>>,
     /// The samples.
     pub data: OpenData,
     /// What is evaluated on.
@@ -57,10 +64,6 @@ impl Run {
     /// At the first thing that is missing or wrong, cheapest checks first.
     pub fn open(mut config: RunConfig, console: &Console) -> anyhow::Result<Run> {
         config.notes.iter().for_each(|note| console.note(note));
-        if config.adapter_name_or_path.is_some() {
-            let message = "training an existing adapter further is not there yet; leave it out";
-            return Err(mistake(&config, "adapter_name_or_path", message));
-        }
         if config.dataset.is_empty() {
             return Err(mistake(
                 &config,
@@ -75,6 +78,8 @@ impl Run {
         let computing = open_device(&config, console)?;
         let model = OpenModel::open(&config, console)?;
         say_four_bits(&config, &model.files, console);
+        let (model, adapter) = adapter_to_train(&mut config, model, console)?;
+        let adapter = adapter.map(Box::new);
         let model = prepare(&mut config, model, console)?;
         let tokens = model.files.spec.vocab_size;
         check_trained(&config, &model)?;
@@ -88,7 +93,7 @@ impl Run {
         check_memory(&model.files.spec.memory(&plan), &computing, console)?;
         fs::create_dir_all(&output_dir).with_context(|| format!("can't create {}", output_dir.display()))?;
         let lock = lock.map_or_else(|| RunLock::take(&output_dir), Ok)?;
-        Ok(Run { config, output_dir, resume_from, computing, model, data, evaluation, _lock: lock })
+        Ok(Run { config, output_dir, resume_from, computing, model, adapter, data, evaluation, _lock: lock })
     }
 
     /// The batches of the run; takes the samples out of `data`.

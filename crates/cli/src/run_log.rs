@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use ferrotune_trainer::RunLock;
+use ferrotune_trainer::{RunLock, checkpoints};
 use serde_json::Value;
 
 use crate::results::has_results;
@@ -27,8 +27,8 @@ pub enum RunState {
     Running(String),
     /// It came to its end.
     Finished,
-    /// It was stopped or killed before.
-    Stopped,
+    /// It was stopped or killed before; the step of its newest checkpoint.
+    Stopped(Option<usize>),
 }
 
 impl std::fmt::Display for RunState {
@@ -36,7 +36,8 @@ impl std::fmt::Display for RunState {
         match self {
             RunState::Running(process) => write!(f, "running ({process})"),
             RunState::Finished => f.write_str("finished"),
-            RunState::Stopped => f.write_str("stopped"),
+            RunState::Stopped(Some(step)) => write!(f, "stopped, saved at step {step}"),
+            RunState::Stopped(None) => f.write_str("stopped, nothing saved"),
         }
     }
 }
@@ -52,7 +53,7 @@ impl RunLog {
         let state = match RunLock::holder(folder) {
             Some(process) => RunState::Running(process),
             None if has_results(folder) => RunState::Finished,
-            None => RunState::Stopped,
+            None => RunState::Stopped(checkpoints(folder).last().map(|it| it.0)),
         };
         let last = lines.iter().rev().find(|it| it.get("lr").is_some()).cloned().unwrap_or_default();
         Some(RunLog { losses: curve("loss"), evaluations: curve("eval_loss"), last, state })

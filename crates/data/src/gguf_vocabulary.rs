@@ -4,6 +4,8 @@
 //! the name in `tokenizer.ggml.pre`, and so do we: the patterns below are llama.cpp's, applied one after another.
 //! A name that isn't known is an error, because a wrong split trains on tokens the model has never seen.
 
+pub(crate) mod describe;
+
 use std::collections::HashSet;
 
 use tokenizers::decoders::DecoderWrapper;
@@ -41,16 +43,22 @@ pub struct GgufVocabulary {
     pub bos: Option<u32>,
     /// `tokenizer.ggml.eos_token_id`.
     pub eos: Option<u32>,
+    /// `tokenizer.ggml.eot_token_id`.
+    pub eot: Option<u32>,
     /// `tokenizer.ggml.unknown_token_id`.
     pub unk: Option<u32>,
     /// `tokenizer.ggml.padding_token_id`.
     pub pad: Option<u32>,
     /// `tokenizer.ggml.add_bos_token`; absent means true for `llama` and for the `llama-bpe` pre-tokenizer.
     pub add_bos: Option<bool>,
+    /// `tokenizer.ggml.add_eos_token`.
+    pub add_eos: Option<bool>,
     /// `tokenizer.ggml.add_space_prefix`; absent means true. Used by `llama` only.
     pub add_space_prefix: Option<bool>,
     /// `tokenizer.chat_template`.
     pub chat_template: Option<String>,
+    /// `tokenizer.chat_template.{name}`, templates for other uses.
+    pub more_templates: Vec<(String, String)>,
 }
 
 impl GgufVocabulary {
@@ -150,7 +158,7 @@ pub(crate) fn build(vocabulary: &GgufVocabulary) -> Result<tokenizers::Tokenizer
 
 fn byte_level(vocabulary: &GgufVocabulary, wrong: &dyn Fn(String) -> Error) -> Result<tokenizers::Tokenizer> {
     let failed = |error: tokenizers::Error| wrong(error.to_string());
-    let patterns = patterns(&vocabulary.pre).ok_or_else(|| {
+    let pre_tokenizer = pre_tokenizer(&vocabulary.pre).map_err(failed)?.ok_or_else(|| {
         wrong(format!(
             "unknown pre-tokenizer `{}` in `tokenizer.ggml.pre`; use the model's folder with tokenizer.json \
              instead of the GGUF file",
@@ -171,16 +179,21 @@ fn byte_level(vocabulary: &GgufVocabulary, wrong: &dyn Fn(String) -> Error) -> R
         builder = builder.unk_token(unk.clone());
     }
     let mut tokenizer = tokenizers::Tokenizer::new(builder.build().map_err(failed)?);
+    tokenizer.with_pre_tokenizer(Some(PreTokenizerWrapper::Sequence(pre_tokenizer)));
+    tokenizer.with_decoder(Some(DecoderWrapper::ByteLevel(ByteLevel::new(true, true, true))));
+    Ok(tokenizer)
+}
+
+/// What cuts text as `tokenizer.ggml.pre` says; none for an unknown name.
+fn pre_tokenizer(pre: &str) -> Result<Option<Sequence>, tokenizers::Error> {
+    let Some(patterns) = patterns(pre) else { return Ok(None) };
     let mut steps = Vec::new();
     for pattern in patterns {
         let pattern = SplitPattern::Regex((*pattern).to_string());
-        let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false).map_err(failed)?;
-        steps.push(PreTokenizerWrapper::Split(split));
+        steps.push(PreTokenizerWrapper::Split(Split::new(pattern, SplitDelimiterBehavior::Isolated, false)?));
     }
     steps.push(PreTokenizerWrapper::ByteLevel(ByteLevel::new(false, true, false)));
-    tokenizer.with_pre_tokenizer(Some(PreTokenizerWrapper::Sequence(Sequence::new(steps))));
-    tokenizer.with_decoder(Some(DecoderWrapper::ByteLevel(ByteLevel::new(true, true, true))));
-    Ok(tokenizer)
+    Ok(Some(Sequence::new(steps)))
 }
 
 fn sentence_piece(

@@ -107,7 +107,7 @@ impl StreamedBatches {
     ///
     /// # Errors
     /// When one can't be opened or its form isn't known, when a set asks for `num_samples`, or nothing can be trained
-    /// on.
+    /// on though nothing is left to evaluation.
     pub fn new(
         sets: Vec<DataSet>,
         source: SourceOptions,
@@ -124,10 +124,15 @@ impl StreamedBatches {
         let reading = RefCell::new(Reading::new(&input, 0, input.options.evaluation)?);
         let batches = StreamedBatches { input, cursor: Cursor::default(), reading };
         batches.read_ahead(1)?;
-        if batches.reading.borrow().ready.is_empty() {
+        if batches.is_empty() && batches.input.options.evaluation == 0 {
             return Err(Error::Dataset("no row of the data gives anything to train on".to_string()));
         }
         Ok(batches)
+    }
+
+    /// Whether there is no batch at all.
+    pub fn is_empty(&self) -> bool {
+        self.reading.borrow().ready.is_empty()
     }
 
     /// The samples left to evaluation: the first ones, in their order.

@@ -152,6 +152,48 @@ impl Tokenizer {
         })
     }
 
+    /// What a GGUF file says of this tokenizer, for llama.cpp; and where llama.cpp cuts text otherwise.
+    ///
+    /// # Errors
+    /// When it is of a kind that GGUF files don't have, or its pre-tokenizer isn't known.
+    pub fn gguf_vocabulary(&self) -> Result<(GgufVocabulary, Vec<String>)> {
+        let (mut vocabulary, mut notes) =
+            gguf_vocabulary::describe::describe(&self.inner).map_err(|message| self.error(message))?;
+        (vocabulary.bos, vocabulary.eos) = (self.bos(), self.eos());
+        (vocabulary.unk, vocabulary.pad) = (self.unk(), self.pad());
+        let around =
+            |ids: &[u32], own: Option<u32>, what: &str| match ids {
+                [] => Ok(false),
+                [id] if Some(*id) == own => Ok(true),
+                _ => Err(self
+                    .error(format!("it puts other tokens than {what} around a text, which GGUF can't say"))),
+            };
+        vocabulary.add_bos = Some(around(&self.prefix, self.bos(), "bos_token")?);
+        vocabulary.add_eos = Some(around(&self.suffix, self.eos(), "eos_token")?);
+        match &self.chat_template {
+            Some(Value::Array(list)) => {
+                for entry in list {
+                    let (name, template) = (entry["name"].as_str(), entry["template"].as_str());
+                    match (name, template) {
+                        (Some("default"), Some(text)) => vocabulary.chat_template = Some(text.to_string()),
+                        (Some(name), Some(text)) => {
+                            vocabulary.more_templates.push((name.to_string(), text.to_string()))
+                        }
+                        _ => {}
+                    }
+                }
+            }
+            template => {
+                vocabulary.chat_template = template.as_ref().and_then(Value::as_str).map(str::to_string)
+            }
+        }
+        let probe = gguf_vocabulary::describe::PROBE;
+        if Tokenizer::from_gguf(&vocabulary)?.encode_plain(probe)? != self.encode_plain(probe)? {
+            notes.push("llama.cpp will cut some texts into other tokens than this tokenizer".to_string());
+        }
+        Ok((vocabulary, notes))
+    }
+
     /// What it was made from.
     pub fn name(&self) -> &str {
         &self.name
@@ -182,6 +224,11 @@ impl Tokenizer {
     /// Id of `bos_token`.
     pub fn bos(&self) -> Option<u32> {
         self.special("bos_token")
+    }
+
+    /// Whether a text by itself begins with `bos_token`.
+    pub fn adds_bos(&self) -> bool {
+        self.bos().is_some_and(|bos| self.prefix == [bos])
     }
 
     /// Id of `eos_token`.

@@ -109,6 +109,17 @@ fn check(name: &str, expected_right: usize) {
     let Some(folder) = folder() else { return };
     let tokenizer =
         Tokenizer::from_gguf(&vocabulary(&folder.join(format!("ggml-vocab-{name}.gguf")))).unwrap();
+    // What it is said to be again is the same, whatever its name is among those that cut alike.
+    let (again, notes) = tokenizer.gguf_vocabulary().unwrap();
+    let original = vocabulary(&folder.join(format!("ggml-vocab-{name}.gguf")));
+    assert!(notes.is_empty(), "{name}: {notes:?}");
+    assert_eq!(
+        (&again.model, &again.tokens, &again.merges),
+        (&original.model, &original.tokens, &original.merges)
+    );
+    let differ = again.token_types.iter().zip(&original.token_types).filter(|(a, b)| a != b).count();
+    eprintln!("{name}: {} for {}, {differ} types differ", again.pre, original.pre);
+    let again = Tokenizer::from_gguf(&again).unwrap();
     let texts = std::fs::read_to_string(folder.join(format!("ggml-vocab-{name}.gguf.inp"))).unwrap();
     let ids = std::fs::read_to_string(folder.join(format!("ggml-vocab-{name}.gguf.out"))).unwrap();
     let texts: Vec<&str> = texts.split("\n__ggml_vocab_test__\n").collect();
@@ -116,6 +127,7 @@ fn check(name: &str, expected_right: usize) {
     for (text, line) in texts.iter().zip(ids.split('\n')) {
         let expected: Vec<u32> = line.split_whitespace().map(|id| id.parse().unwrap()).collect();
         let ours = tokenizer.encode_plain(text).unwrap();
+        assert_eq!(again.encode_plain(text).unwrap(), ours, "{name}: {text:?}");
         right += usize::from(ours == expected);
         if ours != expected {
             eprintln!("{name}: {text:?}\n  ours {ours:?}\n  want {expected:?}");
@@ -173,4 +185,27 @@ fn building_is_quick() {
         tokenizer.chat_template(),
     );
     assert!(built.as_millis() < 150, "{built:?}");
+}
+
+/// tokenizer.json as it is published: merges as pairs and as strings, SentencePiece's without its scores.
+#[test]
+fn tokenizers_of_folders_say_what_llama_cpp_reads() {
+    let tests = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures");
+    let shared = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../../shared/data");
+    let folders = [(tests.join("llama_tiny"), "smollm"), (shared.join("stories260k/hf"), "default")];
+    let texts =
+        "Once upon a time,  there was a   little girl. ünïcode 🙂\n\nShe's 3 or 12345!\t\tEnd <s> </s>";
+    for (folder, pre) in folders.iter().filter(|it| it.0.is_dir()) {
+        let tokenizer = Tokenizer::from_folder(folder).unwrap();
+        let (vocabulary, notes) = tokenizer.gguf_vocabulary().unwrap();
+        assert_eq!((vocabulary.pre.as_str(), notes.len()), (*pre, 0), "{}: {notes:?}", folder.display());
+        let again = Tokenizer::from_gguf(&vocabulary).unwrap();
+        for text in texts.split_inclusive(' ').chain([texts]) {
+            assert_eq!(again.encode_plain(text).unwrap(), tokenizer.encode_plain(text).unwrap(), "{text:?}");
+            let control = |it: &Tokenizer| it.encode_with_control(text).unwrap();
+            assert_eq!(control(&again), control(&tokenizer), "{text:?}");
+        }
+        assert_eq!((again.bos(), again.eos()), (tokenizer.bos(), tokenizer.eos()));
+        assert_eq!(again.chat_template(), tokenizer.chat_template());
+    }
 }

@@ -43,6 +43,7 @@ impl ModelCard {
         row("Alpha", &adapter.lora_alpha.to_string());
         row("Dropout", &adapter.lora_dropout.to_string());
         row("rsLoRA", if adapter.use_rslora { "yes" } else { "no" });
+        row("DoRA", if adapter.use_dora { "yes" } else { "no" });
         row("Modules", &adapter.target_modules.to_string());
         if !self.datasets.is_empty() {
             row("Data", &self.datasets.join(", "));

@@ -8,14 +8,20 @@ mod bnb;
 mod card;
 mod checkpoint;
 mod files;
+mod gguf;
 mod merge;
 mod model;
 mod peft;
 mod rounded;
+#[cfg(test)]
+mod scratch;
 
 pub use bnb::{check_bnb, write_bnb};
 pub use card::{ModelCard, merged_card};
 pub use files::write_whole;
+pub use gguf::{
+    GgufMix, GgufModel, GgufReport, GgufTokenizer, rounded_as_gguf, write_gguf, write_gguf_adapter,
+};
 pub use merge::{merge, with_saved};
 pub use model::{FolderOptions, SavedAs, write_folder, write_model};
 pub use peft::{LoraTensors, Modules, PeftAdapter, write_tensors};

@@ -1,13 +1,13 @@
-//! A base model with an adapter in its weights: W + scaling·B·A.
+//! A base model with an adapter in its weights.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::Path;
 
+use ferrotune_lora::Change;
 use ferrotune_model::source::{ModelFiles, Replacement, Stored, WeightSource};
 use ferrotune_model::spec::names;
-use ferrotune_tensor::product::matmul;
-use ferrotune_tensor::{DType, MatrixMut, Precision, Result, Tensor};
+use ferrotune_tensor::{DType, Result, Tensor};
 
 use crate::{LoraTensors, PeftAdapter};
 
@@ -27,12 +27,11 @@ pub fn merge(files: ModelFiles, mut adapter: PeftAdapter) -> Result<ModelFiles> 
         }
     }
     let files = with_saved(files, saved)?;
-    let mut deltas = HashMap::new();
-    for LoraTensors { module, a, b } in adapter.tensors {
-        let delta = Delta { a: a.cast(DType::F32)?, b: b.cast(DType::F32)?, scaling };
-        deltas.insert(format!("{module}.weight"), delta);
+    let mut changes = HashMap::new();
+    for LoraTensors { module, a, b, magnitude } in adapter.tensors {
+        changes.insert(format!("{module}.weight"), Change::new(a, b, scaling, magnitude)?);
     }
-    let source = Box::new(Merged { base: files.source, deltas });
+    let source = Box::new(Merged { base: files.source, changes });
     Ok(ModelFiles { source, four_bit: None, ..files })
 }
 
@@ -54,31 +53,11 @@ pub fn with_saved(files: ModelFiles, saved: BTreeMap<String, Tensor>) -> Result<
     files.change(changes)
 }
 
-/// What an adapter adds to one weight.
-struct Delta {
-    /// `(r, in_features)`
-    a: Tensor,
-    /// `(out_features, r)`
-    b: Tensor,
-    scaling: f64,
-}
-
-impl Delta {
-    /// Adds it to some rows.
-    fn add(&self, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
-        let (count, cols) = (rows.len(), self.a.cols());
-        let b = self.b.matrix::<f32>()?.rows(rows);
-        let out = MatrixMut::new(out, count, cols);
-        matmul(Precision::Full, self.scaling as f32, b, self.a.matrix()?, 1.0, out);
-        Ok(())
-    }
-}
-
-/// A source with an adapter added.
+/// A source with an adapter in it.
 struct Merged {
     base: Box<dyn WeightSource>,
     /// By the weight's name.
-    deltas: HashMap<String, Delta>,
+    changes: HashMap<String, Change>,
 }
 
 impl WeightSource for Merged {
@@ -103,7 +82,7 @@ impl WeightSource for Merged {
     }
 
     fn get(&self, name: &str) -> Result<Stored> {
-        match self.deltas.contains_key(name) {
+        match self.changes.contains_key(name) {
             true => Ok(Stored::Dense(self.get_f32(name)?.cast(self.dtype(name)?)?)),
             false => Ok(Stored::Dense(self.base.get(name)?.into_dense()?)),
         }
@@ -111,8 +90,8 @@ impl WeightSource for Merged {
 
     fn read_rows(&self, name: &str, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
         self.base.read_rows(name, rows.clone(), out)?;
-        match self.deltas.get(name) {
-            Some(delta) => delta.add(rows, out),
+        match self.changes.get(name) {
+            Some(change) => change.merge_rows(rows, out),
             None => Ok(()),
         }
     }
@@ -124,9 +103,9 @@ impl WeightSource for Merged {
     /// Another than the base's for each adapter.
     fn fingerprint(&self) -> String {
         let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-        let mut sorted: Vec<_> = self.deltas.iter().collect();
+        let mut sorted: Vec<_> = self.changes.iter().collect();
         sorted.sort_unstable_by_key(|(name, _)| *name);
-        for tensor in sorted.into_iter().flat_map(|(_, it)| [&it.a, &it.b]) {
+        for tensor in sorted.into_iter().flat_map(|(_, it)| it.tensors()) {
             for value in tensor.values::<f32>().unwrap_or_default() {
                 hash = (hash ^ u64::from(value.to_bits())).wrapping_mul(0x0100_0000_01b3);
             }

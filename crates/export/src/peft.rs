@@ -37,6 +37,8 @@ pub struct PeftAdapter {
     pub lora_dropout: f64,
     /// Whether rsLoRA's scaling holds.
     pub use_rslora: bool,
+    /// Whether the modules have magnitudes (DoRA).
+    pub use_dora: bool,
     /// The modules that were asked for.
     pub target_modules: Modules,
     /// The modules that were left out of these.
@@ -49,7 +51,7 @@ pub struct PeftAdapter {
     pub tensors: Vec<LoraTensors>,
 }
 
-/// The two matrices of one module.
+/// What one module's adapter is made of.
 #[derive(Debug)]
 pub struct LoraTensors {
     /// Canonical name, such as `model.layers.0.self_attn.q_proj`.
@@ -58,6 +60,8 @@ pub struct LoraTensors {
     pub a: Tensor,
     /// `(out_features, r)`
     pub b: Tensor,
+    /// DoRA's: `(1, out_features)`
+    pub magnitude: Option<Tensor>,
 }
 
 /// A choice of modules.
@@ -123,7 +127,7 @@ impl PeftAdapter {
             return Err(Error::file(folder, message));
         }
         let source = SafetensorsSource::open_file(&path)?;
-        let mut pairs: BTreeMap<String, [Option<Tensor>; 2]> = BTreeMap::new();
+        let mut modules: BTreeMap<String, [Option<Tensor>; 3]> = BTreeMap::new();
         for name in source.names() {
             source.shape(name)?;
             let tensor = source.get(name)?.into_dense()?;
@@ -133,15 +137,14 @@ impl PeftAdapter {
                 continue;
             }
             let (module, part) = split(name).map_err(|message| Error::file(&path, message))?;
-            pairs.entry(module.to_string()).or_default()[part] = Some(tensor);
+            modules.entry(module.to_string()).or_default()[part] = Some(tensor);
         }
-        for (module, pair) in pairs {
-            let [Some(a), Some(b)] = pair else {
-                let message =
-                    format!("module `{module}` has one of lora_A and lora_B alone: the file is damaged");
+        for (module, parts) in modules {
+            let [Some(a), Some(b), magnitude] = parts else {
+                let message = format!("module `{module}` lacks lora_A or lora_B: the file is damaged");
                 return Err(Error::file(&path, message));
             };
-            adapter.tensors.push(LoraTensors { module, a, b });
+            adapter.tensors.push(LoraTensors { module, a, b, magnitude });
         }
         adapter.check(&path)?;
         Ok(adapter)
@@ -201,9 +204,20 @@ impl PeftAdapter {
                 );
                 return Err(Error::file(path, message));
             }
+            let expected = self.use_dora.then_some((1, b.0));
+            let got = it.magnitude.as_ref().map(Tensor::shape);
+            if got != expected {
+                let shown = |it: Option<(usize, usize)>| it.map_or("none".into(), |it| it.1.to_string());
+                let (expected, got) = (shown(expected), shown(got));
+                let message =
+                    format!("module `{}`: expected magnitudes of DoRA: {expected}, got {got}", it.module);
+                return Err(Error::file(path, message));
+            }
         }
-        let pairs = self.tensors.iter().flat_map(|it| [(&it.module, &it.a), (&it.module, &it.b)]);
-        for (what, tensor) in pairs.chain(&self.saved) {
+        let all = self.tensors.iter().flat_map(|it| {
+            [Some(&it.a), Some(&it.b), it.magnitude.as_ref()].into_iter().flatten().map(|x| (&it.module, x))
+        });
+        for (what, tensor) in all.chain(&self.saved) {
             if !matches!(tensor.dtype(), DType::F32 | DType::F16 | DType::BF16) {
                 let expected = "f32, f16 or bf16";
                 return Err(Error::DType { what: what.clone(), expected, got: tensor.dtype() });
@@ -220,7 +234,11 @@ impl PeftAdapter {
 pub fn write_tensors(path: &Path, modules: &[LoraTensors], saved: &BTreeMap<String, Tensor>) -> Result<()> {
     let named = modules.iter().flat_map(|it| {
         let name = |part| format!("{PREFIX}{}.lora_{part}.weight", it.module);
-        [(name("A"), Stacked::new(&it.a)), (name("B"), Stacked::new(&it.b))]
+        let magnitude = it.magnitude.as_ref().map(|magnitude| {
+            (format!("{PREFIX}{}.lora_magnitude_vector", it.module), Stacked::vector(magnitude))
+        });
+        let matrices = [(name("A"), Stacked::new(&it.a)), (name("B"), Stacked::new(&it.b))];
+        matrices.into_iter().chain(magnitude)
     });
     let saved = saved.iter().map(|(name, it)| (format!("{PREFIX}{name}"), Stacked::new(it)));
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
@@ -229,16 +247,17 @@ pub fn write_tensors(path: &Path, modules: &[LoraTensors], saved: &BTreeMap<Stri
     write_whole(path, &bytes)
 }
 
-/// The module that a tensor's name means, and whether it is A (0) or B (1).
+/// The module that a tensor's name means, and whether it is A (0), B (1) or a magnitude (2).
 fn split(name: &str) -> Result<(&str, usize), String> {
     let module = name.strip_prefix(PREFIX).unwrap_or(name);
-    for (part, suffix) in [".lora_A.weight", ".lora_B.weight"].into_iter().enumerate() {
-        if let Some(module) = module.strip_suffix(suffix) {
+    let magnitude = ".lora_magnitude_vector";
+    let named = module.strip_suffix(".weight").filter(|it| it.ends_with(magnitude)).unwrap_or(module);
+    for (part, suffix) in [".lora_A.weight", ".lora_B.weight", magnitude].into_iter().enumerate() {
+        if let Some(module) = named.strip_suffix(suffix) {
             return Ok((module, part));
         }
     }
     let what = match name {
-        _ if name.contains("lora_magnitude_vector") => "DoRA",
         _ if name.ends_with("lora_B.bias") => "a bias beside B",
         _ if name.contains("lora_embedding_") => "an adapter on the embedding",
         _ if name.contains("lora_") => "another kind of adapter",
@@ -250,12 +269,16 @@ fn split(name: &str) -> Result<(&str, usize), String> {
 /// A tensor as safetensors takes it.
 struct Stacked<'a> {
     tensor: &'a Tensor,
-    shape: [usize; 2],
+    shape: Vec<usize>,
 }
 
 impl<'a> Stacked<'a> {
     fn new(tensor: &'a Tensor) -> Stacked<'a> {
-        Stacked { tensor, shape: [tensor.rows(), tensor.cols()] }
+        Stacked { tensor, shape: vec![tensor.rows(), tensor.cols()] }
+    }
+
+    fn vector(tensor: &'a Tensor) -> Stacked<'a> {
+        Stacked { tensor, shape: vec![tensor.len()] }
     }
 }
 

@@ -8,7 +8,7 @@ use ferrotune_tensor::{
 };
 use rayon::prelude::*;
 
-use crate::LoraConfig;
+use crate::{Change, LoraConfig};
 
 /// The adapter of one projection.
 #[derive(Debug)]
@@ -80,7 +80,7 @@ impl LoraAdapter {
     }
 
     /// drop(x) in training; none when nothing is dropped.
-    fn dropped(&self, ctx: &Context, x: &Tensor) -> Result<Option<Tensor>> {
+    pub(crate) fn dropped(&self, ctx: &Context, x: &Tensor) -> Result<Option<Tensor>> {
         if !ctx.training || self.dropout == 0.0 {
             return Ok(None);
         }
@@ -90,7 +90,7 @@ impl LoraAdapter {
     }
 
     /// Zeroes a share of the elements and scales up the others, the same ones for the same step.
-    fn drop_in_place(&self, ctx: &Context, x: &mut Tensor) -> Result<()> {
+    pub(crate) fn drop_in_place(&self, ctx: &Context, x: &mut Tensor) -> Result<()> {
         let counter = Counter::new(&[ctx.seed, ctx.step, ctx.micro_step, self.stream]);
         let (width, dropout) = (x.cols(), self.dropout as f32);
         if let Some(gpu) = x.gpu() {
@@ -121,6 +121,36 @@ impl LoraAdapter {
         multiply(self.precision, 1.0, Operand::new(x), a.transposed(), 0.0, &mut low, all)?;
         Ok(low)
     }
+
+    /// `y[:, at..] += s·(x·Aᵀ)·Bᵀ`, with x as it is.
+    pub(crate) fn add(&self, x: &Tensor, y: &mut Tensor, at: usize) -> Result<()> {
+        let low = self.low(x)?;
+        let (b, part) = (Operand::new(self.b.operand()), at..at + self.b.value.rows());
+        multiply(self.precision, self.scaling, Operand::new(&low), b.transposed(), 1.0, y, part)
+    }
+
+    /// `dx = s·dy·B·A + beta·dx`; adds to the gradients of A and B.
+    pub(crate) fn add_backward(
+        &mut self,
+        x: &Tensor,
+        dy: &Tensor,
+        at: usize,
+        beta: f64,
+        dx: &mut Tensor,
+    ) -> Result<()> {
+        let (low, precision) = (self.low(x)?, self.precision);
+        let (rank, width) = (low.cols(), x.cols());
+        let dy = Operand::columns(dy, at..at + self.b.value.rows());
+        let mut dlow = low.empty_like(low.rows(), rank)?;
+        let b = Operand::new(self.b.operand());
+        multiply(precision, self.scaling, dy.clone(), b, 0.0, &mut dlow, 0..rank)?;
+        let dlow_t = Operand::new(&dlow).transposed();
+        multiply(precision, 1.0, dlow_t, Operand::new(x), 1.0, &mut self.a.grad, 0..width)?;
+        let low = Operand::new(&low);
+        multiply(precision, self.scaling, dy.transposed(), low, 1.0, &mut self.b.grad, 0..rank)?;
+        let (dlow, a) = (Operand::new(&dlow), Operand::new(self.a.operand()));
+        multiply(precision, 1.0, dlow, a, beta, dx, 0..width)
+    }
 }
 
 impl Adapter for LoraAdapter {
@@ -134,9 +164,7 @@ impl Adapter for LoraAdapter {
     ) -> Result<()> {
         weight.forward(x, y, at)?;
         let dropped = self.dropped(ctx, x)?;
-        let low = self.low(dropped.as_ref().unwrap_or(x))?;
-        let (b, part) = (Operand::new(self.b.operand()), at..at + weight.rows());
-        multiply(self.precision, self.scaling, Operand::new(&low), b.transposed(), 1.0, y, part)
+        self.add(dropped.as_ref().unwrap_or(x), y, at)
     }
 
     fn backward(
@@ -150,24 +178,9 @@ impl Adapter for LoraAdapter {
         dx: &mut Tensor,
     ) -> Result<()> {
         weight.backward(dy, at, beta, dx)?;
-        let dropped = self.dropped(ctx, x)?;
-        let input = dropped.as_ref().unwrap_or(x);
-        let (low, precision) = (self.low(input)?, self.precision);
-        let (rank, width) = (low.cols(), x.cols());
-        let dy = Operand::columns(dy, at..at + weight.rows());
-        let mut dlow = low.empty_like(low.rows(), rank)?;
-        let b = Operand::new(self.b.operand());
-        multiply(precision, self.scaling, dy.clone(), b, 0.0, &mut dlow, 0..rank)?;
-        let dlow_t = Operand::new(&dlow).transposed();
-        multiply(precision, 1.0, dlow_t, Operand::new(input), 1.0, &mut self.a.grad, 0..width)?;
-        let low = Operand::new(&low);
-        multiply(precision, self.scaling, dy.transposed(), low, 1.0, &mut self.b.grad, 0..rank)?;
-        let (dlow, a) = (Operand::new(&dlow), Operand::new(self.a.operand()));
-        if dropped.is_none() {
-            return multiply(precision, 1.0, dlow, a, 1.0, dx, 0..width);
-        }
-        let mut through = x.empty_like(x.rows(), width)?;
-        multiply(precision, 1.0, dlow, a, 0.0, &mut through, 0..width)?;
+        let Some(dropped) = self.dropped(ctx, x)? else { return self.add_backward(x, dy, at, 1.0, dx) };
+        let mut through = x.empty_like(x.rows(), x.cols())?;
+        self.add_backward(&dropped, dy, at, 0.0, &mut through)?;
         self.drop_in_place(ctx, &mut through)?;
         dx.add_scaled(1.0, &through)
     }
@@ -188,8 +201,9 @@ impl Adapter for LoraAdapter {
 
     fn merged(&self, weight: &dyn Weight) -> Result<Tensor> {
         let mut merged = weight.to_dense()?;
-        let (a, b, all) = (self.a.value.to_cpu()?, self.b.value.to_cpu()?, 0..merged.cols());
-        multiply(Precision::Full, self.scaling, Operand::new(&b), Operand::new(&a), 1.0, &mut merged, all)?;
+        let all = 0..merged.rows();
+        let change = Change::new(self.a.value.to_cpu()?, self.b.value.to_cpu()?, self.scaling, None)?;
+        change.merge_rows(all, merged.values_mut()?)?;
         Ok(merged)
     }
 }
@@ -197,7 +211,7 @@ impl Adapter for LoraAdapter {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Target;
+    use crate::{Initial, Target};
     use ferrotune_nn::check::{gradients, seeded};
     use ferrotune_nn::{DenseWeight, Layer, Linear, Part};
 
@@ -277,9 +291,11 @@ mod tests {
             lora_alpha: 8.0,
             lora_dropout: 0.0,
             use_rslora: false,
+            use_dora: false,
             target_modules: Target::All,
             exclude_modules: Vec::new(),
             layers_to_transform: Vec::new(),
+            initial: Initial::Zero,
             seed: 9,
         };
         let new = |name: &str| LoraAdapter::new(name, 5, 16, &config, Precision::Full).unwrap();

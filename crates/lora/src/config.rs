@@ -1,5 +1,7 @@
 use ferrotune_tensor::{Error, Result};
 
+use crate::Initial;
+
 /// Which projections get an adapter.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {
@@ -20,12 +22,16 @@ pub struct LoraConfig {
     pub lora_dropout: f64,
     /// Scaling alpha/√r instead of alpha/r.
     pub use_rslora: bool,
+    /// DoRA: a trained magnitude for each output.
+    pub use_dora: bool,
     /// Which projections get an adapter.
     pub target_modules: Target,
     /// Projections that don't, by the same rule of names.
     pub exclude_modules: Vec<String>,
     /// Layers whose projections get an adapter; empty: all of them.
     pub layers_to_transform: Vec<usize>,
+    /// What A and B begin as.
+    pub initial: Initial,
     /// Seed of the initialisation and of dropout.
     pub seed: u64,
 }
@@ -110,9 +116,11 @@ mod tests {
             lora_alpha: 32.0,
             lora_dropout: 0.0,
             use_rslora: false,
+            use_dora: false,
             target_modules,
             exclude_modules: exclude.iter().map(|it| it.to_string()).collect(),
             layers_to_transform: Vec::new(),
+            initial: Initial::Zero,
             seed: 1,
         }
     }

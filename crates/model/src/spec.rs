@@ -1,13 +1,13 @@
 //! What a decoder is made of. A family fills this in; nothing else asks which family it is.
 
-use ferrotune_nn::{Activation, NormKind, Rope};
+pub use ferrotune_nn::{Activation, NormKind, Rope};
 use ferrotune_tensor::{Error, Result};
 
 mod checkpoint;
 mod memory;
 
-pub use checkpoint::CheckpointTensor;
-pub(crate) use checkpoint::{FUSED, from_mixtral};
+pub(crate) use checkpoint::from_mixtral;
+pub use checkpoint::{CheckpointTensor, FUSED};
 pub use memory::{BaseWeights, MemoryEstimate, MemoryPlan};
 
 /// Experts of a layer, at most: far above any model.

@@ -159,11 +159,11 @@ impl Chat<'_> {
         if let Some(error) = failed {
             return Err(error);
         }
-        pace.tell();
         let rest = stream.finish()?;
         answer.push_str(&rest);
         writeln!(out, "{rest}")?;
         out.flush()?;
+        pace.tell();
         self.said.push(Message::new(Role::Assistant, answer));
         Ok(())
     }

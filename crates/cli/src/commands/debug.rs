@@ -28,7 +28,9 @@ use crate::run::{TemplateSource, Vocabulary, lora_tensors, mark_options, open_de
 pub fn logits(args: &LogitsArgs, console: &Console) -> anyhow::Result<Outcome> {
     let mut config = RunConfig::load(None, &args.overrides)?;
     config.model_name_or_path = Some(args.model.clone());
-    config.adapter_name_or_path = args.adapter.clone().or(config.adapter_name_or_path);
+    if let Some(adapter) = &args.adapter {
+        config.adapter_name_or_path = vec![adapter.clone()];
+    }
     let (_, decoder) = open_decoder(&config, console)?;
     let hidden = decoder.hidden(&Context::new(vec![0, args.ids.len()]), &args.ids)?;
     let logits = decoder.logits(&hidden)?;
@@ -53,7 +55,7 @@ pub fn gradients(args: &GradientsArgs, console: &Console) -> anyhow::Result<Outc
     let batch = labelled(&input(args.sequences.as_deref())?)?;
     let mut config = RunConfig::load(None, &args.overrides)?;
     config.model_name_or_path = Some(args.model.clone());
-    config.adapter_name_or_path = Some(args.adapter.clone());
+    config.adapter_name_or_path = vec![args.adapter.clone()];
     let (_, mut decoder) = open_decoder(&config, console)?;
 
     let ctx = Context::new(batch.sequence_starts.iter().map(|it| *it as usize).collect());

@@ -1,5 +1,7 @@
 //! `ferrotune export`: the model and its adapter as one, in the formats that other programs read.
 
+mod gguf;
+mod ollama;
 mod verify;
 
 use std::fs;
@@ -7,7 +9,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use ferrotune_export::{
-    FolderOptions, PeftAdapter, check_bnb, merge, merged_card, rounded, write_bnb, write_folder, write_whole,
+    FolderOptions, PeftAdapter, check_bnb, merge, merged_card, rounded, rounded_as_gguf, write_bnb,
+    write_folder, write_whole,
 };
 use ferrotune_model::source::ModelFiles;
 use ferrotune_model::spec::names;
@@ -31,10 +34,20 @@ pub fn run(args: &ExportArgs, console: &Console) -> anyhow::Result<Outcome> {
     if config.export_format == ExportFormat::BnbFourBit {
         check_bnb(&model.files)?;
     }
-    let adapter = read_adapter(&config, &model)?;
+    let adapters = read_adapters(&config, &model)?;
     model.set_template(&config)?;
-    warn_of_few_bits(&mut config, &model.files, adapter.is_some(), console)?;
-    let card = merged_card(&model.name, adapter.as_ref());
+    warn_of_few_bits(&mut config, &model.files, !adapters.is_empty(), console)?;
+    let card = merged_card(&model.name, adapters.last());
+
+    if config.export_format == ExportFormat::GgufAdapter {
+        let UntemplatedModel { name, files, tokenizer } = &model;
+        let [adapter] = adapters.as_slice() else {
+            let message = "`gguf-adapter` needs one adapter; give `adapter_name_or_path`, or --adapter";
+            return Err(mistake(&config, "export_format", message));
+        };
+        gguf::write_adapter(&folder, name, files, tokenizer, adapter, console)?;
+        return Ok(Outcome::Done);
+    }
 
     let UntemplatedModel { name, files, tokenizer } = model;
     let (files, expected) = match config.export_verify {
@@ -44,11 +57,16 @@ pub fn run(args: &ExportArgs, console: &Console) -> anyhow::Result<Outcome> {
             (files, Some(logits))
         }
     };
-    let files = match adapter {
-        Some(adapter) => merge(files, adapter)?,
-        None => files,
-    };
+    let files = adapters.into_iter().try_fold(files, merge)?;
     tracing::info!("{name}: {} tensors", files.spec.tensors().len());
+    if let Some(mix) = gguf::mix(config.export_format) {
+        let path = gguf::write_model(&folder, &name, &files, &tokenizer, mix, console)?;
+        if let Some(expected) = expected {
+            let rounded = rounded_as_gguf(files, mix)?;
+            expected.rounded_as(&rounded, &config)?.compare(&config, &path, console)?;
+        }
+        return Ok(Outcome::Done);
+    }
     // What rounding to few bits comes to is no fault: formats of few bits are compared with the same in memory.
     let (files, expected) = match (expected, config.export_format) {
         (Some(live), ExportFormat::BnbFourBit) => {
@@ -101,7 +119,7 @@ fn folder(config: &RunConfig, model: &UntemplatedModel) -> anyhow::Result<PathBu
     let same = |other: &Path| {
         other.canonicalize().is_ok_and(|other| folder.canonicalize().is_ok_and(|folder| folder == other))
     };
-    if same(&model.files.path) || config.adapter_name_or_path.as_deref().is_some_and(same) {
+    if same(&model.files.path) || config.adapter_name_or_path.iter().any(|it| same(it)) {
         return wrong(format!("`{shown}` holds what is to be exported; name another folder"));
     }
     let empty = fs::read_dir(folder).map_or(true, |mut entries| entries.next().is_none());
@@ -113,11 +131,14 @@ fn folder(config: &RunConfig, model: &UntemplatedModel) -> anyhow::Result<PathBu
     Ok(folder.clone())
 }
 
-fn read_adapter(config: &RunConfig, model: &UntemplatedModel) -> anyhow::Result<Option<PeftAdapter>> {
-    let Some(folder) = &config.adapter_name_or_path else { return Ok(None) };
-    let adapter = PeftAdapter::read(folder)?;
-    adapter.check_fits(&model.files.spec).with_context(|| folder.display().to_string())?;
-    Ok(Some(adapter))
+/// The adapters that are merged, one after the other.
+fn read_adapters(config: &RunConfig, model: &UntemplatedModel) -> anyhow::Result<Vec<PeftAdapter>> {
+    let read = |folder: &PathBuf| -> anyhow::Result<PeftAdapter> {
+        let adapter = PeftAdapter::read(folder)?;
+        adapter.check_fits(&model.files.spec).with_context(|| folder.display().to_string())?;
+        Ok(adapter)
+    };
+    config.adapter_name_or_path.iter().map(read).collect()
 }
 
 /// Merging is exact with the weights that the base model was made with, and with no others.
@@ -159,6 +180,7 @@ fn write(config: &RunConfig, folder: &Path, files: &ModelFiles, console: &Consol
     let written = match config.export_format {
         ExportFormat::Safetensors => write_folder(folder, files, folder_options(config), &mut progress),
         ExportFormat::BnbFourBit => write_bnb(folder, files, folder_options(config), &mut progress),
+        _ => Ok(()), // one file, which `gguf` has written
     };
     bar.finish_and_clear();
     Ok(written?)

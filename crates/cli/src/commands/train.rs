@@ -1,79 +1,39 @@
 //! `ferrotune train`
 
+mod hooks;
+mod live;
+mod settings;
+
 use std::fs;
-use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::io::Write as _;
-use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::Context as _;
 use ferrotune_data::BatchSource as _;
-use ferrotune_export::{ModelCard, SavedAs};
+use ferrotune_export::PeftAdapter;
 use ferrotune_model::spec::MemoryPlan;
-use ferrotune_model::{BuildOptions, Decoder, Recompute};
+use ferrotune_model::{BuildOptions, Decoder};
 use ferrotune_nn::LanguageModel as _;
-use ferrotune_tensor::{DType, Error, Result, peak_resident_bytes, resident_bytes};
+use ferrotune_tensor::{Error, peak_resident_bytes};
 use ferrotune_trainer::{
-    Adafactor, AdamW, AdamW8bit, Control, Ending, EvalReport, Evaluation, EventWriter, Lion, LogWriter,
-    LossScale, Metric, Muon, NextToken, OnHost, Optimizer, ParameterGroups, RunHooks, Schedule, Settings,
-    Sgd, Skipped, StateMemory, StepReport, Summary, checkpoints, clear_leftovers, discard, read_state, train,
+    Ending, EventWriter, LogWriter, NextToken, RunHooks as _, Summary, checkpoints, clear_leftovers, discard,
+    read_state, train,
 };
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::predict;
+use crate::Outcome;
 use crate::args::TrainArgs;
-use crate::config::{self, BestMetric, EvalStrategy, FinetuningType, Resume, RunConfig, SaveStrategy};
+use crate::config::{FinetuningType, Resume, RunConfig};
 use crate::console::{Console, Usage, bytes, clock, thousands};
 use crate::machine::write_kernel_times;
 use crate::plot::plot_losses;
 use crate::results::{forget_results, has_results, train_results, write_results};
-use crate::run::{
-    Adapters, Run, RunBatches, available_memory, build_decoder, load_trained, memory_plan, save_trained,
-    warn_of_rows,
-};
-use crate::{INTERRUPTED, Outcome};
+use crate::run::{Adapters, Run, RunBatches, build_decoder, load_trained, memory_plan, warn_of_rows};
+use hooks::{Hooks, interrupted};
+use live::LiveLine;
+use settings::{optimizer, recompute, settings};
 
-/// Keys that a resumed run may change.
-const FREE_KEYS: [&str; 36] = [
-    "export_dir",
-    "export_format",
-    "export_size",
-    "infer_dtype",
-    "export_verify",
-    "overwrite_cache",
-    "tokenized_path",
-    "plot_loss",
-    "report_to",
-    "per_device_eval_batch_size",
-    "do_eval",
-    "do_predict",
-    "predict_with_generate",
-    "max_time",
-    "cache_dir",
-    "output_dir",
-    "overwrite_output_dir",
-    "resume_from_checkpoint",
-    "logging_steps",
-    "save_strategy",
-    "save_steps",
-    "save_total_limit",
-    "num_threads",
-    "device",
-    "recompute",
-    "disable_gradient_checkpointing",
-    "max_new_tokens",
-    "do_sample",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "do_train",
-    "dataset_dir",
-    "model_name_or_path",
-    "model_revision",
-];
+pub use hooks::evaluation_line;
 
 /// Trains what the config says.
 pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
@@ -103,8 +63,14 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
             None
         }
     };
-    let model = build_decoder(&run.config, &run.model.files, &run.computing, Adapters::ToTrain);
-    let mut model = model.map_err(|error| match error.downcast::<Error>() {
+    let adapters = match &run.resume_from {
+        Some(checkpoint) if run.config.pissa_init => {
+            Adapters::Resumed(Box::new(PeftAdapter::read(checkpoint)?))
+        }
+        _ => Adapters::ToTrain(run.adapter.take()),
+    };
+    let model = build_decoder(&run.config, &run.model.files, &run.computing, adapters);
+    let (mut model, subtracted) = model.map_err(|error| match error.downcast::<Error>() {
         Ok(error) => out_of_memory(error, &run, longest_batch),
         Err(error) => error,
     })?;
@@ -122,15 +88,16 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
     }
     let mut hooks = Hooks {
         run: &run,
+        subtracted,
         console,
-        bar: bar(console, total_steps),
+        live: LiveLine::new(console),
         log: LogWriter::new(&run.output_dir, done),
         events: run.config.reports_to_tensorboard().then(|| EventWriter::new(&run.output_dir)),
         interrupted: interrupted()?,
     };
     let summary =
         train(&settings, resumed, &mut model, batches.source(), &NextToken, optimizer.as_mut(), &mut hooks);
-    hooks.bar.finish_and_clear();
+    hooks.live.clear();
     let summary = summary.map_err(|error| out_of_memory(error, &run, longest_batch))?;
     if let RunBatches::Streamed(batches) = &batches {
         batches.counts().iter().for_each(|counts| warn_of_rows(counts, console));
@@ -195,128 +162,6 @@ fn out_of_memory(error: Error, run: &Run, longest_batch: usize) -> anyhow::Error
     )
 }
 
-fn settings(
-    run: &Run,
-    batches: &RunBatches,
-    total_steps: u64,
-    steps_per_epoch: u64,
-    started: Instant,
-) -> anyhow::Result<Settings> {
-    let config = &run.config;
-    let save_steps = match config.save_strategy {
-        SaveStrategy::No => 0,
-        SaveStrategy::Epoch => steps_per_epoch,
-        SaveStrategy::Steps => config.save_steps.of(total_steps),
-    };
-    Ok(Settings {
-        output_dir: run.output_dir.clone(),
-        schedule: Schedule {
-            kind: config.schedule_kind().map_err(anyhow::Error::msg)?,
-            learning_rate: config.learning_rate,
-            warmup_steps: config.warmup(total_steps) as usize,
-            total_steps: total_steps as usize,
-        },
-        train_batch_size: config.per_device_train_batch_size,
-        num_train_epochs: (total_steps as f64 / steps_per_epoch as f64).ceil() as usize,
-        evaluation: evaluation(run, total_steps, steps_per_epoch),
-        gradient_accumulation_steps: config.gradient_accumulation_steps,
-        max_grad_norm: config.max_grad_norm,
-        seed: config.seed,
-        loss_scale: match run.computing.dtype {
-            DType::F16 => LossScale::dynamic(),
-            _ => LossScale::none(),
-        },
-        logging_steps: config.logging_steps.of(total_steps).max(1) as usize,
-        save_steps: save_steps as usize,
-        deadline: config.max_time.map(|it| started + Duration::from_secs_f64(it.0)),
-        save_total_limit: config.save_total_limit,
-        identity: identity(run, batches),
-    })
-}
-
-/// What is evaluated during the run, and at its end.
-fn evaluation(run: &Run, total_steps: u64, steps_per_epoch: u64) -> Option<Evaluation> {
-    let (data, config) = (run.evaluation.as_ref()?, &run.config);
-    let steps = match config.eval_strategy {
-        EvalStrategy::No => 0,
-        EvalStrategy::Epoch => steps_per_epoch,
-        EvalStrategy::Steps => config.eval_steps.unwrap_or(config.logging_steps).of(total_steps).max(1),
-    };
-    let metric = match config.metric_for_best_model {
-        BestMetric::Loss => Metric::Loss,
-        BestMetric::Accuracy => Metric::Accuracy,
-        BestMetric::Perplexity => Metric::Perplexity,
-    };
-    Some(Evaluation {
-        samples: data.samples.clone(),
-        batch_size: config.per_device_eval_batch_size,
-        steps: steps as usize,
-        on_start: config.eval_on_start,
-        metric,
-        greater_is_better: config.greater_is_better.unwrap_or(metric == Metric::Accuracy),
-        patience: config.early_stopping_steps,
-        load_best_model_at_end: config.load_best_model_at_end,
-    })
-}
-
-fn optimizer(config: &RunConfig) -> Box<dyn Optimizer> {
-    use config::Optimizer as Kind;
-    let (beta1, beta2, epsilon) = (config.adam_beta1, config.adam_beta2, config.adam_epsilon);
-    let groups =
-        ParameterGroups { weight_decay: config.weight_decay, loraplus_lr_ratio: config.loraplus_lr_ratio };
-    let adamw = |memory| AdamW::new(beta1, beta2, epsilon, groups, memory);
-    let adamw_8bit = |memory| AdamW8bit::new(beta1, beta2, epsilon, groups, memory);
-    let momentum = config.optim_args.momentum;
-    match config.optimizer() {
-        Kind::AdamW => Box::new(adamw(StateMemory::Device)),
-        Kind::AdamW8bit => Box::new(adamw_8bit(StateMemory::Device)),
-        Kind::PagedAdamW => Box::new(adamw(StateMemory::Host)),
-        Kind::PagedAdamW8bit => Box::new(adamw_8bit(StateMemory::Host)),
-        Kind::Sgd => Box::new(OnHost::new(Sgd { momentum: momentum.unwrap_or(0.0) }, groups)),
-        Kind::Lion => Box::new(OnHost::new(Lion { beta1, beta2 }, groups)),
-        Kind::Adafactor => Box::new(OnHost::new(Adafactor, groups)),
-        Kind::Muon => Box::new(Muon::new(momentum.unwrap_or(0.95), groups, adamw(StateMemory::Device))),
-    }
-}
-
-/// What must be the same for a run to go on: base model, data, and every key that changes the numbers.
-fn identity(run: &Run, batches: &RunBatches) -> Vec<(String, String)> {
-    let mut hash = DefaultHasher::new();
-    match batches {
-        RunBatches::InMemory(batches) => {
-            batches.samples().iter().for_each(|it| (&it.tokens, &it.trained).hash(&mut hash));
-        }
-        // Of a stream: its files, which are too large to be read for this.
-        RunBatches::Streamed(batches) => batches.files().for_each(|file| {
-            let metadata = fs::metadata(file).ok();
-            (file, metadata.map(|it| (it.len(), it.modified().ok()))).hash(&mut hash);
-        }),
-    }
-    let mut all = vec![
-        ("the base model".to_string(), run.model.files.fingerprint()),
-        ("the data".to_string(), format!("{:016x}", hash.finish())),
-    ];
-    let values = run.config.values().into_iter().filter(|(key, _)| !FREE_KEYS.contains(key));
-    all.extend(values.map(|(key, value)| (format!("`{key}`"), value)));
-    all
-}
-
-/// What each block keeps. `auto` keeps as many blocks whole as memory allows.
-fn recompute(run: &Run, longest_batch: usize) -> Vec<Recompute> {
-    let blocks = run.model.files.spec.layers.len();
-    let kept = match run.config.recompute_policy() {
-        config::Recompute::Keep => blocks,
-        config::Recompute::All => 0,
-        config::Recompute::Offload => return vec![Recompute::Offload; blocks],
-        config::Recompute::Auto => {
-            let plan = memory_plan(&run.config, &run.model.files, &run.computing, longest_batch);
-            available_memory(&run.computing)
-                .map_or(blocks, |available| run.model.files.spec.blocks_kept(&plan, available / 10 * 9))
-        }
-    };
-    (0..blocks).map(|block| if block < kept { Recompute::Keep } else { Recompute::Recompute }).collect()
-}
-
 /// What is about to be trained, in PEFT's words where it has them.
 fn describe(
     run: &Run,
@@ -361,151 +206,6 @@ fn device_name(computing: &BuildOptions) -> String {
     match computing.device.gpu() {
         Some(gpu) => format!("{gpu:?} in {}", computing.dtype.as_str()),
         None => computing.device.name(),
-    }
-}
-
-fn bar(console: &Console, total_steps: u64) -> ProgressBar {
-    let bar = ProgressBar::with_draw_target(Some(total_steps), ProgressDrawTarget::hidden());
-    let template = "step {pos}/{len} [{bar:24}] {msg}";
-    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
-    bar.set_style(style.progress_chars("=> "));
-    if console.shows_progress() {
-        bar.set_draw_target(ProgressDrawTarget::stderr());
-    }
-    bar
-}
-
-/// Is set by Ctrl-C or a termination signal; a second one ends the process at once.
-fn interrupted() -> anyhow::Result<Arc<AtomicBool>> {
-    let flag = Arc::new(AtomicBool::new(false));
-    let set = flag.clone();
-    ctrlc::set_handler(move || {
-        if set.swap(true, Ordering::SeqCst) {
-            std::process::exit(i32::from(INTERRUPTED));
-        }
-        let _ = writeln!(std::io::stderr(), "\nfinishing the step, then saving; once more to leave at once");
-    })
-    .context("can't listen for Ctrl-C")?;
-    Ok(flag)
-}
-
-struct Hooks<'a> {
-    run: &'a Run,
-    console: &'a Console,
-    bar: ProgressBar,
-    log: LogWriter,
-    events: Option<EventWriter>,
-    interrupted: Arc<AtomicBool>,
-}
-
-impl RunHooks<Decoder> for Hooks<'_> {
-    fn save_model(&mut self, model: &mut Decoder, folder: &Path) -> Result<()> {
-        let saved = self.run.model.vocabulary.tokenizer.save(folder);
-        saved.map_err(|error| Error::msg(error.to_string()))?;
-        let exact = if folder == self.run.output_dir { SavedAs::Stored } else { SavedAs::Trained };
-        let (config, base) = (&self.run.config, &self.run.model);
-        // Last, with its config at the very end: where that is, the model is whole.
-        save_trained(config, base, model, folder, exact, &card(self.run))
-    }
-
-    fn report(&mut self, report: &StepReport) -> Result<Control> {
-        if report.skipped == Some(Skipped::NotFinite) {
-            let places: Vec<String> = report.samples.iter().map(|it| self.run.data.origin(*it)).collect();
-            self.console.warn(format!(
-                "step {} is left out: its loss is {} and its gradients' norm {}; its samples: {}",
-                report.step,
-                report.loss,
-                report.grad_norm,
-                places.join(", ")
-            ));
-        }
-        self.bar.set_position(report.step as u64);
-        let line = format!(
-            "loss {:.4}  lr {:.2e}  {:.0} tokens/s  {} left",
-            report.mean_loss,
-            report.learning_rate,
-            report.tokens_per_second,
-            clock(report.remaining_seconds)
-        );
-        if report.logged {
-            self.log.write(report)?;
-            self.events.as_mut().map_or(Ok(()), |events| events.write(report))?;
-            if !self.console.shows_progress() && !self.console.quiet {
-                self.console.plain(format!("step {}/{}  {line}", report.step, report.total_steps));
-            }
-        }
-        let memory = match self.run.computing.device.gpu() {
-            Some(gpu) => Some(gpu.memory().in_use),
-            None => resident_bytes(),
-        };
-        let memory = memory.map_or_else(String::new, |it| format!("  {}", bytes(it)));
-        self.bar.set_message(format!("{line}  norm {:.2}{memory}", report.grad_norm));
-        let stop = self.interrupted.load(Ordering::SeqCst);
-        Ok(if stop { Control::Stop } else { Control::Continue })
-    }
-
-    fn load_model(&mut self, model: &mut Decoder, folder: &Path) -> Result<()> {
-        load_trained(&self.run.config, model, folder)
-    }
-
-    fn report_evaluation(&mut self, report: &EvalReport) -> Result<()> {
-        self.log.write_evaluation(report)?;
-        self.events.as_mut().map_or(Ok(()), |events| events.write_evaluation(report))?;
-        let line = format!("step {}/{}  {}", report.step, report.total_steps, evaluation_line(report));
-        if self.console.shows_progress() {
-            self.bar.println(line);
-        } else if !self.console.quiet {
-            self.console.plain(line);
-        }
-        Ok(())
-    }
-
-    /// `recompute: auto` computes half of the blocks that were kept again.
-    fn spare_memory(&mut self, model: &mut Decoder, error: &Error) -> bool {
-        let kept = model.recompute.iter().filter(|it| **it == Recompute::Keep).count();
-        if kept == 0 || self.run.config.recompute_policy() != config::Recompute::Auto {
-            return false;
-        }
-        let (left, blocks) = (kept / 2, model.recompute.len());
-        model.recompute[left..].fill(Recompute::Recompute);
-        self.console.warn(format!(
-            "{error}; going on with the activations of {left} of {blocks} blocks kept instead of {kept}"
-        ));
-        true
-    }
-}
-
-/// An evaluation in a line.
-pub fn evaluation_line(report: &EvalReport) -> String {
-    format!(
-        "eval_loss {:.4}  perplexity {:.3}  token accuracy {:.1} %",
-        report.loss,
-        report.perplexity(),
-        100.0 * report.accuracy
-    )
-}
-
-fn card(run: &Run) -> ModelCard {
-    let config = &run.config;
-    let row = |name: &str, value: String| (name.to_string(), value);
-    ModelCard {
-        title: String::new(),
-        datasets: config.dataset.clone(),
-        training: vec![
-            row("Learning rate", config.learning_rate.to_string()),
-            row("Epochs", config.num_train_epochs.to_string()),
-            row("Samples in a step", {
-                (config.per_device_train_batch_size * config.gradient_accumulation_steps).to_string()
-            }),
-            row("Longest sample", format!("{} tokens", config.cutoff_len)),
-            row(
-                "Base in training",
-                match config.quantization_bit {
-                    Some(_) => "4 bits (NF4)".to_string(),
-                    None => "as stored".to_string(),
-                },
-            ),
-        ],
     }
 }
 

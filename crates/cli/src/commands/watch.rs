@@ -10,13 +10,13 @@ use ratatui::crossterm::event::{self, Event, KeyCode, KeyModifiers};
 use ratatui::layout::{Constraint, Layout};
 use ratatui::style::{Color, Style};
 use ratatui::symbols::Marker;
-use ratatui::text::Line;
+use ratatui::text::{Line, Span};
 use ratatui::widgets::{Axis, Block, Chart, Dataset, GraphType, Paragraph};
 
 use crate::Outcome;
 use crate::args::WatchArgs;
-use crate::console::{Console, Usage};
-use crate::plot::smoothed;
+use crate::console::{Console, Usage, fitting};
+use crate::plot::{smoothed, value_range};
 use crate::run_log::RunLog;
 
 /// How often the log is read again.
@@ -62,16 +62,19 @@ fn draw(frame: &mut Frame, folder: &Path, log: &RunLog) {
         Layout::vertical([Constraint::Length(2), Constraint::Min(5), Constraint::Length(1)])
             .areas(frame.area());
     let number = |key: &str| log.last[key].as_f64();
-    let mut facts = format!("step {}", log.progress());
-    for (name, value) in
-        [("loss", log.losses.last().map(|it| it.1)), ("eval loss", log.evaluations.last().map(|it| it.1))]
-    {
-        facts += &value.map_or_else(String::new, |it| format!("  {name} {it:.4}"));
-    }
-    facts += &number("lr").map_or_else(String::new, |it| format!("  lr {it:.2e}"));
-    facts += &number("grad_norm").map_or_else(String::new, |it| format!("  norm {it:.2}"));
-    facts += &number("throughput").map_or_else(String::new, |it| format!("  {it:.0} tokens/s"));
-    facts += &log.last["remaining_time"].as_str().map_or_else(String::new, |it| format!("  {it} left"));
+    let last = |curve: &[(f64, f64)]| curve.last().map(|it| it.1);
+    let shown = |value: Option<f64>, show: fn(f64) -> String| value.map_or_else(String::new, show);
+    let left = log.last["remaining_time"].as_str();
+    let facts = [
+        (0, format!("step {}", log.progress())),
+        (1, shown(last(&log.losses), |it| format!("loss {it:.4}"))),
+        (3, shown(last(&log.evaluations), |it| format!("eval loss {it:.4}"))),
+        (4, shown(number("lr"), |it| format!("lr {it:.2e}"))),
+        (6, shown(number("grad_norm"), |it| format!("norm {it:.2}"))),
+        (5, shown(number("throughput"), |it| format!("{it:.0} tokens/s"))),
+        (2, left.map_or_else(String::new, |it| format!("{it} left"))),
+    ];
+    let facts = fitting(&facts, usize::from(head.width));
     let title = format!("{}: {}", folder.display(), log.state);
     frame.render_widget(Paragraph::new(vec![Line::from(title), Line::from(facts)]), head);
     frame.render_widget(Line::from("q leaves"), foot);
@@ -84,21 +87,26 @@ fn draw(frame: &mut Frame, folder: &Path, log: &RunLog) {
     if low > high {
         return frame.render_widget(Paragraph::new("no losses yet"), body);
     }
-    let (low, high) = (low - 0.05 * (high - low).max(1e-3), high + 0.05 * (high - low).max(1e-3));
-    let curve = |name: &'static str, color, points| {
-        let line = Dataset::default().name(name).marker(Marker::Braille).graph_type(GraphType::Line);
-        line.style(Style::default().fg(color)).data(points)
-    };
-    let mut curves =
-        vec![curve("raw", Color::DarkGray, &log.losses), curve("smoothed", Color::Cyan, &smooth)];
-    if !log.evaluations.is_empty() {
-        curves.push(curve("evaluation", Color::Yellow, &log.evaluations));
+    let (low, high) = value_range(low, high);
+    // Named in the frame, where no curve is.
+    let mut title = vec![Span::from("loss: ")];
+    let mut curves = Vec::new();
+    for (name, color, points) in [
+        ("raw", Color::DarkGray, &log.losses),
+        ("smoothed", Color::Cyan, &smooth),
+        ("evaluation", Color::Yellow, &log.evaluations),
+    ] {
+        if !points.is_empty() {
+            let line = Dataset::default().marker(Marker::Braille).graph_type(GraphType::Line);
+            curves.push(line.style(Style::default().fg(color)).data(points));
+            title.push(Span::styled(format!("{name} "), Style::default().fg(color)));
+        }
     }
     let steps = [0.0, last / 2.0, last].map(|it| format!("{it:.0}"));
     let values = [low, (low + high) / 2.0, high].map(|it| format!("{it:.3}"));
     let chart = Chart::new(curves)
-        .block(Block::bordered().title("loss"))
-        .hidden_legend_constraints((Constraint::Ratio(1, 2), Constraint::Ratio(1, 2)))
+        .block(Block::bordered().title(Line::from(title)))
+        .legend_position(None)
         .x_axis(Axis::default().title("step").bounds([0.0, last]).labels(steps))
         .y_axis(Axis::default().bounds([low, high]).labels(values));
     frame.render_widget(chart, body);
@@ -114,7 +122,11 @@ mod tests {
     use crate::run_log::RunState;
 
     fn drawn(log: &RunLog) -> String {
-        let mut terminal = Terminal::new(TestBackend::new(100, 24)).unwrap();
+        drawn_in(log, 100)
+    }
+
+    fn drawn_in(log: &RunLog, width: u16) -> String {
+        let mut terminal = Terminal::new(TestBackend::new(width, 24)).unwrap();
         terminal.draw(|frame| draw(frame, Path::new("out/bakery"), log)).unwrap();
         terminal.backend().to_string()
     }
@@ -131,16 +143,22 @@ mod tests {
         for part in [
             "out/bakery: running (process 7)",
             "step 20/40  loss 0.1500  eval loss 1.2500  lr 1.00e-4  norm 0.50  180 tokens/s  0:00:09 left",
-            "smoothed",
-            "evaluation",
+            "loss: raw smoothed evaluation",
             "q leaves",
         ] {
             assert!(text.contains(part), "{part} is not in\n{text}");
         }
         let braille = text.chars().filter(|it| ('\u{2801}'..='\u{28FF}').contains(it)).count();
         assert!(braille > 20, "{text}");
-        let nothing =
-            RunLog { losses: Vec::new(), evaluations: Vec::new(), last: json!({}), state: RunState::Stopped };
+        let range = value_range(0.1, 3.0);
+        assert!(range.0 == 0.0 && range.1 > 3.1 && value_range(-1.0, 3.0).0 < -1.1, "{range:?}");
+        let one = value_range(2.5, 2.5);
+        assert!(one.0 < 2.46 && one.1 > 2.54, "labels differ: {one:?}");
+        // Fields go, from a line that would be cut.
+        let narrow = drawn_in(&log, 50);
+        assert!(narrow.contains("step 20/40  loss 0.1500  0:00:09 left"), "{narrow}");
+        let (losses, evaluations) = (Vec::new(), Vec::new());
+        let nothing = RunLog { losses, evaluations, last: json!({}), state: RunState::Stopped(None) };
         assert!(drawn(&nothing).contains("no losses yet"));
     }
 }

@@ -173,6 +173,19 @@ impl Setting for Vec<String> {
     }
 }
 
+impl Setting for Vec<PathBuf> {
+    fn expected() -> String {
+        "paths separated by commas, or a list of paths".to_string()
+    }
+    fn read(node: &Node) -> Result<Vec<PathBuf>, String> {
+        let paths = Vec::<String>::read(node).map_err(|_| mismatch::<Vec<PathBuf>>(node))?;
+        Ok(paths.into_iter().map(PathBuf::from).collect())
+    }
+    fn shown(&self) -> String {
+        self.iter().map(PathBuf::shown).collect::<Vec<_>>().shown()
+    }
+}
+
 /// Numbers in a list, or separated by commas.
 impl Setting for Vec<usize> {
     fn expected() -> String {
@@ -558,6 +571,19 @@ choice! {
 }
 
 choice! {
+    /// `init_lora_weights`
+    InitLoraWeights {
+        /// A random, B zero.
+        Default = "true",
+        /// What quantising takes from the base.
+        Loftq = "loftq",
+    }
+    later { "gaussian", "eva", "olora", "corda", "orthogonal", "lora_ga" } wrong {
+        "pissa" => "use `pissa_init: true`",
+    }
+}
+
+choice! {
     /// `recompute`
     Recompute {
         /// Keeps as many blocks' activations as memory allows.
@@ -644,6 +670,24 @@ choice! {
         Safetensors = "safetensors",
         /// The same with projections in 4 bits, as bitsandbytes serialises them.
         BnbFourBit = "bnb-4bit",
+        /// GGUF files for llama.cpp and Ollama.
+        GgufF32 = "gguf-f32",
+        /// In f16.
+        GgufF16 = "gguf-f16" | "gguf",
+        /// In bf16.
+        GgufBf16 = "gguf-bf16",
+        /// In 8 bits.
+        GgufQ8 = "gguf-q8_0",
+        /// In 4 bits, the plain way.
+        GgufQ4 = "gguf-q4_0",
+        /// In 4 to 6 bits.
+        GgufQ4KM = "gguf-q4_k_m",
+        /// In 5 to 6 bits.
+        GgufQ5KM = "gguf-q5_k_m",
+        /// In 6 bits.
+        GgufQ6K = "gguf-q6_k",
+        /// The adapter by itself, for llama.cpp.
+        GgufAdapter = "gguf-adapter",
     }
     later {} wrong {}
 }

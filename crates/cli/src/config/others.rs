@@ -65,7 +65,6 @@ const LATER: &[&str] = &[
     // Data.
     "media_dir", "eval_on_each_dataset", "tool_format", "preserve_thinking", "eval_num_beams",
     // Adapters and what is trained.
-    "use_dora", "pissa_init", "pissa_convert", "create_new_adapter",
     "module_dropout", "oft_rank",
     "rank_pattern", "alpha_pattern", "use_llama_pro", "new_special_tokens_config", "train_from_scratch", "adapter_folder",
     // Preferences.
@@ -98,7 +97,6 @@ const LATER: &[&str] = &[
 /// Planned; LLaMA-Factory's defaults and the like ask for nothing.
 const LATER_WITH_DEFAULT: &[(&str, &[&str])] = &[
     ("ignore_pad_token_for_loss", &["true"]),
-    ("pissa_iter", &["16"]),
     ("init_special_tokens", &["noise_init"]),
     ("bias", &["none"]),
     ("oft_block_size", &["32"]),
@@ -121,6 +119,7 @@ const LATER_WITH_DEFAULT: &[(&str, &[&str])] = &[
 
 /// Taken, and of no effect.
 const IGNORED: &[(&str, &str)] = &[
+    ("pissa_convert", "an adapter that began by PiSSA is always saved for the unchanged base model"),
     ("compute_accuracy", "evaluation always counts the accuracy of tokens"),
     ("loraplus_lr_embedding", "the embedding has no adapter"),
     ("run_name", "nothing is sent anywhere yet"),
@@ -270,8 +269,8 @@ mod tests {
     #[test]
     fn values_that_ask_for_nothing() {
         let off = |name: &str, value: &str| other_key(name).expect(name).is_off(&Node::plain(1, value));
-        assert!(off("pissa_iter", "16"));
-        assert!(!off("pissa_iter", "8"));
+        assert!(off("ppo_epochs", "4"));
+        assert!(!off("ppo_epochs", "8"));
         assert!(off("bias", "none"));
         assert!(!off("bias", "all"));
         assert!(off("repetition_penalty", "1.0"));

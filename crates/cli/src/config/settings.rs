@@ -74,8 +74,10 @@ settings! {
     "Model" {
         /// The base model: a folder, a GGUF file or a model's name on the hub.
         model_name_or_path: Option<String> = None,
-        /// A trained adapter to put on the model (chat, debug, and train without training).
-        adapter_name_or_path: Option<PathBuf> = None,
+        /// Trained adapters on the model: train goes on with the last one, and merges those before it into the base.
+        adapter_name_or_path: Vec<PathBuf> = Vec::new(),
+        /// train: merge all of adapter_name_or_path into the base, and train a new one on top.
+        create_new_adapter: bool = false,
         /// Where downloaded models are kept instead of the model cache.
         cache_dir: Option<PathBuf> = None,
         /// Branch, tag or commit of the model on the hub.
@@ -114,6 +116,14 @@ settings! {
         additional_target: Vec<String> = Vec::new(),
         /// Divide the scale by the square root of the rank instead.
         use_rslora: bool = false,
+        /// DoRA: train a magnitude of each output beside the adapters' direction.
+        use_dora: bool = false,
+        /// PiSSA: adapters begin as the leading directions of the base's weights, which lose them (not in 4 bits).
+        pissa_init: bool = false,
+        /// PiSSA: rounds of the search for these; -1 until nothing changes.
+        pissa_iter: i64 = 16,
+        /// What adapters begin as: true (A random, B zero), or loftq (what 4 bits take from the base).
+        init_lora_weights: InitLoraWeights = InitLoraWeights::Default,
         /// freeze: how many of the last layers are trained; of the first ones, where it is negative.
         freeze_trainable_layers: i64 = 2,
         /// freeze: which of their modules: all, or names such as mlp,self_attn.
@@ -226,7 +236,7 @@ settings! {
         adam_epsilon: f64 = 1e-8,
         /// Longest gradient, all weights together; 0 for no limit.
         max_grad_norm: f64 = 1.0,
-        /// Optimizer: adamw_torch, adamw_8bit, paged_adamw_32bit, paged_adamw_8bit (states in the host's memory), sgd, lion, adafactor, muon.
+        /// Optimizer: adamw_torch, adamw_8bit, paged_adamw_32bit, paged_adamw_8bit (states in the host's memory), sgd, lion_32bit, adafactor, muon.
         optim: Optimizer = Optimizer::AdamW,
         /// More for the optimizer: momentum=0.9 (sgd: 0 unless given, muon: 0.95).
         optim_args: OptimArgs = OptimArgs::default(),
@@ -296,7 +306,7 @@ settings! {
     "Export" {
         /// Where `ferrotune export` writes.
         export_dir: Option<PathBuf> = None,
-        /// What it writes: safetensors (the whole model in 16 bits, adapter merged) or bnb-4bit (in 4 bits, as bitsandbytes has it).
+        /// What it writes: safetensors (all in 16 bits, adapter merged), bnb-4bit (4 bits, as bitsandbytes has it), gguf-f16, gguf-q4_k_m … (llama.cpp, Ollama).
         export_format: ExportFormat = ExportFormat::Safetensors,
         /// Longest file of a model in GB (10^9 bytes).
         export_size: f64 = 5.0,
@@ -308,6 +318,14 @@ settings! {
 }
 
 impl RunConfig {
+    /// The adapters that become part of the base in training.
+    pub fn merged_adapters(&self) -> &[PathBuf] {
+        match (self.adapter_name_or_path.as_slice(), self.create_new_adapter) {
+            ([beneath @ .., _], false) => beneath,
+            (all, _) => all,
+        }
+    }
+
     /// Where a key was given (`config.yaml:12: ` or `command line: `), or nothing for a default; a message starts with it.
     pub fn place(&self, key: &str) -> &str {
         self.places.get(key).map_or("", String::as_str)
@@ -507,6 +525,20 @@ impl RunConfig {
             "fp16",
             "training in f16 needs a GPU (a cpu gains nothing from it); use `bf16: true`, or leave both out",
         );
+        let four = self.quantization_bit.is_some();
+        check(
+            !(self.pissa_init && four),
+            "pissa_init",
+            "PiSSA changes the base's weights, which are in 4 bits; leave `quantization_bit` out, or use `init_lora_weights: loftq`",
+        );
+        check(self.pissa_iter >= -1, "pissa_iter", "expected 0 or more, or -1");
+        let loftq = self.init_lora_weights == InitLoraWeights::Loftq;
+        check(
+            !loftq || four,
+            "init_lora_weights",
+            "loftq makes up for what 4 bits lose; set `quantization_bit: 4`",
+        );
+        check(!(loftq && self.pissa_init), "init_lora_weights", "loftq and `pissa_init` exclude each other");
         check(self.num_threads != Some(0), "num_threads", "expected 1 or more");
         check(self.export_size > 0.0, "export_size", "expected more than 0");
         check(self.max_new_tokens > 0, "max_new_tokens", "expected 1 or more");

@@ -113,12 +113,12 @@ fn wrong_values_say_key_line_and_what_was_expected() {
 #[test]
 fn later_keys_are_refused_by_name() {
     check_errors(
-        "stage: dpo\nuse_dora: true\ndeepspeed: ds.json\ntemplate: llama3\noptim: lion_8bit\n\
+        "stage: dpo\nuse_galore: true\ndeepspeed: ds.json\ntemplate: llama3\noptim: lion_8bit\n\
          quantization_bit: 8\ndevice: cuda:0,1\ndevice_map: auto\nval_size: 0.1\n",
         &[],
         &[
             "c.yaml:1: `stage`: `dpo` is not there yet; there is sft, pt",
-            "c.yaml:2: `use_dora` is not there yet; leave it out",
+            "c.yaml:2: `use_galore` is not there yet; leave it out",
             "c.yaml:3: `deepspeed` is not there yet; leave it out",
             "c.yaml:5: `optim`: `lion_8bit` is not there yet; there is adamw_torch, adamw_8bit, paged_adamw_32bit, paged_adamw_8bit, sgd, lion_32bit, adafactor, muon",
             "c.yaml:6: `quantization_bit`: `8` is not there yet; there is 4",

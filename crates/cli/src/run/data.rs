@@ -112,11 +112,7 @@ impl OpenData {
         if config.val_size > 0.0 {
             data.evaluation = set_apart(&mut samples, config.val_size, config.seed);
             if samples.iter().all(Vec::is_empty) {
-                let message = format!(
-                    "it leaves nothing to train on: there are {} samples; set fewer apart",
-                    data.evaluation.len()
-                );
-                return Err(mistake(config, "val_size", &message));
+                return Err(nothing_left(config, data.evaluation.len()));
             }
         }
         (data.samples, data.origins) = mixed(samples, config).into_iter().unzip();
@@ -388,9 +384,18 @@ impl Opener<'_> {
             data.sets.push((counts.name, counts.format));
         }
         data.evaluation.extend(stream.evaluation()?);
+        if stream.is_empty() {
+            return Err(nothing_left(config, data.evaluation.len()));
+        }
         data.stream = Some(stream);
         Ok(data)
     }
+}
+
+/// `val_size` takes all samples.
+fn nothing_left(config: &RunConfig, samples: usize) -> anyhow::Error {
+    let message = format!("it leaves nothing to train on: there are {samples} samples; set fewer apart");
+    mistake(config, "val_size", &message)
 }
 
 /// Makes samples of conversations; one with a token that the model doesn't have ends the run.

@@ -1,33 +1,40 @@
 //! Model files to a decoder in memory: the one place that puts stored weights, NF4 and adapters together.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::Instant;
 
-use ferrotune_export::{LoraTensors, Modules, PeftAdapter, with_saved};
-use ferrotune_lora::{LoraAdapter, LoraConfig, Target};
+use ferrotune_export::{LoraTensors, PeftAdapter};
+use ferrotune_lora::{
+    DoraAdapter, Initial, Iterations, LoraAdapter, LoraConfig, Target, loftq, magnitudes, pissa, residual,
+};
 use ferrotune_model::source::{FourBit, FourBitScales, ModelFiles, Stored};
 use ferrotune_model::{BuildOptions, Decoder, PartSpec, build, dense_part};
-use ferrotune_nn::{LanguageModel, Parameter, Part, Weight};
+use ferrotune_nn::{Adapter, LanguageModel, Parameter, Part, Weight};
 use ferrotune_quant::{
     Absmax, NF4_BLOCK, NF4_GROUP, NF4_LEVELS, Nf4GpuWeight, Nf4Weight, Scales, dynamic_map,
 };
-use ferrotune_tensor::{DType, Device, Precision, Result, Tensor};
+use ferrotune_tensor::{DType, Device, Error, Result, Tensor};
 
+use super::adapters::{OnTop, take_adapters};
+use super::saved::split_pissa;
 use super::{OpenModel, is_trained, open_device, set_threads};
-use crate::config::{FinetuningType, RunConfig};
+use crate::config::{FinetuningType, InitLoraWeights, RunConfig};
 use crate::console::Console;
 
 /// The adapters that a decoder is built with.
 pub enum Adapters {
     /// None: the base model.
     None,
-    /// What a run starts with, by the config: new ones, or none where weights are trained themselves.
-    ToTrain,
-    /// New ones.
-    New(LoraConfig),
+    /// What a run starts with: this one, else by the config new ones, or none where weights are trained themselves.
+    ToTrain(Option<Box<PeftAdapter>>),
+    /// New ones of a run that goes on from this checkpoint; what PiSSA took from the base is read there.
+    Resumed(Box<PeftAdapter>),
     /// Trained ones, read from a folder; dropout counts where they are trained further.
     Trained(Box<PeftAdapter>),
 }
+
+/// A and B that PiSSA took from the base's weights, by module; empty for other adapters.
+pub type Subtracted = BTreeMap<String, (Tensor, Tensor)>;
 
 /// Builds the decoder; each projection is quantised as it is read, where the config says so.
 ///
@@ -38,19 +45,15 @@ pub fn build_decoder(
     files: &ModelFiles,
     computing: &BuildOptions,
     adapters: Adapters,
-) -> anyhow::Result<Decoder> {
+) -> anyhow::Result<(Decoder, Subtracted)> {
     let start = Instant::now();
-    let training = matches!(adapters, Adapters::ToTrain);
-    let adapters = match (adapters, config.finetuning_type) {
-        (Adapters::ToTrain, FinetuningType::Lora) => Adapters::New(lora_config(config)),
-        (Adapters::ToTrain, _) => Adapters::None,
-        (other, _) => other,
-    };
-    let mut adapters = Maker::new(adapters, files, computing.precision)?;
+    let training = matches!(adapters, Adapters::ToTrain(_) | Adapters::Resumed(_));
+    let mut adapters = Maker::new(config, adapters, files, computing)?;
     // What is in 4 bits already is left as it is, and so is what its maker left out.
     let quantization_bit = config.quantization_bit.filter(|_| files.four_bit.is_none());
     let scales = if config.double_quantization { Scales::Nested } else { Scales::Plain };
     let mut make = |spec: &PartSpec, stored: Stored| -> Result<Part> {
+        let Start { stored, before, lora } = adapters.start(spec, stored)?;
         let mut part = match (stored, quantization_bit, &computing.device) {
             (Stored::FourBit(matrix), ..) => four_bit_part(spec, matrix, computing)?,
             (Stored::Dense(value), Some(_), Device::Cpu) => {
@@ -61,9 +64,7 @@ pub fn build_decoder(
             }
             (stored, ..) => dense_part(spec, stored, computing)?,
         };
-        if let Some(adapter) = adapters.make(spec)? {
-            part.adapter = Some(Box::new(adapter.to_device(&computing.device, computing.dtype)?));
-        }
+        part.adapter = adapters.make(spec, part.weight.as_ref(), before, lora)?;
         Ok(part)
     };
     let mut decoder = build(&files.spec, files.source.as_ref(), computing.clone(), &mut make)?;
@@ -75,7 +76,7 @@ pub fn build_decoder(
         gpu.synchronize()?;
     }
     tracing::info!("weights read in {:.2} s", start.elapsed().as_secs_f64());
-    Ok(decoder)
+    Ok((decoder, adapters.subtracted))
 }
 
 /// A projection that bitsandbytes has put into 4 bits: NF4 as it is, bit for bit; codes of another kind are
@@ -114,58 +115,145 @@ fn quantised_part(spec: &PartSpec, weight: impl Weight + 'static) -> Part {
 pub fn open_decoder(config: &RunConfig, console: &Console) -> anyhow::Result<(OpenModel, Decoder)> {
     set_threads(config);
     let computing = open_device(config, console)?;
-    let mut model = OpenModel::open(config, console)?;
-    let adapters = match &config.adapter_name_or_path {
-        Some(folder) => {
-            let mut adapter = PeftAdapter::read(folder)?;
-            adapter.check_fits(&model.files.spec)?;
-            model.files = with_saved(model.files, std::mem::take(&mut adapter.saved))?;
-            Adapters::Trained(Box::new(adapter))
-        }
+    let taken = take_adapters(config, OpenModel::open(config, console)?, OnTop::Last)?;
+    let model = taken.model;
+    let adapters = match taken.adapter {
+        Some(adapter) => Adapters::Trained(Box::new(adapter)),
         None => Adapters::None,
     };
-    let decoder = build_decoder(config, &model.files, &computing, adapters)?;
+    let (decoder, _) = build_decoder(config, &model.files, &computing, adapters)?;
     Ok((model, decoder))
 }
 
 /// What gives each projection its adapter.
-enum Maker {
-    None,
-    New(LoraConfig, Precision),
-    Trained { tensors: HashMap<String, LoraTensors>, scaling: f64, dropout: f64, precision: Precision },
+struct Maker<'a> {
+    kind: Kind,
+    computing: &'a BuildOptions,
+    subtracted: Subtracted,
 }
 
-impl Maker {
-    fn new(adapters: Adapters, files: &ModelFiles, precision: Precision) -> anyhow::Result<Maker> {
-        Ok(match adapters {
-            Adapters::None | Adapters::ToTrain => Maker::None,
-            Adapters::New(config) => {
-                config.check(&projections(files))?;
-                Maker::New(config, precision)
-            }
-            Adapters::Trained(adapter) => {
+enum Kind {
+    None,
+    /// With what PiSSA took when the run began, where it goes on.
+    New(LoraConfig, HashMap<String, LoraTensors>),
+    Trained {
+        tensors: HashMap<String, LoraTensors>,
+        scaling: f64,
+        dropout: f64,
+    },
+}
+
+/// A projection before its weight is made.
+struct Start {
+    stored: Stored,
+    /// The weight itself, where the adapter needs it.
+    before: Option<Tensor>,
+    /// An adapter that the weight has lost something to.
+    lora: Option<LoraAdapter>,
+}
+
+impl Maker<'_> {
+    fn new<'a>(
+        config: &RunConfig,
+        adapters: Adapters,
+        files: &ModelFiles,
+        computing: &'a BuildOptions,
+    ) -> anyhow::Result<Maker<'a>> {
+        let by_module = |adapter: PeftAdapter| -> HashMap<String, LoraTensors> {
+            adapter.tensors.into_iter().map(|it| (it.module.clone(), it)).collect()
+        };
+        let lora = config.finetuning_type == FinetuningType::Lora;
+        let kind = match adapters {
+            Adapters::ToTrain(None) if lora => Kind::New(lora_config(config), HashMap::new()),
+            Adapters::None | Adapters::ToTrain(None) => Kind::None,
+            Adapters::Resumed(adapter) => Kind::New(lora_config(config), by_module(*adapter)),
+            Adapters::Trained(adapter) | Adapters::ToTrain(Some(adapter)) => {
                 adapter.check_fits(&files.spec)?;
                 let (scaling, dropout) = (adapter.scaling(), adapter.lora_dropout);
-                let tensors = adapter.tensors.into_iter().map(|it| (it.module.clone(), it)).collect();
-                Maker::Trained { tensors, scaling, dropout, precision }
+                Kind::Trained { tensors: by_module(*adapter), scaling, dropout }
             }
-        })
+        };
+        if let Kind::New(config, _) = &kind {
+            config.check(&projections(files))?;
+        }
+        Ok(Maker { kind, computing, subtracted: Subtracted::new() })
     }
 
-    fn make(&mut self, spec: &PartSpec) -> Result<Option<LoraAdapter>> {
-        let (output, input) = (spec.out_features, spec.in_features);
-        match self {
-            Maker::None => Ok(None),
-            Maker::New(config, _) if !config.adapts(&spec.name) => Ok(None),
-            Maker::New(config, precision) => {
-                LoraAdapter::new(&spec.name, output, input, config, *precision).map(Some)
+    fn start(&mut self, spec: &PartSpec, stored: Stored) -> Result<Start> {
+        let (config, resumed) = match &mut self.kind {
+            Kind::New(config, resumed) if config.initial != Initial::Zero && config.adapts(&spec.name) => {
+                (config, resumed)
             }
-            Maker::Trained { tensors, scaling, dropout, precision } => {
-                let Some(LoraTensors { a, b, .. }) = tensors.remove(&spec.name) else { return Ok(None) };
-                let (a, b) = (a.cast(DType::F32)?, b.cast(DType::F32)?);
-                LoraAdapter::from_parts(&spec.name, a, b, *scaling, *dropout, *precision).map(Some)
+            _ => return Ok(Start { stored, before: None, lora: None }),
+        };
+        let Stored::Dense(value) = &stored else {
+            let message =
+                "is in few bits already, and adapters are to begin with a part of the whole numbers";
+            return Err(Error::msg(format!("`{}` {message}", spec.name)));
+        };
+        match config.initial {
+            Initial::Loftq => {
+                let before = value.try_clone()?.cast(DType::F32)?;
+                Ok(Start { stored, before: Some(before), lora: None })
             }
+            Initial::Pissa(iterations) => {
+                let precision = self.computing.precision;
+                let (lora, rest) = match resumed.remove(&spec.name) {
+                    None => pissa(&spec.name, value, config, iterations, precision)?,
+                    Some(tensors) => {
+                        let LoraTensors { a, b, .. } = split_pissa(tensors, config.r)?.1;
+                        let rest = residual(value.try_clone()?, &a, &b, config.scaling())?;
+                        let dropout = config.lora_dropout;
+                        let lora =
+                            LoraAdapter::from_parts(&spec.name, a, b, config.scaling(), dropout, precision)?;
+                        (lora, rest)
+                    }
+                };
+                let taken = (lora.a.value.try_clone()?, lora.b.value.try_clone()?);
+                self.subtracted.insert(spec.name.clone(), taken);
+                Ok(Start { stored: Stored::Dense(rest), before: None, lora: Some(lora) })
+            }
+            Initial::Zero => Ok(Start { stored, before: None, lora: None }),
         }
+    }
+
+    fn make(
+        &mut self,
+        spec: &PartSpec,
+        weight: &dyn Weight,
+        before: Option<Tensor>,
+        lora: Option<LoraAdapter>,
+    ) -> Result<Option<Box<dyn Adapter>>> {
+        let (name, output, input) = (&spec.name, spec.out_features, spec.in_features);
+        let BuildOptions { precision, device, dtype } = self.computing;
+        let (lora, magnitude) = match &mut self.kind {
+            Kind::None => return Ok(None),
+            Kind::New(config, _) if !config.adapts(name) => return Ok(None),
+            Kind::New(config, _) => {
+                let lora = match (lora, before) {
+                    (Some(lora), _) => lora,
+                    (None, Some(before)) => loftq(name, before, &weight.to_dense()?, config, *precision)?,
+                    (None, None) => LoraAdapter::new(name, output, input, config, *precision)?,
+                };
+                let magnitude = config.use_dora.then(|| magnitudes(&lora, weight)).transpose()?;
+                (lora, magnitude)
+            }
+            Kind::Trained { tensors, scaling, dropout } => {
+                let Some(LoraTensors { a, b, magnitude, .. }) = tensors.remove(name) else {
+                    return Ok(None);
+                };
+                let (a, b) = (a.cast(DType::F32)?, b.cast(DType::F32)?);
+                let magnitude = magnitude.map(|it| it.cast(DType::F32)).transpose()?;
+                (LoraAdapter::from_parts(name, a, b, *scaling, *dropout, *precision)?, magnitude)
+            }
+        };
+        let adapter: Box<dyn Adapter> = match magnitude {
+            None => Box::new(lora.to_device(device, *dtype)?),
+            Some(magnitude) => {
+                Box::new(DoraAdapter::from_parts(lora, magnitude, weight)?.to_device(device, *dtype)?)
+            }
+        };
+        Ok(Some(adapter))
     }
 }
 
@@ -189,56 +277,34 @@ pub fn lora_config(config: &RunConfig) -> LoraConfig {
         lora_alpha: config.alpha(),
         lora_dropout: config.lora_dropout,
         use_rslora: config.use_rslora,
+        use_dora: config.use_dora,
         target_modules: if all { Target::All } else { Target::Names(config.lora_target.clone()) },
         exclude_modules: config.lora_exclude.clone(),
         layers_to_transform: config.layers_to_transform.clone(),
+        initial: match (config.pissa_init, config.init_lora_weights) {
+            (true, _) => Initial::Pissa(match usize::try_from(config.pissa_iter) {
+                Ok(count) => Iterations::Count(count),
+                Err(_) => Iterations::Exact,
+            }),
+            (false, InitLoraWeights::Loftq) => Initial::Loftq,
+            (false, InitLoraWeights::Default) => Initial::Zero,
+        },
         seed: config.seed,
     }
 }
 
-/// One tensor of each adapter matrix, by module.
+/// One tensor of each part of the adapters, by module.
 ///
 /// # Errors
 /// When a tensor can't be read.
 pub fn lora_tensors(model: &mut Decoder, tensor: fn(&Parameter) -> &Tensor) -> Result<Vec<LoraTensors>> {
-    let mut pairs: Vec<LoraTensors> = Vec::new();
-    let mut parameters = model.parameters().into_iter().filter(|it| it.name.contains(".lora_"));
+    let mut modules: Vec<LoraTensors> = Vec::new();
+    let mut parameters = model.parameters().into_iter().filter(|it| it.name.contains(".lora_")).peekable();
     while let (Some(a), Some(b)) = (parameters.next(), parameters.next()) {
         let module = a.name.trim_end_matches(".lora_A.weight").to_string();
-        pairs.push(LoraTensors { module, a: tensor(a).to_cpu()?, b: tensor(b).to_cpu()? });
+        let magnitude = parameters.next_if(|it| it.name.ends_with(".lora_magnitude_vector"));
+        let magnitude = magnitude.map(|it| tensor(it).to_cpu()).transpose()?;
+        modules.push(LoraTensors { module, a: tensor(a).to_cpu()?, b: tensor(b).to_cpu()?, magnitude });
     }
-    Ok(pairs)
-}
-
-/// The trained adapter as PEFT stores it.
-///
-/// # Errors
-/// When a tensor can't be read.
-pub fn peft_adapter(config: &RunConfig, base: &str, model: &mut Decoder) -> anyhow::Result<PeftAdapter> {
-    let pairs = lora_tensors(model, |it| &it.value)?;
-    let saved = model.parameters().into_iter().filter(|it| !it.name.contains(".lora_"));
-    let saved = saved.map(|it| Ok((it.name.clone(), it.value.to_cpu()?))).collect::<Result<_>>()?;
-    // PEFT takes kinds of modules; all of them, where all are meant.
-    let mut kinds: Vec<String> =
-        pairs.iter().filter_map(|it| Some(it.module.rsplit('.').next()?.to_string())).collect();
-    kinds.sort_unstable();
-    kinds.dedup();
-    let target_modules = match config.lora_target.iter().any(|it| it == "all") {
-        true => kinds,
-        false => config.lora_target.clone(),
-    };
-    Ok(PeftAdapter {
-        base_model_name_or_path: base.to_string(),
-        revision: None,
-        r: config.lora_rank,
-        lora_alpha: config.alpha(),
-        lora_dropout: config.lora_dropout,
-        use_rslora: config.use_rslora,
-        target_modules: Modules::Names(target_modules),
-        exclude_modules: (!config.lora_exclude.is_empty())
-            .then(|| Modules::Names(config.lora_exclude.clone())),
-        layers_to_transform: config.layers_to_transform.clone(),
-        saved,
-        tensors: pairs,
-    })
+    Ok(modules)
 }

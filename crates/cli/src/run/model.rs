@@ -136,19 +136,21 @@ fn chosen_template(config: &RunConfig) -> anyhow::Result<Option<TemplateSource>>
     if config.template != TemplateName::Auto {
         return template_source(&config.template).map(Some);
     }
-    let trained_with = config.adapter_name_or_path.as_deref().map(|it| it.join("chat_template.jinja"));
+    let trained_with = config.adapter_name_or_path.last().map(|it| it.join("chat_template.jinja"));
     let Some(file) = trained_with.filter(|file| file.is_file()) else { return Ok(None) };
     let eos_token = eos_beside(&file);
     Ok(Some(TemplateSource { eos_token, ..template_source(&TemplateName::File(file))? }))
 }
 
-/// An adapter's folder, where its embedding is its own and it has the tokenizer for that.
+/// The last adapter's folder of those whose embedding is their own, where it has the tokenizer for that.
 fn saved_tokenizer(config: &RunConfig) -> Option<&Path> {
-    let folder = config.adapter_name_or_path.as_deref()?;
-    let text = fs::read_to_string(folder.join("adapter_config.json")).ok()?;
-    let value: Value = serde_json::from_str(&text).ok()?;
-    let saves = value.get("modules_to_save")?.as_array().is_some_and(|it| !it.is_empty());
-    (saves && folder.join("tokenizer.json").is_file()).then_some(folder)
+    let saves = |folder: &&PathBuf| {
+        let text = fs::read_to_string(folder.join("adapter_config.json")).ok();
+        let value: Option<Value> = text.and_then(|it| serde_json::from_str(&it).ok());
+        value.is_some_and(|it| it["modules_to_save"].as_array().is_some_and(|it| !it.is_empty()))
+    };
+    let folder = config.adapter_name_or_path.iter().rfind(saves)?;
+    folder.join("tokenizer.json").is_file().then_some(folder)
 }
 
 /// What the model that the config names is made of; none where there is no config to read it from.
@@ -219,11 +221,14 @@ fn tokenizer(files: &ModelFiles) -> anyhow::Result<Tokenizer> {
         merges: vocabulary.merges,
         bos: vocabulary.bos_token_id,
         eos: vocabulary.eos_token_id,
+        eot: vocabulary.eot_token_id,
         unk: vocabulary.unk_token_id,
         pad: vocabulary.pad_token_id,
         add_bos: vocabulary.add_bos_token,
+        add_eos: vocabulary.add_eos_token,
         add_space_prefix: vocabulary.add_space_prefix,
         chat_template: vocabulary.chat_template,
+        more_templates: vocabulary.more_templates,
     })?)
 }
 

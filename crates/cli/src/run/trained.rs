@@ -3,14 +3,15 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use ferrotune_export::{ModelCard, PeftAdapter, SavedAs, write_model};
+use ferrotune_export::{LoraTensors, ModelCard, PeftAdapter, SavedAs, write_model};
 use ferrotune_model::Decoder;
 use ferrotune_model::source::{FileKind, NewRows, Replacement, SafetensorsSource, WeightSource as _};
 use ferrotune_model::spec::{CheckpointForm, names};
 use ferrotune_nn::{LanguageModel as _, Parameter};
 use ferrotune_tensor::{DType, Error, Result, Tensor};
 
-use super::decoder::{lora_config, peft_adapter, projections};
+use super::decoder::{Subtracted, lora_config, projections};
+use super::saved::{peft_adapter, split_pissa};
 use super::{OpenModel, mistake};
 use crate::config::{FinetuningType, RunConfig};
 use crate::console::{Console, Usage};
@@ -153,14 +154,13 @@ pub fn check_trained(config: &RunConfig, model: &OpenModel) -> anyhow::Result<()
 pub fn save_trained(
     config: &RunConfig,
     base: &OpenModel,
-    model: &mut Decoder,
+    (model, subtracted): (&mut Decoder, &Subtracted),
     folder: &Path,
     saved_as: SavedAs,
     card: &ModelCard,
 ) -> Result<()> {
     if config.finetuning_type == FinetuningType::Lora {
-        let adapter = peft_adapter(config, &base.name, model).map_err(|it| Error::msg(format!("{it:#}")))?;
-        return adapter.write(folder, card);
+        return peft_adapter(config, &base.name, model, subtracted)?.write(folder, card);
     }
     let trained = model.parameters().into_iter().map(|it| Ok((it.name.clone(), it.value.to_cpu()?)));
     write_model(folder, &base.files, &trained.collect::<Result<BTreeMap<_, _>>>()?, saved_as)
@@ -178,9 +178,15 @@ pub fn load_trained(config: &RunConfig, model: &mut Decoder, folder: &Path) -> R
             .into_iter()
             .try_for_each(|parameter| set(parameter, source.get(&parameter.name)?.into_dense()?));
     }
-    let adapter = PeftAdapter::read(folder)?;
-    let tensors = adapter.tensors.into_iter().flat_map(|it| {
-        [(format!("{}.lora_A.weight", it.module), it.a), (format!("{}.lora_B.weight", it.module), it.b)]
+    let mut adapter = PeftAdapter::read(folder)?;
+    if config.pissa_init {
+        let trained = adapter.tensors.into_iter().map(|it| Ok(split_pissa(it, config.lora_rank)?.0));
+        adapter.tensors = trained.collect::<Result<_>>()?;
+    }
+    let tensors = adapter.tensors.into_iter().flat_map(|LoraTensors { module, a, b, magnitude }| {
+        let magnitude = magnitude.map(|it| (format!("{module}.lora_magnitude_vector"), it));
+        let matrices = [(format!("{module}.lora_A.weight"), a), (format!("{module}.lora_B.weight"), b)];
+        matrices.into_iter().chain(magnitude)
     });
     let mut tensors: HashMap<String, Tensor> = tensors.chain(adapter.saved).collect();
     for parameter in model.parameters() {

@@ -45,7 +45,7 @@ pub(super) fn write(adapter: &PeftAdapter) -> String {
         ("target_parameters", Value::Null),
         ("task_type", json!("CAUSAL_LM")),
         ("trainable_token_indices", Value::Null),
-        ("use_dora", json!(false)),
+        ("use_dora", json!(adapter.use_dora)),
         ("use_qalora", json!(false)),
         ("use_rslora", json!(adapter.use_rslora)),
     ];
@@ -101,6 +101,7 @@ const TAKEN: &[&str] = &[
     "revision",
     "target_modules",
     "task_type",
+    "use_dora",
     "use_rslora",
     "runtime_config",
     "ensure_weight_tying",
@@ -108,7 +109,6 @@ const TAKEN: &[&str] = &[
 
 /// What an unsupported key is about.
 const NOT_YET: &[(&str, &str)] = &[
-    ("use_dora", "DoRA"),
     ("lora_bias", "a bias beside B"),
     ("rank_pattern", "ranks that differ between modules"),
     ("alpha_pattern", "alphas that differ between modules"),
@@ -181,6 +181,7 @@ fn parse(map: &Map<String, Value>) -> Result<PeftAdapter, String> {
         lora_alpha: number("lora_alpha", Some(8.0))?,
         lora_dropout: number("lora_dropout", Some(0.0))?,
         use_rslora: get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
+        use_dora: get("use_dora").and_then(Value::as_bool).unwrap_or(false),
         target_modules: modules("target_modules")?.unwrap_or(Modules::Names(Vec::new())),
         exclude_modules: modules("exclude_modules")?,
         layers_to_transform: layers(get("layers_to_transform"))?,

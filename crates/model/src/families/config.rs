@@ -175,15 +175,19 @@ impl<'a> Config<'a> {
 
     /// `head_dim`, or what the heads share of the hidden size.
     pub(super) fn head_dim(&self, hidden_size: usize, heads: usize) -> Result<usize> {
+        // Each layer has a list of half as many frequencies.
         if let Some(head_dim) = self.optional_size("head_dim")? {
-            return Ok(head_dim);
+            let large = || self.unexpected("head_dim", "at most 8192", &head_dim.into());
+            return if head_dim <= 8192 { Ok(head_dim) } else { Err(large()) };
         }
         if !hidden_size.is_multiple_of(heads) {
             let message =
                 format!("`hidden_size` is {hidden_size}, which `num_attention_heads` {heads} doesn't divide");
             return Err(self.error(&message));
         }
-        Ok(hidden_size / heads)
+        let head_dim = hidden_size / heads;
+        let large = || self.unexpected("hidden_size", "at most 8192 for each head", &hidden_size.into());
+        if head_dim <= 8192 { Ok(head_dim) } else { Err(large()) }
     }
 
     pub(super) fn optional_number(&self, key: &str) -> Result<Option<f64>> {

@@ -104,15 +104,13 @@ fn open_gguf(path: &Path) -> Result<ModelFiles> {
     let config = source.config()?;
     let spec = families::spec(&config, path)?;
     let vocabulary = Some(source.vocabulary()?);
-    Ok(ModelFiles {
-        spec,
-        source: Box::new(source),
-        config,
-        kind: FileKind::Gguf,
-        four_bit: None,
-        path: path.into(),
-        vocabulary,
-    })
+    // Norms are whole in GGUF files, whatever a folder's are.
+    let source: Box<dyn WeightSource> = match spec.checkpoint {
+        CheckpointForm::Fused => Box::new(CanonicalSource::new(&spec, Box::new(source))?),
+        _ => Box::new(source),
+    };
+    let (kind, path) = (FileKind::Gguf, path.into());
+    Ok(ModelFiles { spec, source, config, kind, four_bit: None, path, vocabulary })
 }
 
 fn open_folder(path: &Path) -> Result<ModelFiles> {

@@ -12,9 +12,16 @@ use rayon::prelude::*;
 pub(super) struct Mapped {
     pub(super) path: PathBuf,
     map: Option<Mmap>,
+    /// What there is without a file.
+    held: Vec<u8>,
 }
 
 impl Mapped {
+    /// Bytes that are in memory already.
+    pub(super) fn held(name: &str, bytes: &[u8]) -> Mapped {
+        Mapped { path: name.into(), map: None, held: bytes.to_vec() }
+    }
+
     pub(super) fn open(path: &Path) -> Result<Mapped> {
         let file = File::open(path).map_err(|source| Error::io(path, source))?;
         let metadata = file.metadata().map_err(|source| Error::io(path, source))?;
@@ -28,7 +35,7 @@ impl Mapped {
             // the process with a signal; that is so for every program that maps its weights.
             _ => Some(unsafe { Mmap::map(&file) }.map_err(|source| Error::io(path, source))?),
         };
-        Ok(Mapped { path: path.to_path_buf(), map })
+        Ok(Mapped { path: path.to_path_buf(), map, held: Vec::new() })
     }
 
     /// Lets the system take the pages of some bytes back; they come again from the file when they are asked for.
@@ -45,7 +52,7 @@ impl Mapped {
     }
 
     pub(super) fn bytes(&self) -> &[u8] {
-        self.map.as_deref().unwrap_or(&[])
+        self.map.as_deref().unwrap_or(&self.held)
     }
 }
 

@@ -23,7 +23,10 @@ pub use bnb::FourBitKind;
 pub use changed::{Changed, NewRows, Replacement};
 pub use files::{FileKind, ModelFiles};
 pub use four_bit::{FourBit, FourBitScales};
-pub use gguf::{GgufSource, GgufVocabulary};
+pub use gguf::{
+    GgufArchitecture, GgufSource, GgufType, GgufVocabulary, RawValue, file_row, raw_vocabulary,
+    read_gguf_through,
+};
 pub use safetensors::SafetensorsSource;
 
 /// A tensor as its file holds it.

@@ -3,7 +3,7 @@
 use super::{CheckpointForm, ModelSpec, names};
 
 /// Projections that [`CheckpointForm::Fused`] puts one above the other: the name of the whole, its parts.
-pub(crate) const FUSED: [(&str, &[&str]); 2] = [
+pub const FUSED: [(&str, &[&str]); 2] = [
     ("self_attn.qkv_proj", &[names::Q, names::K, names::V]),
     ("mlp.gate_up_proj", &[names::GATE, names::UP]),
 ];

@@ -1,10 +1,10 @@
 //! What was written, read again and compared with base and adapter side by side.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 use ferrotune_data::Tokenizer;
-use ferrotune_export::{PeftAdapter, with_saved};
+use ferrotune_export::{PeftAdapter, merge, with_saved};
 use ferrotune_model::source::ModelFiles;
 use ferrotune_model::spec::{CheckpointForm, names};
 use ferrotune_model::{BuildOptions, Decoder};
@@ -43,15 +43,17 @@ impl Logits {
         let computing = open_device(config, console)?;
         let ids = ids(tokenizer, files.spec.vocab_size)?;
         let again = files.path.clone();
-        let (files, adapters) = match &config.adapter_name_or_path {
+        let (files, adapters) = match config.adapter_name_or_path.split_last() {
             None => (files, Adapters::None),
-            Some(folder) => {
-                let mut adapter = PeftAdapter::read(folder)?;
+            Some((last, beneath)) => {
+                let merged = |files, folder: &PathBuf| merge(files, PeftAdapter::read(folder)?);
+                let files = beneath.iter().try_fold(files, merged)?;
+                let mut adapter = PeftAdapter::read(last)?;
                 let files = with_saved(files, std::mem::take(&mut adapter.saved))?;
                 (files, Adapters::Trained(Box::new(adapter)))
             }
         };
-        let decoder = build_decoder(config, &files, &computing, adapters)?;
+        let (decoder, _) = build_decoder(config, &files, &computing, adapters)?;
         let values = logits(&decoder, &ids)?;
         Ok((ModelFiles::open(again)?, Logits { ids, values, computing, few_bits: None }))
     }
@@ -66,12 +68,24 @@ impl Logits {
             double_quantization: true,
             ..config.clone()
         };
-        let values = logits(&build_decoder(&config, merged, &self.computing, Adapters::None)?, &self.ids)?;
+        let (decoder, _) = build_decoder(&config, merged, &self.computing, Adapters::None)?;
+        let values = logits(&decoder, &self.ids)?;
         // Where a checkpoint fuses projections, scales are quantised for all of them together; a GPU sums scales in
         // another order.
         let same = merged.spec.checkpoint != CheckpointForm::Fused && self.computing.device.gpu().is_none();
         let allowed = if same { 1e-6 } else { 5e-2 };
         Ok(Logits { few_bits: Some((self.values, allowed)), values, ..self })
+    }
+
+    /// Those of the merged model with its weights rounded as another format rounds them.
+    ///
+    /// # Errors
+    /// When a weight is damaged.
+    pub fn rounded_as(self, rounded: &ModelFiles, config: &RunConfig) -> anyhow::Result<Logits> {
+        let (decoder, _) = build_decoder(config, rounded, &self.computing, Adapters::None)?;
+        let values = logits(&decoder, &self.ids)?;
+        let few_bits = Some((self.values.clone(), self.allowed(DType::F32)));
+        Ok(Logits { few_bits, values, ..self })
     }
 
     /// Compares them with those of a folder, and says how far they are apart.
@@ -81,7 +95,7 @@ impl Logits {
     pub fn compare(&self, config: &RunConfig, folder: &Path, console: &Console) -> anyhow::Result<()> {
         let files = ModelFiles::open(folder)?;
         let stored = files.source.dtype(&names::weight(0, names::O))?;
-        let decoder = build_decoder(config, &files, &self.computing, Adapters::None)?;
+        let (decoder, _) = build_decoder(config, &files, &self.computing, Adapters::None)?;
         let got = logits(&decoder, &self.ids)?;
         let off = difference(&self.values, &got);
         let (of, allowed) = match &self.few_bits {

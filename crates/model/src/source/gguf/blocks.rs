@@ -7,10 +7,13 @@ use candle_core::quantized::k_quants::{
 
 use crate::source::mapped::Plain;
 
-/// A type that can be read.
+/// A type that tensors of GGUF files have here. Others are refused by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Type {
-    Plain(Plain),
+#[allow(missing_docs)]
+pub enum GgufType {
+    F32,
+    F16,
+    Bf16,
     Q4_0,
     Q4_1,
     Q5_0,
@@ -20,6 +23,21 @@ pub(super) enum Type {
     Q5K,
     Q6K,
 }
+
+/// Type, its number in files, numbers in a block, bytes of a block.
+const TYPES: &[(GgufType, u32, usize, usize)] = &[
+    (GgufType::F32, 0, 1, 4),
+    (GgufType::F16, 1, 1, 2),
+    (GgufType::Bf16, 30, 1, 2),
+    (GgufType::Q4_0, 2, 32, 18),
+    (GgufType::Q4_1, 3, 32, 20),
+    (GgufType::Q5_0, 6, 32, 22),
+    (GgufType::Q5_1, 7, 32, 24),
+    (GgufType::Q8_0, 8, 32, 34),
+    (GgufType::Q4K, 12, 256, 144),
+    (GgufType::Q5K, 13, 256, 176),
+    (GgufType::Q6K, 14, 256, 210),
+];
 
 /// All types by their number, for messages.
 const NAMES: &[&str] = &[
@@ -65,77 +83,55 @@ const NAMES: &[&str] = &[
     "MXFP4",
 ];
 
-impl Type {
+impl GgufType {
     /// The type of this number; its name where it can't be read.
-    pub(super) fn from_id(id: u32) -> Result<Type, String> {
-        Ok(match id {
-            0 => Type::Plain(Plain::F32),
-            1 => Type::Plain(Plain::F16),
-            2 => Type::Q4_0,
-            3 => Type::Q4_1,
-            6 => Type::Q5_0,
-            7 => Type::Q5_1,
-            8 => Type::Q8_0,
-            12 => Type::Q4K,
-            13 => Type::Q5K,
-            14 => Type::Q6K,
-            30 => Type::Plain(Plain::Bf16),
-            _ => return Err(NAMES.get(id as usize).map_or(format!("type {id}"), |it| it.to_string())),
-        })
+    pub(super) fn from_id(id: u32) -> Result<GgufType, String> {
+        let found = TYPES.iter().find(|it| it.1 == id).map(|it| it.0);
+        found.ok_or_else(|| NAMES.get(id as usize).map_or(format!("type {id}"), |it| it.to_string()))
     }
 
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Type::Plain(Plain::F32) => "F32",
-            Type::Plain(Plain::F16) => "F16",
-            Type::Plain(Plain::Bf16) => "BF16",
-            Type::Q4_0 => "Q4_0",
-            Type::Q4_1 => "Q4_1",
-            Type::Q5_0 => "Q5_0",
-            Type::Q5_1 => "Q5_1",
-            Type::Q8_0 => "Q8_0",
-            Type::Q4K => "Q4_K",
-            Type::Q5K => "Q5_K",
-            Type::Q6K => "Q6_K",
-        }
+    fn facts(self) -> (u32, usize, usize) {
+        let (_, id, block, bytes) = TYPES[self as usize];
+        (id, block, bytes)
     }
 
-    /// Numbers in a block.
-    pub(super) fn block(self) -> usize {
-        match self {
-            Type::Plain(_) => 1,
-            Type::Q4_0 | Type::Q4_1 | Type::Q5_0 | Type::Q5_1 | Type::Q8_0 => 32,
-            Type::Q4K | Type::Q5K | Type::Q6K => 256,
-        }
+    /// Its number in files.
+    pub fn id(self) -> u32 {
+        self.facts().0
+    }
+
+    /// As llama.cpp writes it.
+    pub fn name(self) -> &'static str {
+        NAMES[self.id() as usize]
+    }
+
+    /// Numbers in a block; rows are whole blocks.
+    pub fn block(self) -> usize {
+        self.facts().1
     }
 
     /// Bytes of a block.
-    pub(super) fn block_bytes(self) -> usize {
-        match self {
-            Type::Plain(plain) => plain.bytes(),
-            Type::Q4_0 => 18,
-            Type::Q4_1 => 20,
-            Type::Q5_0 => 22,
-            Type::Q5_1 => 24,
-            Type::Q8_0 => 34,
-            Type::Q4K => 144,
-            Type::Q5K => 176,
-            Type::Q6K => 210,
-        }
+    pub fn block_bytes(self) -> usize {
+        self.facts().2
     }
 
     /// Writes the numbers of whole blocks on the calling thread.
-    pub(super) fn read(self, bytes: &[u8], out: &mut [f32]) {
+    ///
+    /// # Panics
+    /// When bytes and numbers aren't as many blocks of this type.
+    pub fn read(self, bytes: &[u8], out: &mut [f32]) {
         match self {
-            Type::Plain(plain) => plain.read_serial(bytes, out),
-            Type::Q4_0 => blocks::<BlockQ4_0>(bytes, out),
-            Type::Q4_1 => blocks::<BlockQ4_1>(bytes, out),
-            Type::Q5_0 => blocks::<BlockQ5_0>(bytes, out),
-            Type::Q5_1 => blocks::<BlockQ5_1>(bytes, out),
-            Type::Q8_0 => blocks::<BlockQ8_0>(bytes, out),
-            Type::Q4K => blocks::<BlockQ4K>(bytes, out),
-            Type::Q5K => blocks::<BlockQ5K>(bytes, out),
-            Type::Q6K => blocks::<BlockQ6K>(bytes, out),
+            GgufType::F32 => Plain::F32.read_serial(bytes, out),
+            GgufType::F16 => Plain::F16.read_serial(bytes, out),
+            GgufType::Bf16 => Plain::Bf16.read_serial(bytes, out),
+            GgufType::Q4_0 => blocks::<BlockQ4_0>(bytes, out),
+            GgufType::Q4_1 => blocks::<BlockQ4_1>(bytes, out),
+            GgufType::Q5_0 => blocks::<BlockQ5_0>(bytes, out),
+            GgufType::Q5_1 => blocks::<BlockQ5_1>(bytes, out),
+            GgufType::Q8_0 => blocks::<BlockQ8_0>(bytes, out),
+            GgufType::Q4K => blocks::<BlockQ4K>(bytes, out),
+            GgufType::Q5K => blocks::<BlockQ5K>(bytes, out),
+            GgufType::Q6K => blocks::<BlockQ6K>(bytes, out),
         }
     }
 }

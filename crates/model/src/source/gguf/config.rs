@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value as Json, json};
 
+use super::architecture::GgufArchitecture;
 use super::header::{Header, Value};
 use crate::families::{Llama3, llama3_factors};
 
@@ -28,9 +29,34 @@ const KNOWN: &[&str] = &[
     "attention.causal",
 ];
 
+/// What is read of some architectures beyond that.
+const MORE: &[(&str, &[&str])] = &[
+    ("granite", &["attention.scale", "embedding_scale", "residual_scale", "logit_scale"]),
+    (
+        "gemma2",
+        &[
+            "attention.sliding_window",
+            "attention.sliding_window_pattern",
+            "attn_logit_softcapping",
+            "final_logit_softcapping",
+        ],
+    ),
+    (
+        "gemma3",
+        &[
+            "attention.sliding_window",
+            "attention.sliding_window_pattern",
+            "final_logit_softcapping",
+            "rope.freq_base_swa",
+        ],
+    ),
+    ("phi3", &["attention.sliding_window"]),
+];
+
 /// Reads one architecture's metadata, `{architecture}.{key}`.
 struct Metadata<'a> {
     header: &'a Header,
+    file: &'a [u8],
     architecture: &'a str,
 }
 
@@ -65,15 +91,26 @@ impl Metadata<'_> {
     }
 }
 
-/// The config of an architecture that has Llama's form. `factors` are those of `rope_freqs.weight`.
-pub(super) fn read(header: &Header, architecture: &str, factors: Option<Vec<f32>>) -> Result<Json, String> {
-    let metadata = Metadata { header, architecture };
+/// The config of a model. `factors` are those of `rope_freqs.weight`.
+pub(super) fn read(
+    header: &Header,
+    file: &[u8],
+    architecture: &GgufArchitecture,
+    factors: Option<Vec<f32>>,
+) -> Result<Json, String> {
+    let metadata = Metadata { header, file, architecture: architecture.name };
+    let (architecture, family) = (architecture.name, architecture.family);
     refuse_unknown(&metadata)?;
     let hidden_size = metadata.required("embedding_length")?;
     let heads = metadata.required("attention.head_count")?.max(1);
     let head_dim = metadata.whole("attention.key_length")?.unwrap_or(hidden_size / heads);
-    for key in ["attention.value_length", "rope.dimension_count"] {
-        if let Some(other) = metadata.whole(key)?.filter(|it| *it != head_dim) {
+    let turned = metadata.whole("rope.dimension_count")?.unwrap_or(head_dim);
+    let partly = architecture == "phi3";
+    for (key, other) in [
+        ("attention.value_length", metadata.whole("attention.value_length")?.unwrap_or(head_dim)),
+        ("rope.dimension_count", if partly { head_dim } else { turned }),
+    ] {
+        if other != head_dim {
             return Err(format!(
                 "`{architecture}.{key}` is {other}, expected the width of a head, {head_dim}"
             ));
@@ -83,10 +120,13 @@ pub(super) fn read(header: &Header, architecture: &str, factors: Option<Vec<f32>
     let rows =
         embedding.and_then(|it| it.shape.first().copied()).ok_or("tensor `token_embd.weight` is missing")?;
     let has = |name: &str| header.tensors.contains_key(name);
+    if has("rope_factors_long.weight") {
+        return Err("tensor `rope_factors_long.weight`: longrope is not there yet; take a variant for shorter contexts".into());
+    }
     let theta = metadata.float("rope.freq_base")?.unwrap_or(10_000.0);
     let mut config = Map::new();
     let mut set = |key: &str, value: Json| config.insert(key.into(), value);
-    set("model_type", architecture.into());
+    set("model_type", family.into());
     set("vocab_size", rows.into());
     set("hidden_size", hidden_size.into());
     set("intermediate_size", metadata.required("feed_forward_length")?.into());
@@ -94,7 +134,8 @@ pub(super) fn read(header: &Header, architecture: &str, factors: Option<Vec<f32>
     set("num_attention_heads", heads.into());
     set("num_key_value_heads", metadata.whole("attention.head_count_kv")?.unwrap_or(heads).into());
     set("head_dim", head_dim.into());
-    set("hidden_act", "silu".into());
+    let act = if architecture.starts_with("gemma") { "gelu_pytorch_tanh" } else { "silu" };
+    set("hidden_act", act.into());
     set("max_position_embeddings", metadata.required("context_length")?.into());
     let eps = metadata.float("attention.layer_norm_rms_epsilon")?;
     set(
@@ -102,15 +143,95 @@ pub(super) fn read(header: &Header, architecture: &str, factors: Option<Vec<f32>
         eps.ok_or(format!("`{architecture}.attention.layer_norm_rms_epsilon` is missing"))?.into(),
     );
     set("rope_theta", theta.into());
-    set("rope_scaling", scaling(&metadata, factors, theta, head_dim as usize)?);
+    set("rope_scaling", scaling(&metadata, factors, theta, turned as usize)?);
     set("tie_word_embeddings", (!has("output.weight")).into());
-    set("attention_bias", has("blk.0.attn_q.bias").into());
-    set("mlp_bias", has("blk.0.ffn_up.bias").into());
+    if architecture != "qwen2" && !partly {
+        set("attention_bias", has("blk.0.attn_q.bias").into());
+        set("mlp_bias", has("blk.0.ffn_up.bias").into());
+    }
     let ids: Vec<Json> = ["eos", "eot"].iter().filter_map(|it| token(header, it)).collect();
     set("bos_token_id", token(header, "bos").unwrap_or(Json::Null));
     set("eos_token_id", if ids.len() == 2 && ids[0] == ids[1] { json!([ids[0]]) } else { ids.into() });
     set("pad_token_id", token(header, "padding").unwrap_or(Json::Null));
+    let head = Head { width: head_dim, turned, share: hidden_size / heads };
+    match architecture {
+        "granite" => scales(&metadata, &mut set)?,
+        "gemma2" | "gemma3" => gemma(&metadata, &head, &mut set)?,
+        "phi3" => {
+            set("partial_rotary_factor", json!(head.turned as f64 / head.width as f64));
+            set("sliding_window", metadata.whole("attention.sliding_window")?.filter(|it| *it > 0).into());
+        }
+        _ => {}
+    }
     Ok(config.into())
+}
+
+/// The width of a head, how much of it is turned, and what the heads share of the hidden size.
+struct Head {
+    width: u64,
+    turned: u64,
+    share: u64,
+}
+
+type Set<'a> = dyn FnMut(&str, Json) -> Option<Json> + 'a;
+
+fn scales(metadata: &Metadata, set: &mut Set) -> Result<(), String> {
+    for (ours, theirs) in [
+        ("attention_multiplier", "attention.scale"),
+        ("embedding_multiplier", "embedding_scale"),
+        ("residual_multiplier", "residual_scale"),
+        ("logits_scaling", "logit_scale"),
+    ] {
+        if let Some(value) = metadata.float(theirs)? {
+            set(ours, value.into());
+        }
+    }
+    Ok(())
+}
+
+/// Windows, scores and caps of Gemma 2 and 3. What llama.cpp takes where a file doesn't say is said here.
+fn gemma(metadata: &Metadata, head: &Head, set: &mut Set) -> Result<(), String> {
+    let third = metadata.architecture == "gemma3";
+    let count = metadata.required("block_count")?;
+    let largest = count == if third { 62 } else { 46 };
+    set("query_pre_attn_scalar", if largest { head.share } else { head.width }.into());
+    let window = metadata.whole("attention.sliding_window")?.filter(|it| *it > 0);
+    let context = metadata.required("context_length")?;
+    set("sliding_window", window.unwrap_or(if third { context } else { 4096 }).into());
+    let listed = match metadata.get("attention.sliding_window_pattern") {
+        Some(Value::List(list)) => {
+            Some(list.numbers(metadata.file).filter(|it| it.len() as u64 == count).ok_or_else(|| {
+                format!(
+                    "`{}.attention.sliding_window_pattern` is no list of {count} numbers",
+                    metadata.architecture
+                )
+            })?)
+        }
+        _ => None,
+    };
+    let every = match &listed {
+        Some(_) => None,
+        None => metadata.whole("attention.sliding_window_pattern")?,
+    };
+    let every = every.unwrap_or(if third { 6 } else { 2 });
+    let slides = |index: u64| match &listed {
+        Some(list) => list[index as usize] != 0.0,
+        None => every == 0 || !(index + 1).is_multiple_of(every),
+    };
+    // Without a width, Gemma 3 has no windows.
+    let none = third && window.is_none();
+    let kind = |index| if !none && slides(index) { "sliding_attention" } else { "full_attention" };
+    if count <= 4096 {
+        set("layer_types", (0..count).map(kind).collect::<Vec<_>>().into());
+    }
+    if third {
+        set("rope_local_base_freq", metadata.float("rope.freq_base_swa")?.unwrap_or(10_000.0).into());
+        set("final_logit_softcapping", metadata.float("final_logit_softcapping")?.into());
+    } else {
+        set("attn_logit_softcapping", metadata.float("attn_logit_softcapping")?.unwrap_or(50.0).into());
+        set("final_logit_softcapping", metadata.float("final_logit_softcapping")?.unwrap_or(30.0).into());
+    }
+    Ok(())
 }
 
 fn token(header: &Header, name: &str) -> Option<Json> {
@@ -132,7 +253,8 @@ fn refuse_unknown(metadata: &Metadata) -> Result<(), String> {
             Value::Text(it) => it.is_empty(),
             Value::List(it) => it.len() == 0,
         };
-        if !KNOWN.contains(&rest) && !off {
+        let more = MORE.iter().find(|it| it.0 == metadata.architecture).map_or(&[][..], |it| it.1);
+        if !KNOWN.contains(&rest) && !more.contains(&rest) && !off {
             return Err(format!(
                 "`{key}` isn't known for the architecture {} and may change what the model computes",
                 metadata.architecture

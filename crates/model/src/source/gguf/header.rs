@@ -7,13 +7,15 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use super::blocks::Type;
+use super::blocks::GgufType;
 
 /// The longest string that is taken for a name.
 const LONGEST_NAME: usize = 1024;
 
 pub(super) struct Header {
     pub(super) values: BTreeMap<String, Value>,
+    /// Of each value, in the order of the file: its key, its type, its bytes.
+    pub(super) places: Vec<(String, u32, Range<usize>)>,
     pub(super) tensors: BTreeMap<String, Tensor>,
     /// Where the numbers begin.
     pub(super) data: usize,
@@ -21,7 +23,7 @@ pub(super) struct Header {
 
 /// A tensor's place.
 pub(super) struct Tensor {
-    pub(super) kind: Type,
+    pub(super) kind: GgufType,
     /// Outermost first, as elsewhere; the file has them the other way round.
     pub(super) shape: Vec<usize>,
     /// Within the file.
@@ -210,11 +212,13 @@ pub(super) fn parse(bytes: &[u8]) -> Parsed<Header> {
     // The shortest entries: a name's length, dimensions, type, offset; a name's length, type, one byte.
     let tensor_count = reader.count(24, "the number of tensors")?;
     let value_count = reader.count(13, "the number of metadata entries")?;
-    let mut values = BTreeMap::new();
+    let (mut values, mut value_places) = (BTreeMap::new(), Vec::new());
     for _ in 0..value_count {
         let key = reader.name("the name of a metadata entry")?;
         let kind = reader.u32("the type of a metadata entry")?;
+        let start = reader.at;
         let value = reader.value(kind, &key)?;
+        value_places.push((key.clone(), kind, start..reader.at));
         if values.insert(key.clone(), value).is_some() {
             return Err(format!("metadata `{key}` is there twice: the file is damaged"));
         }
@@ -253,10 +257,10 @@ pub(super) fn parse(bytes: &[u8]) -> Parsed<Header> {
             return Err(format!("tensor `{name}` is there twice: the file is damaged"));
         }
     }
-    Ok(Header { values, tensors, data })
+    Ok(Header { values, places: value_places, tensors, data })
 }
 
-fn tensor(reader: &mut Reader) -> Parsed<(String, Type, Vec<usize>, u64)> {
+fn tensor(reader: &mut Reader) -> Parsed<(String, GgufType, Vec<usize>, u64)> {
     let name = reader.name("the name of a tensor")?;
     let dimensions = reader.u32("the dimensions of a tensor")?;
     if dimensions > 4 {
@@ -269,7 +273,7 @@ fn tensor(reader: &mut Reader) -> Parsed<(String, Type, Vec<usize>, u64)> {
         let size = usize::try_from(reader.u64("the shape of a tensor")?).unwrap_or(usize::MAX);
         shape.insert(0, size);
     }
-    let kind = Type::from_id(reader.u32("the type of a tensor")?);
+    let kind = GgufType::from_id(reader.u32("the type of a tensor")?);
     let kind = kind.map_err(|kind| {
         let instead = "take a Q4_K_M, Q8_0, F16 or BF16 file";
         format!("tensor `{name}` is stored as {kind}, which can't be read yet: {instead}")
@@ -279,7 +283,7 @@ fn tensor(reader: &mut Reader) -> Parsed<(String, Type, Vec<usize>, u64)> {
 }
 
 /// Bytes of a tensor; none when its rows are no whole blocks or it can't be counted.
-fn byte_length(kind: Type, shape: &[usize]) -> Option<usize> {
+fn byte_length(kind: GgufType, shape: &[usize]) -> Option<usize> {
     let elements = shape.iter().try_fold(1usize, |product, size| product.checked_mul(*size))?;
     let row = shape.last().copied().unwrap_or(1);
     if elements == 0 || row % kind.block() != 0 {

@@ -1,5 +1,6 @@
 //! Weights, config and vocabulary out of one GGUF file.
 
+mod architecture;
 mod blocks;
 mod config;
 mod header;
@@ -16,34 +17,27 @@ use rayon::prelude::*;
 use serde_json::Value as Json;
 use sha2::{Digest, Sha256};
 
-use super::mapped::{Mapped, Plain, bf16s, f16s};
+use super::mapped::{Mapped, bf16s, f16s};
 use super::{Stored, WeightSource, check_rows};
-use blocks::Type;
+use architecture::ARCHITECTURES;
+pub use architecture::{GgufArchitecture, file_row};
+pub use blocks::GgufType;
 use header::{Header, Value};
-pub use vocabulary::GgufVocabulary;
+pub use vocabulary::{GgufVocabulary, RawValue, raw_vocabulary};
 
-/// An architecture that GGUF files name.
-struct Architecture {
-    /// `general.architecture`, which is also the `model_type` of the family.
-    name: &'static str,
-    /// Rows of q and k are kept in the order (2i, 2i+1), not (i, i + width/2).
-    pairs_are_neighbours: bool,
+/// Reads all of a file of these bytes, for fuzzers: its config and spec, its vocabulary, and a row of each tensor. Returns
+/// how many tensors that were.
+pub fn read_gguf_through(bytes: &[u8]) -> usize {
+    let Ok(source) = GgufSource::of(Mapped::held("f.gguf", bytes)) else { return 0 };
+    let _ = source.vocabulary();
+    let _ = source.config().and_then(|config| crate::families::spec(&config, source.path()));
+    let read = |name: &&str| {
+        let (rows, cols) = source.shape(name)?;
+        let mut out = vec![0.0; cols];
+        source.read_rows(name, rows - 1..rows, &mut out)
+    };
+    source.names().iter().filter(|name| read(name).is_ok()).count()
 }
-
-const ARCHITECTURES: &[Architecture] = &[Architecture { name: "llama", pairs_are_neighbours: true }];
-
-/// The modules of a layer: GGUF's name, ours.
-const MODULES: &[(&str, &str)] = &[
-    ("attn_norm", "input_layernorm"),
-    ("attn_q", "self_attn.q_proj"),
-    ("attn_k", "self_attn.k_proj"),
-    ("attn_v", "self_attn.v_proj"),
-    ("attn_output", "self_attn.o_proj"),
-    ("ffn_norm", "post_attention_layernorm"),
-    ("ffn_gate", "mlp.gate_proj"),
-    ("ffn_up", "mlp.up_proj"),
-    ("ffn_down", "mlp.down_proj"),
-];
 
 /// What a row of numbers is divided into where one has to be in memory for a moment.
 const CHUNK: usize = 64 * 1024;
@@ -52,13 +46,13 @@ const CHUNK: usize = 64 * 1024;
 pub struct GgufSource {
     file: Mapped,
     header: Header,
-    architecture: &'static Architecture,
+    architecture: &'static GgufArchitecture,
     entries: BTreeMap<String, Entry>,
 }
 
 /// A tensor by its canonical name.
 struct Entry {
-    kind: Type,
+    kind: GgufType,
     shape: Vec<usize>,
     bytes: Range<usize>,
     /// Heads whose rows are brought into our order.
@@ -72,9 +66,13 @@ impl GgufSource {
     /// When the file is truncated or contradicts itself, holds a type of numbers that can't be
     /// read, or is of an architecture that isn't there yet.
     pub fn open(path: &Path) -> Result<GgufSource> {
-        let file = Mapped::open(path)?;
-        let header = header::parse(file.bytes()).map_err(|message| Error::file(path, message))?;
-        let wrong = |message: String| Err(Error::file(path, message));
+        GgufSource::of(Mapped::open(path)?)
+    }
+
+    fn of(file: Mapped) -> Result<GgufSource> {
+        let path = file.path.clone();
+        let header = header::parse(file.bytes()).map_err(|message| Error::file(&path, message))?;
+        let wrong = |message: String| Err(Error::file(&path, message));
         if let Some(Value::Whole(count)) = header.values.get("split.count")
             && *count > 1
         {
@@ -82,11 +80,16 @@ impl GgufSource {
                 "is one of {count} parts: join them with `llama-gguf-split --merge` first"
             ));
         }
+        if let Some(Value::Text(kind)) = header.values.get("general.type")
+            && kind != "model"
+        {
+            return wrong(format!("is of the type `{kind}`, not a model"));
+        }
         let name = match header.values.get("general.architecture") {
             Some(Value::Text(name)) => name,
             _ => return wrong("`general.architecture` is missing: it names the model's family".into()),
         };
-        let Some(architecture) = ARCHITECTURES.iter().find(|it| it.name == name) else {
+        let Some(architecture) = GgufArchitecture::named(name) else {
             let there: Vec<&str> = ARCHITECTURES.iter().map(|it| it.name).collect();
             return wrong(format!(
                 "GGUF files of the family `{name}` are not there yet, only: {}",
@@ -110,7 +113,7 @@ impl GgufSource {
             if name == "rope_freqs.weight" {
                 continue; // in the config
             }
-            let (ours, module) = canonical(name).unwrap_or_else(|| (name.clone(), ""));
+            let (ours, module) = self.architecture.canonical(name).unwrap_or_else(|| (name.clone(), ""));
             let reordered = match module {
                 "attn_q" => Some(q_heads),
                 "attn_k" => Some(kv_heads),
@@ -129,14 +132,15 @@ impl GgufSource {
     pub fn config(&self) -> Result<Json> {
         let factors = match self.header.tensors.get("rope_freqs.weight") {
             None => None,
-            Some(tensor) if tensor.shape.len() == 1 && tensor.kind == Type::Plain(Plain::F32) => {
+            Some(tensor) if tensor.shape.len() == 1 && tensor.kind == GgufType::F32 => {
                 let mut factors = vec![0.0; tensor.shape[0]];
                 tensor.kind.read(&self.file.bytes()[tensor.bytes.clone()], &mut factors);
                 Some(factors)
             }
             Some(_) => return Err(self.wrong("tensor `rope_freqs.weight` is no list of F32 numbers")),
         };
-        config::read(&self.header, self.architecture.name, factors).map_err(|message| self.wrong(message))
+        config::read(&self.header, self.file.bytes(), self.architecture, factors)
+            .map_err(|message| self.wrong(message))
     }
 
     /// The tokenizer and the chat template.
@@ -161,33 +165,13 @@ impl GgufSource {
     }
 }
 
-/// A tensor's canonical name, and the module's name in the file.
-pub(super) fn canonical(name: &str) -> Option<(String, &str)> {
-    let (module, suffix) = name.rsplit_once('.')?;
-    let top = match module {
-        "token_embd" => Some("model.embed_tokens"),
-        "output_norm" => Some("model.norm"),
-        "output" => Some("lm_head"),
-        _ => None,
-    };
-    if let Some(top) = top {
-        return Some((format!("{top}.{suffix}"), module));
-    }
-    let (layer, module) = module.strip_prefix("blk.")?.split_once('.')?;
-    let (_, ours) = MODULES.iter().find(|(theirs, _)| *theirs == module)?;
-    Some((format!("model.layers.{layer}.{ours}.{suffix}"), module))
-}
-
 impl Entry {
-    /// Where our row is in the file. With `half` pairs to a head, ours (i, i + half) is theirs (2i, 2i+1).
+    /// Where our row is in the file.
     fn file_row(&self, row: usize, rows: usize) -> usize {
-        let Some(heads) = self.reordered.filter(|it| *it > 0 && rows.is_multiple_of(2 * it)) else {
-            return row;
-        };
-        let width = rows / heads;
-        let (head, within) = (row / width, row % width);
-        let (pair, second) = (within % (width / 2), within / (width / 2));
-        head * width + 2 * pair + second
+        match self.reordered.filter(|it| *it > 0 && rows.is_multiple_of(2 * it)) {
+            Some(heads) => file_row(row, rows / heads),
+            None => row,
+        }
     }
 
     /// Rows and columns, a vector being one row.
@@ -229,17 +213,17 @@ impl WeightSource for GgufSource {
         Ok(match entry.kind {
             // Bringing rows into order goes through f32.
             _ if entry.reordered.is_some() => DType::F32,
-            Type::Plain(Plain::F16) => DType::F16,
-            Type::Plain(Plain::Bf16) => DType::BF16,
+            GgufType::F16 => DType::F16,
+            GgufType::Bf16 => DType::BF16,
             _ => DType::F32,
         })
     }
 
     fn stored_dtype(&self, name: &str) -> Result<Option<DType>> {
         Ok(match self.entry(name)?.kind {
-            Type::Plain(Plain::F32) => Some(DType::F32),
-            Type::Plain(Plain::F16) => Some(DType::F16),
-            Type::Plain(Plain::Bf16) => Some(DType::BF16),
+            GgufType::F32 => Some(DType::F32),
+            GgufType::F16 => Some(DType::F16),
+            GgufType::Bf16 => Some(DType::BF16),
             _ => None,
         })
     }

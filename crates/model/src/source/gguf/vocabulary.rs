@@ -24,16 +24,44 @@ pub struct GgufVocabulary {
     pub bos_token_id: Option<u32>,
     /// The token that ends a text.
     pub eos_token_id: Option<u32>,
+    /// The token that ends a turn, where it is another.
+    pub eot_token_id: Option<u32>,
     /// The token for what isn't known.
     pub unk_token_id: Option<u32>,
     /// The token that fills up rows.
     pub pad_token_id: Option<u32>,
     /// Whether texts begin with the first of these.
     pub add_bos_token: Option<bool>,
+    /// Whether texts end with the token that ends them.
+    pub add_eos_token: Option<bool>,
     /// Whether a space is put before a text.
     pub add_space_prefix: Option<bool>,
     /// The chat template.
     pub chat_template: Option<String>,
+    /// Templates for other uses, by name.
+    pub more_templates: Vec<(String, String)>,
+}
+
+/// A value of a file's metadata, as it stands there.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RawValue {
+    /// Its type's number.
+    pub kind: u32,
+    /// What follows that number.
+    pub bytes: Vec<u8>,
+}
+
+impl RawValue {
+    /// A text.
+    pub fn text(text: &str) -> RawValue {
+        let length = (text.len() as u64).to_le_bytes();
+        RawValue { kind: 8, bytes: [&length, text.as_bytes()].concat() }
+    }
+
+    /// A number of 32 bits.
+    pub fn whole(number: u32) -> RawValue {
+        RawValue { kind: 4, bytes: number.to_le_bytes().to_vec() }
+    }
 }
 
 impl GgufVocabulary {
@@ -46,6 +74,20 @@ impl GgufVocabulary {
         let header = header::parse(file.bytes()).map_err(|message| Error::file(path, message))?;
         read(&header, file.bytes()).map_err(|message| Error::file(path, message))
     }
+}
+
+/// All that a file says about its tokenizer, `tokenizer.*`, for another file to say the same.
+///
+/// # Errors
+/// When the file is truncated or contradicts itself.
+pub fn raw_vocabulary(path: &Path) -> Result<Vec<(String, RawValue)>, Error> {
+    let file = Mapped::open(path)?;
+    let header = header::parse(file.bytes()).map_err(|message| Error::file(path, message))?;
+    let ours = header.places.into_iter().filter(|it| it.0.starts_with("tokenizer."));
+    let raw = |(key, kind, bytes): (String, u32, std::ops::Range<usize>)| {
+        (key, RawValue { kind, bytes: file.bytes()[bytes].to_vec() })
+    };
+    Ok(ours.map(raw).collect())
 }
 
 /// Reads the vocabulary out of a header; `file` is the whole file.
@@ -81,11 +123,17 @@ pub(super) fn read(header: &Header, file: &[u8]) -> Result<GgufVocabulary, Strin
         merges: strings("ggml.merges")?,
         bos_token_id: id("bos"),
         eos_token_id: id("eos"),
+        eot_token_id: id("eot"),
         unk_token_id: id("unknown"),
         pad_token_id: id("padding"),
         add_bos_token: flag("ggml.add_bos_token"),
+        add_eos_token: flag("ggml.add_eos_token"),
         add_space_prefix: flag("ggml.add_space_prefix"),
         chat_template: text("chat_template"),
+        more_templates: strings("chat_templates")?
+            .into_iter()
+            .filter_map(|name| text(&format!("chat_template.{name}")).map(|it| (name, it)))
+            .collect(),
     };
     let count = vocabulary.tokens.len();
     for (key, length) in [("scores", vocabulary.scores.len()), ("token_type", vocabulary.token_types.len())] {
