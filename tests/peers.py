@@ -36,7 +36,7 @@ torch.set_num_threads(2)
 IDS = [5, 6, 7, 100, 299, 42, 17, 8, 9, 250, 3, 77]
 # The tokenizer's vocabulary, and rows of whole blocks: on a CPU, bitsandbytes 0.50 reads others wrongly.
 SIZES = dict(vocab_size=300, intermediate_size=128)
-EXACT, ROUNDED = 1e-4, 3e-2
+EXACT, ROUNDED = 1e-4, 5e-2
 
 
 class Skip(Exception):
