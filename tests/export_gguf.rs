@@ -75,7 +75,7 @@ fn an_adapter_goes_to_llama_cpp_by_itself() {
     let dir = with_config("");
     let (model, lora) = (repository(TINY).display().to_string(), repository(LORA).display().to_string());
     let words = ["export", "--model", &model, "--output", "alone", "--format", "gguf-adapter"];
-    dir.ferrotune(&words).fails(2).says("`gguf-adapter` needs an adapter");
+    dir.ferrotune(&words).fails(2).says("`gguf-adapter` needs one adapter");
     dir.ferrotune(&[&words[..], &["--adapter", &lora]].concat())
         .succeeds()
         .says("wrote alone/alone-lora.gguf")
