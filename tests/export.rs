@@ -230,7 +230,11 @@ fn merged_as_peft_merges() {
     let ids: Vec<String> =
         logits["input_ids"].as_array().expect("ids").iter().map(Value::to_string).collect();
     let dir = Dir::new();
-    for (adapter, key) in [("peft_lora_r8", "peft_lora_r8_merged"), ("peft_rslora_r16", "peft_rslora_r16")] {
+    for (adapter, key) in [
+        ("peft_lora_r8", "peft_lora_r8_merged"),
+        ("peft_rslora_r16", "peft_rslora_r16_merged"),
+        ("peft_dora_r4", "peft_dora_r4_merged"),
+    ] {
         let (base, adapter) = (base.display().to_string(), golden.join(adapter).display().to_string());
         let words = ["export", "--model", &base, "--adapter", &adapter, "--output", key];
         dir.ferrotune(&words).succeeds().says("verified");

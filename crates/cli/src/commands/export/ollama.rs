@@ -74,9 +74,9 @@ impl Modelfile<'_> {
             let _ = writeln!(text, "PARAMETER stop \"{stop}\"");
         }
         match self.template {
-            Some(template) if !is_known(template) => match turns(template) {
+            Some(template) if !is_known(template) => match turns(template, self.begin) {
                 Some(turns) => {
-                    let _ = writeln!(text, "TEMPLATE \"\"\"{}\"\"\"", turns.go(self.begin));
+                    let _ = writeln!(text, "TEMPLATE \"\"\"{}\"\"\"", turns.go());
                 }
                 None => text += "# The chat template has no plain form for Ollama; write TEMPLATE by hand.\n",
             },
@@ -106,14 +106,16 @@ struct Turns {
     after_assistant: String,
 }
 
-/// Takes a template apart; none where what it writes around a message depends on more than who speaks.
-fn turns(template: &Template) -> Option<Turns> {
+/// Takes a template apart; none where what it writes around a message depends on more than who speaks. `begin`, which
+/// Ollama puts before the whole text, is left out there.
+fn turns(template: &Template, begin: &str) -> Option<Turns> {
     // Letters alone, so that no template trims or splits them.
     let [system, one, answer, two] = ["SYSTEMXQZ", "FIRSTXQZ", "ANSWERXQZ", "SECONDXQZ"];
     let message = |role: &str, content: &str| json!({ "role": role, "content": content });
     let turns = [message("user", one), message("assistant", answer), message("user", two)];
     let render = |messages: &[Value]| {
-        template.render(messages, None, Ending::GenerationPrompt, &Map::new()).ok().map(|it| it.text)
+        let text = template.render(messages, None, Ending::GenerationPrompt, &Map::new()).ok()?.text;
+        Some(text.strip_prefix(begin).unwrap_or(&text).to_string())
     };
     let plain = render(&turns)?;
     let [start, between, end, generation] = parts(&plain, [one, answer, two])?;
@@ -172,16 +174,9 @@ impl Turns {
         ]
     }
 
-    /// The template in Go's language. Ollama puts `begin` before the whole text, so it is left out there.
-    fn go(mut self, begin: &str) -> String {
-        if let Some(rest) = self.before_user.strip_prefix(begin) {
-            self.before_user = rest.to_string();
-            for before in [&mut self.after_system, &mut self.without_system, &mut self.after_assistant] {
-                before.push_str(begin);
-            }
-        }
-        let bare = |text: &str| text.strip_prefix(begin).unwrap_or(text).to_string();
-        let (with, without) = (bare(&self.before_system), bare(&self.without_system));
+    /// The template in Go's language.
+    fn go(&self) -> String {
+        let (with, without) = (&self.before_system, &self.without_system);
         let before_user = &self.before_user;
         let last = "{{ if eq (len (slice $.Messages $i)) 1 }}";
         let user = match self.between == self.generation {
@@ -189,7 +184,7 @@ impl Turns {
             false => format!("{last}{}{{{{ else }}}}{}{{{{ end }}}}", self.generation, self.between),
         };
         let system = match self.before_system.is_empty() && self.after_system == self.without_system {
-            true => without,
+            true => without.clone(),
             false => {
                 let after = &self.after_system;
                 format!(
@@ -244,12 +239,12 @@ mod tests {
     fn what_begins_a_text_is_left_to_ollama() {
         let source = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}\
             {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}";
-        let go = turns(&template(source)).unwrap().go("<s>");
+        let go = turns(&template(source), "<s>").unwrap().go();
         assert!(go.contains("}}[INST] {{ .Content }} [/INST]") && !go.contains("<s>"), "{go}");
         assert!(go.contains("{{ else }}</s>{{ end }}"), "{go}");
         // Before each turn of the person, as Llama 2 has it.
         let source = source.replace("{{ bos_token }}{%", "{%").replace("[INST]", "<s>[INST]");
-        let go = turns(&template(&source)).unwrap().go("<s>");
+        let go = turns(&template(&source), "<s>").unwrap().go();
         assert!(go.starts_with("{{ if .System }}"), "{go}");
         assert!(go.contains("}}[INST] {{ .Content }}") && go.contains("{{ else }}</s><s>{{ end }}"), "{go}");
     }

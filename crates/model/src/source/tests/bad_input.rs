@@ -134,9 +134,13 @@ fn shards_that_are_not_there() {
     let twice = r#"{"weight_map": {"a": "model-00001-of-00002.safetensors", "a": "nowhere.safetensors"}}"#;
     scratch.write(name, twice);
     refused(&scratch.0, &["nowhere.safetensors", "isn't there"]);
-    for map in [json!([]), json!({ "model.norm.weight": 7 }), json!({ "model.norm.weight": [name] })] {
+    for (map, expected) in [
+        (json!([]), "weight_map"),
+        (json!({ "model.norm.weight": 7 }), "the name of a file beside this one"),
+        (json!({ "model.norm.weight": [name] }), "the name of a file beside this one"),
+    ] {
         scratch.write(name, json!({ "weight_map": map }).to_string());
-        refused(&scratch.0, &["index.json", "weight_map"]);
+        refused(&scratch.0, &["index.json", expected]);
     }
 }
 
