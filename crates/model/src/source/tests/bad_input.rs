@@ -134,9 +134,11 @@ fn shards_that_are_not_there() {
     let twice = r#"{"weight_map": {"a": "model-00001-of-00002.safetensors", "a": "nowhere.safetensors"}}"#;
     scratch.write(name, twice);
     refused(&scratch.0, &["nowhere.safetensors", "isn't there"]);
-    for map in [json!([]), json!({ "model.norm.weight": 7 }), json!({ "model.norm.weight": [name] })] {
-        scratch.write(name, json!({ "weight_map": map }).to_string());
-        refused(&scratch.0, &["index.json", "weight_map"]);
+    scratch.write(name, json!({ "weight_map": [] }).to_string());
+    refused(&scratch.0, &["index.json", "weight_map"]);
+    for shard in [json!(7), json!([name]), Value::Null] {
+        scratch.write(name, json!({ "weight_map": { "model.norm.weight": shard } }).to_string());
+        refused(&scratch.0, &["index.json", "model.norm.weight", "the name of a file beside this one"]);
     }
 }
 
