@@ -4,6 +4,7 @@ use std::fs;
 
 use ferrotune_model::source::{ModelFiles, raw_vocabulary};
 
+use crate::saved_modules::tied;
 use crate::train::with_config;
 use crate::util::{TINY, repository};
 
@@ -41,6 +42,32 @@ fn train_export_to_gguf_and_chat() {
     dir.ferrotune(&words).succeeds().says("wrote again/again-Q4_K_M.gguf").says("verified");
     let kept = |it: &str| raw_vocabulary(&dir.path().join(it)).unwrap();
     assert_eq!(kept("again/again-Q4_K_M.gguf"), kept(file));
+}
+
+#[test]
+fn new_tokens_and_saved_modules_are_in_the_file() {
+    let dir = with_config("max_steps: 2\nadd_tokens: [Answer, <b>]\nadd_special_tokens: [<|c|>]\n");
+    let model = tied(&dir);
+    let gguf = repository("tests/fixtures/gguf/tiny.gguf").display().to_string();
+    for (base, out) in [(model, "folder"), (gguf, "gguf")] {
+        let words = ["train", "c.yaml", &format!("model_name_or_path={base}"), &format!("output_dir={out}")];
+        dir.ferrotune(&words).succeeds();
+        let name = format!("{out}-made");
+        let words = ["export", "--model", &base, "--adapter", out, "--output", &name, "--format", "gguf-f32"];
+        dir.ferrotune(&words).succeeds().says("verified");
+        let alone =
+            ["export", "--model", &base, "--adapter", out, "--output", "no", "--format", "gguf-adapter"];
+        dir.ferrotune(&alone).fails(1).says("export the merged model");
+        let file = format!("{name}/{name}-F32.gguf");
+        let files = ModelFiles::open(dir.path().join(&file)).unwrap();
+        let vocabulary = files.vocabulary.unwrap();
+        assert_eq!(vocabulary.tokens.len(), files.spec.vocab_size);
+        let kind = |token: &str| {
+            let id = vocabulary.tokens.iter().position(|it| it == token);
+            id.map(|id| vocabulary.token_types[id])
+        };
+        assert_eq!([kind("Answer"), kind("<b>"), kind("<|c|>")], [Some(4), Some(4), Some(3)], "{base}");
+    }
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! Fuzzing the readers of data, chat templates and GGUF files: with cargo-fuzz where it is installed, else by mutations within a
-//! test. Folders of safetensors, bitsandbytes' among them, are always fuzzed within a test.
+//! Fuzzing the readers of data, chat templates and models' files: with cargo-fuzz where it is installed, else by mutations
+//! within a test. Folders of models, which are mapped from the disk, are always fuzzed within a test.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -9,12 +9,12 @@ use crate::{Result, cargo, root, run};
 /// Chat templates, the kinds of files of data, and GGUF files, each a target of its own.
 const TARGETS: [&str; 9] = ["template", "json", "jsonl", "csv", "tsv", "txt", "parquet", "arrow", "gguf"];
 
-/// Kinds of models' folders.
-const MODELS: [&str; 2] = ["safetensors", "bnb"];
+/// Kinds of folders of models.
+const FOLDERS: [&str; 2] = ["safetensors", "bnb"];
 
 /// `cargo xtask fuzz [target] [--runs N]`
 pub fn run_all(words: &[&str]) -> Result<()> {
-    let all = [&TARGETS[..], &MODELS[..]].concat();
+    let all = [&TARGETS[..], &FOLDERS[..]].concat();
     let (mut targets, mut runs) = (all.clone(), "100000".to_string());
     let mut words = words.iter();
     while let Some(word) = words.next() {
@@ -32,7 +32,7 @@ pub fn run_all(words: &[&str]) -> Result<()> {
         .status();
     let with_fuzzer = fuzzer.is_ok_and(|status| status.success());
     for target in targets {
-        if MODELS.contains(&target) {
+        if FOLDERS.contains(&target) {
             let words = [
                 "test",
                 "--release",

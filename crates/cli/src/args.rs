@@ -65,7 +65,10 @@ pub enum Command {
     /// Write the model and its adapter as one, for other programs.
     #[command(
         after_help = "Examples:\n  ferrotune export bakery.yaml --adapter out/bakery --output out/bakery-merged\n  \
+        ferrotune export bakery.yaml --adapter out/bakery --output out/bakery-gguf --format gguf-q4_k_m\n  \
         ferrotune export merge.yaml export_size=2\n\n\
+        Formats: safetensors, bnb-4bit, gguf-f32, gguf-f16, gguf-bf16, gguf-q8_0, gguf-q6_k, gguf-q5_k_m, gguf-q4_k_m, gguf-q4_0, \
+        gguf-adapter.\n\
         The file has LLaMA-Factory's keys: model_name_or_path, adapter_name_or_path, export_dir, export_size"
     )]
     Export(ExportArgs),

@@ -181,10 +181,13 @@ fn sentence_piece_form(json: &Value, vocabulary: &mut GgufVocabulary) -> Result<
     let scheme = json["pre_tokenizer"]["prepend_scheme"].as_str();
     vocabulary.add_space_prefix = Some(prepends || scheme.is_some_and(|it| it != "never"));
     let mut order: HashMap<String, usize> = HashMap::new();
-    for (rank, (left, right)) in merges(json)?.into_iter().enumerate() {
+    let merges = merges(json)?;
+    let count = merges.len();
+    for (rank, (left, right)) in merges.into_iter().enumerate() {
         order.entry(left + &right).or_insert(rank);
     }
-    let score = |token: &String| order.get(token).map_or(0.0, |rank| -(*rank as f32));
+    // What no merge makes comes last; of single characters and bytes it is never asked.
+    let score = |token: &String| -(*order.get(token).unwrap_or(&count) as f32);
     vocabulary.scores = vocabulary.tokens.iter().map(score).collect();
     for (token, kind) in vocabulary.tokens.iter().zip(&mut vocabulary.token_types) {
         let hex = token.strip_prefix("<0x").and_then(|it| it.strip_suffix('>'));

@@ -190,7 +190,11 @@ fn tensors<'a>(
         let width = architecture.pairs_are_neighbours.then(|| head_width(spec, &tensor.name)).flatten();
         let (cols, is_vector, from) = (tensor.cols, rows.is_none(), tensor.parts.clone());
         let fill: Fill<'a> = Box::new(move |rows, out| {
+            let last = rows.end == tensor.rows;
             read_stacked(weights, &from, rows, out)?;
+            if last {
+                from.iter().for_each(|part| weights.forget(part));
+            }
             if let Some(width) = width {
                 weave(out, width, if is_vector { 1 } else { cols });
             }
