@@ -20,7 +20,7 @@ pub enum Initial {
 }
 
 /// Rounds for LoftQ: what quantising leaves has no directions that stand out.
-const LOFTQ_ROUNDS: usize = 32;
+const LOFTQ_ROUNDS: usize = 12;
 
 /// An adapter of the leading directions of a weight (output, input) on the CPU, and what is left of the weight, in its type.
 ///
