@@ -5,7 +5,7 @@ use std::path::Path;
 
 use ferrotune_data::Batch;
 use ferrotune_export::{PeftAdapter, merge};
-use ferrotune_lora::{Initial, Iterations, LoraAdapter, LoraConfig, Target, loftq, pissa};
+use ferrotune_lora::{Iterations, LoraAdapter, LoraConfig, loftq, pissa};
 use ferrotune_model::source::{ModelFiles, Stored};
 use ferrotune_model::{BuildOptions, PartSpec, build, dense_part};
 use ferrotune_nn::{Context, LanguageModel, Weight};
@@ -100,18 +100,7 @@ fn adapters_that_peft_wrote_answer_alike_beside_the_base_and_merged_into_it() {
 }
 
 fn config(r: usize, lora_alpha: f64) -> LoraConfig {
-    LoraConfig {
-        r,
-        lora_alpha,
-        lora_dropout: 0.0,
-        use_rslora: false,
-        use_dora: false,
-        target_modules: Target::All,
-        exclude_modules: Vec::new(),
-        layers_to_transform: Vec::new(),
-        initial: Initial::Zero,
-        seed: 1,
-    }
+    LoraConfig { r, lora_alpha, ..LoraConfig::default() }
 }
 
 /// s·B·A added to a matrix.

@@ -72,7 +72,13 @@ fn embedding_and_head_are_trained_and_saved_beside_adapters() {
 fn one_of_a_tied_pair_leaves_the_other_as_it_was() {
     let dir = with_config("max_steps: 3\nnum_threads: 1\nadditional_target: lm_head\n");
     let model = tied(&dir);
-    dir.ferrotune(&["train", "c.yaml", &format!("model_name_or_path={model}")]).succeeds();
+    let name = format!("model_name_or_path={model}");
+    // Counted as PEFT's print_trainable_parameters does.
+    let ran = dir.ferrotune(&["train", "c.yaml", &name]).succeeds();
+    ran.says("trainable params: 28,736 || all params: 97,136");
+    let both = ["additional_target=embed_tokens,lm_head", "output_dir=both"];
+    let ran = dir.ferrotune(&[&["train", "c.yaml", &name], &both[..]].concat()).succeeds();
+    ran.says("trainable params: 43,136 || all params: 111,536");
     let whole = adapter(&dir.path().join("out"));
     assert!(whole.contains(HEAD) && !whole.contains(EMBEDDING));
     let before =
@@ -96,6 +102,8 @@ fn added_tokens_get_rows_that_are_trained_and_saved() {
         for name in [EMBEDDING, HEAD] {
             assert_eq!(whole.shape(name).expect(name).0, 320, "{name}");
         }
+        let card = fs::read_to_string(dir.path().join("out/README.md")).expect("the card");
+        assert!(card.contains("model.resize_token_embeddings(320)"), "{card}");
         let tokenizer = fs::read_to_string(dir.path().join("out/tokenizer.json")).expect("the tokenizer");
         assert!(tokenizer.contains("\"Answer\"") && tokenizer.contains("\"<b>\""));
         assert_eq!(logits(&dir, &model, "5,300,301").len(), 3 * 320);

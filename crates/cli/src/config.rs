@@ -3,6 +3,8 @@
 //! Keys are LLaMA-Factory's (which are transformers' `TrainingArguments` and a few), so that its
 //! files run unchanged or say which key does not. [`RunConfig`] opens nothing: that is `Run`'s part.
 
+mod checks;
+mod choices;
 mod kinds;
 mod others;
 mod settings;
@@ -16,10 +18,11 @@ use anyhow::Context as _;
 use crate::console::Usage;
 use others::{Fate, other_key, other_names};
 
-pub use kinds::{
+pub use choices::{
     BestMetric, EvalStrategy, ExportFormat, FinetuningType, InferDtype, InitLoraWeights, MixStrategy,
-    OnBadRow, Optimizer, QuantizationBit, Recompute, Resume, SaveStrategy, Stage, TemplateName,
+    OnBadRow, Optimizer, QuantizationBit, Recompute, SaveStrategy, Stage, TemplateName,
 };
+pub use kinds::Resume;
 pub use settings::RunConfig;
 pub use yaml::{Data, Node, parse as parse_yaml};
 

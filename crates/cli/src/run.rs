@@ -35,6 +35,15 @@ pub use decoder::{Adapters, Subtracted, build_decoder, lora_tensors, open_decode
 pub use model::{OpenModel, TemplateSource, UntemplatedModel, Vocabulary, model_spec, template_source};
 pub use trained::{check_trained, is_trained, load_trained, prepare, save_trained};
 
+/// What the base model's files say, before anything is changed for a run.
+#[derive(Clone, Copy, Debug)]
+pub struct Unchanged {
+    /// Rows of the embedding.
+    pub vocab_size: usize,
+    /// Embedding and head are one.
+    pub tied: bool,
+}
+
 /// A training run, opened and checked.
 pub struct Run {
     /// What was typed.
@@ -47,6 +56,8 @@ pub struct Run {
     pub computing: BuildOptions,
     /// The base model's files, tokenizer and chat template.
     pub model: OpenModel,
+    /// Its vocabulary as the files have it.
+    pub unchanged: Unchanged,
     /// The adapter that training goes on with.
     pub adapter: Option<Box<PeftAdapter>>,
     /// The samples.
@@ -78,6 +89,8 @@ impl Run {
         let computing = open_device(&config, console)?;
         let model = OpenModel::open(&config, console)?;
         say_four_bits(&config, &model.files, console);
+        let ModelSpec { vocab_size, tie_word_embeddings: tied, .. } = model.files.spec;
+        let unchanged = Unchanged { vocab_size, tied };
         let (model, adapter) = adapter_to_train(&mut config, model, console)?;
         let adapter = adapter.map(Box::new);
         let model = prepare(&mut config, model, console)?;
@@ -93,7 +106,18 @@ impl Run {
         check_memory(&model.files.spec.memory(&plan), &computing, console)?;
         fs::create_dir_all(&output_dir).with_context(|| format!("can't create {}", output_dir.display()))?;
         let lock = lock.map_or_else(|| RunLock::take(&output_dir), Ok)?;
-        Ok(Run { config, output_dir, resume_from, computing, model, adapter, data, evaluation, _lock: lock })
+        Ok(Run {
+            config,
+            output_dir,
+            resume_from,
+            computing,
+            model,
+            unchanged,
+            adapter,
+            data,
+            evaluation,
+            _lock: lock,
+        })
     }
 
     /// The batches of the run; takes the samples out of `data`.

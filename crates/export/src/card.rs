@@ -9,6 +9,8 @@ pub struct ModelCard {
     pub title: String,
     /// Data sets, as hubs or files name them.
     pub datasets: Vec<String>,
+    /// Rows of the embedding, where they are more than the base model has.
+    pub vocab_size: Option<usize>,
     /// Rows of the table of training: `Learning rate`, `2e-4`.
     pub training: Vec<(String, String)>,
 }
@@ -32,8 +34,19 @@ impl ModelCard {
         };
         let _ = writeln!(text, "# {}\n", one_line(&title));
         let _ = writeln!(text, "An adapter for `{}`, trained with Ferrotune.\n", one_line(base));
-        text += "```python\nfrom peft import AutoPeftModelForCausalLM\n\n";
-        text += "model = AutoPeftModelForCausalLM.from_pretrained(\"path/to/this/folder\")\n```\n\n";
+        text += &match self.vocab_size {
+            None => "```python\nfrom peft import AutoPeftModelForCausalLM\n\n\
+                     model = AutoPeftModelForCausalLM.from_pretrained(\"path/to/this/folder\")\n```\n\n"
+                .to_string(),
+            Some(rows) => format!(
+                "Tokens were added: the base model is resized before the adapter is put on it.\n\n\
+                 ```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n\
+                 model = AutoModelForCausalLM.from_pretrained(\"{}\")\n\
+                 model.resize_token_embeddings({rows})\n\
+                 model = PeftModel.from_pretrained(model, \"path/to/this/folder\")\n```\n\n",
+                one_line(base)
+            ),
+        };
         text += "| | |\n|---|---|\n";
         let mut row = |name: &str, value: &str| {
             let value = one_line(value).replace('|', "\\|");

@@ -211,7 +211,6 @@ impl Adapter for LoraAdapter {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Initial, Target};
     use ferrotune_nn::check::{gradients, seeded};
     use ferrotune_nn::{DenseWeight, Layer, Linear, Part};
 
@@ -286,18 +285,7 @@ mod tests {
 
     #[test]
     fn a_new_adapter_changes_nothing_and_is_the_same_for_the_same_seed() {
-        let config = LoraConfig {
-            r: 4,
-            lora_alpha: 8.0,
-            lora_dropout: 0.0,
-            use_rslora: false,
-            use_dora: false,
-            target_modules: Target::All,
-            exclude_modules: Vec::new(),
-            layers_to_transform: Vec::new(),
-            initial: Initial::Zero,
-            seed: 9,
-        };
+        let config = LoraConfig { r: 4, seed: 9, ..LoraConfig::default() };
         let new = |name: &str| LoraAdapter::new(name, 5, 16, &config, Precision::Full).unwrap();
         assert_eq!(new("q").a.value.values::<f32>().unwrap(), new("q").a.value.values::<f32>().unwrap());
         assert_ne!(new("q").a.value.values::<f32>().unwrap(), new("k").a.value.values::<f32>().unwrap());

@@ -36,6 +36,24 @@ pub struct LoraConfig {
     pub seed: u64,
 }
 
+impl Default for LoraConfig {
+    /// As PEFT's: rank and alpha 8, on every projection.
+    fn default() -> LoraConfig {
+        LoraConfig {
+            r: 8,
+            lora_alpha: 8.0,
+            lora_dropout: 0.0,
+            use_rslora: false,
+            use_dora: false,
+            target_modules: Target::All,
+            exclude_modules: Vec::new(),
+            layers_to_transform: Vec::new(),
+            initial: Initial::Zero,
+            seed: 0,
+        }
+    }
+}
+
 impl LoraConfig {
     /// What the low-rank product is multiplied by.
     pub fn scaling(&self) -> f64 {
@@ -111,18 +129,8 @@ mod tests {
     use super::*;
 
     fn config(target_modules: Target, exclude: &[&str]) -> LoraConfig {
-        LoraConfig {
-            r: 16,
-            lora_alpha: 32.0,
-            lora_dropout: 0.0,
-            use_rslora: false,
-            use_dora: false,
-            target_modules,
-            exclude_modules: exclude.iter().map(|it| it.to_string()).collect(),
-            layers_to_transform: Vec::new(),
-            initial: Initial::Zero,
-            seed: 1,
-        }
+        let exclude_modules = exclude.iter().map(|it| it.to_string()).collect();
+        LoraConfig { r: 16, lora_alpha: 32.0, target_modules, exclude_modules, ..LoraConfig::default() }
     }
 
     #[test]

@@ -20,7 +20,7 @@ pub enum Initial {
 }
 
 /// Rounds for LoftQ: what quantising leaves has no directions that stand out.
-const LOFTQ_ROUNDS: usize = 32;
+const LOFTQ_ROUNDS: usize = 12;
 
 /// An adapter of the leading directions of a weight (output, input) on the CPU, and what is left of the weight, in its type.
 ///
@@ -87,22 +87,10 @@ fn of_directions(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Target;
     use ferrotune_nn::check::seeded;
 
     fn config(r: usize, use_rslora: bool) -> LoraConfig {
-        LoraConfig {
-            r,
-            lora_alpha: 5.0,
-            lora_dropout: 0.0,
-            use_rslora,
-            use_dora: false,
-            target_modules: Target::All,
-            exclude_modules: Vec::new(),
-            layers_to_transform: Vec::new(),
-            initial: Initial::Zero,
-            seed: 9,
-        }
+        LoraConfig { r, lora_alpha: 5.0, use_rslora, seed: 9, ..LoraConfig::default() }
     }
 
     fn off(a: &Tensor, b: &Tensor) -> f32 {

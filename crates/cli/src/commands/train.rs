@@ -171,8 +171,16 @@ fn describe(
     console: &Console,
 ) -> anyhow::Result<()> {
     let trainable: usize = model.parameters().iter().map(|it| it.value.rows() * it.value.cols()).sum();
-    let added = if run.config.finetuning_type == FinetuningType::Lora { trainable as u64 } else { 0 };
-    let all = run.model.files.spec.parameter_count() + added;
+    let spec = &run.model.files.spec;
+    // As PEFT counts: the base, in which embedding and head may be one, and what is trained beside it.
+    let all = match run.config.finetuning_type {
+        FinetuningType::Lora => {
+            let apart = run.unchanged.tied && !spec.tie_word_embeddings;
+            let twice = if apart { spec.vocab_size * spec.hidden_size } else { 0 };
+            spec.parameter_count() - twice as u64 + trainable as u64
+        }
+        _ => spec.parameter_count(),
+    };
     let share = 100.0 * trainable as f64 / all as f64;
     console.note(format!(
         "trainable params: {} || all params: {} || trainable%: {share:.4}",

@@ -1,6 +1,7 @@
 //! `check(input, expected)` for configs.
 
-use super::kinds::{MaxSteps, Steps, TemplateName};
+use super::choices::TemplateName;
+use super::kinds::{MaxSteps, Steps};
 use super::*;
 use std::path::PathBuf;
 

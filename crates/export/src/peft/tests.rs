@@ -154,6 +154,7 @@ fn the_card_names_what_was_done() {
         title: "Me".into(),
         datasets: vec!["identity.jsonl".into()],
         training: vec![("Steps".into(), "60 | 61".into())],
+        ..ModelCard::default()
     };
     let text = card.markdown(&adapter);
     assert!(text.starts_with("---\nbase_model: org/Base-1B\nlibrary_name: peft\n"), "{text}");

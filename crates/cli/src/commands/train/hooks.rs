@@ -150,5 +150,7 @@ fn card(run: &Run) -> ModelCard {
         let names: Vec<String> = beneath.iter().map(|it| it.display().to_string()).collect();
         row("Merged into the base before", names.join(", "));
     }
-    ModelCard { title: String::new(), datasets: config.dataset.clone(), training }
+    let rows = run.model.files.spec.vocab_size;
+    let vocab_size = (rows > run.unchanged.vocab_size).then_some(rows);
+    ModelCard { title: String::new(), datasets: config.dataset.clone(), vocab_size, training }
 }
