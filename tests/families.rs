@@ -3,21 +3,20 @@
 
 mod hashed;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::Device as CandleDevice;
-use ferrotune_export::{FolderOptions, LoraTensors, Modules, PeftAdapter, merge, write_folder};
+use ferrotune_export::{FolderOptions, merge, write_folder};
 use ferrotune_lora::LoraAdapter;
 use ferrotune_model::source::{ModelFiles, Stored};
-use ferrotune_model::spec::names;
 use ferrotune_model::{BuildOptions, Decoder, PartSpec, build, dense_part, families};
 use ferrotune_nn::{Context, LanguageModel};
 use ferrotune_tensor::{DType, Device, Precision, Result, Tensor};
 use serde_json::Value;
 
-use hashed::{Checkpoint, LENGTHS, batch, floats, largest, logits_off, numbers, weight};
+use hashed::{Checkpoint, LENGTHS, adapter, batch, floats, largest, logits_off, numbers, weight};
 
 const RANK: usize = 2;
 const SCALING: f64 = 2.0;
@@ -106,7 +105,8 @@ fn merged_models_compute_what_base_and_adapter_compute() {
         let out = checkpoint.0.join("merged");
         let options = FolderOptions { dtype: None, shard_bytes: 50_000 };
         let names: Vec<String> = files.source.names().into_iter().map(str::to_string).collect();
-        let merged = merge(files, adapter(&checkpoint)).unwrap();
+        let adapter = adapter(&files.spec, RANK, SCALING * RANK as f64);
+        let merged = merge(files, adapter).unwrap();
         write_folder(&out, &merged, options, &mut |_, _| {}).unwrap();
 
         // Under the names of the family's own checkpoints, in several files.
@@ -139,36 +139,6 @@ fn merged_models_compute_what_base_and_adapter_compute() {
         let off = logits_off(&model, &ctx, &hidden, golden);
         println!("{family}: merged logits {off:.1e}");
         assert!(off < 1e-4, "{family}: merged logits off by {off:.1e}");
-    }
-}
-
-/// The adapter of [`decoder`], as a folder holds it.
-fn adapter(checkpoint: &Checkpoint) -> PeftAdapter {
-    let files = ModelFiles::open(&checkpoint.0).unwrap();
-    let mut tensors = Vec::new();
-    for (index, layer) in files.spec.layers.iter().enumerate() {
-        for it in layer.linears(files.spec.hidden_size) {
-            let module = names::module(index, &it.part);
-            let matrix = |kind: &str, rows: usize, cols: usize| {
-                Tensor::from_vec(rows, cols, weight(&format!("{module}.{kind}.weight"), rows * cols)).unwrap()
-            };
-            let (a, b) = (matrix("lora_A", RANK, it.in_features), matrix("lora_B", it.out_features, RANK));
-            tensors.push(LoraTensors { module, a, b, magnitude: None });
-        }
-    }
-    PeftAdapter {
-        base_model_name_or_path: String::new(),
-        revision: None,
-        r: RANK,
-        lora_alpha: SCALING * RANK as f64,
-        lora_dropout: 0.0,
-        use_rslora: false,
-        use_dora: false,
-        target_modules: Modules::Pattern("all-linear".into()),
-        exclude_modules: None,
-        layers_to_transform: Vec::new(),
-        saved: BTreeMap::new(),
-        tensors,
     }
 }
 

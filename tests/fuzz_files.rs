@@ -3,7 +3,6 @@
 //! Mutations of the headers of small safetensors files, bitsandbytes' among them, the same on every machine: `FUZZ_RUNS` of each
 //! (500 unless set); `FUZZ_TARGET` names one. `cargo xtask fuzz safetensors` and so on run many.
 
-#[allow(dead_code, reason = "only checkpoints are needed of it")]
 mod hashed;
 
 use std::env;

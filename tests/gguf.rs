@@ -8,8 +8,7 @@ use std::path::{Path, PathBuf};
 use candle_core::Device as CandleDevice;
 use candle_core::quantized::gguf_file::Content;
 use ferrotune_export::{
-    GgufMix, GgufModel, GgufTokenizer, LoraTensors, Modules, PeftAdapter, merge, write_gguf,
-    write_gguf_adapter,
+    GgufMix, GgufModel, GgufTokenizer, PeftAdapter, merge, write_gguf, write_gguf_adapter,
 };
 use ferrotune_model::source::{GgufVocabulary, ModelFiles, Stored};
 use ferrotune_model::spec::names;
@@ -18,10 +17,9 @@ use ferrotune_nn::{Context, LanguageModel};
 use ferrotune_tensor::{DType, Device, Precision, Tensor};
 use serde_json::{Value, json};
 
-#[allow(dead_code, reason = "other tests use more of it")]
 mod hashed;
 
-use hashed::{Checkpoint, weight};
+use hashed::{Checkpoint, adapter};
 
 const RANK: usize = 2;
 const VOCAB: usize = 40;
@@ -115,38 +113,14 @@ impl Model {
 
     fn merged(&self) -> ModelFiles {
         let files = self.files();
-        let adapter = adapter(&files);
+        let adapter = rslora(&files);
         merge(files, adapter).unwrap()
     }
 }
 
 /// An rsLoRA adapter on every projection.
-fn adapter(files: &ModelFiles) -> PeftAdapter {
-    let mut tensors = Vec::new();
-    for (index, layer) in files.spec.layers.iter().enumerate() {
-        for it in layer.linears(files.spec.hidden_size) {
-            let module = names::module(index, &it.part);
-            let matrix = |kind: &str, rows: usize, cols: usize| {
-                Tensor::from_vec(rows, cols, weight(&format!("{module}.{kind}.weight"), rows * cols)).unwrap()
-            };
-            let (a, b) = (matrix("lora_A", RANK, it.in_features), matrix("lora_B", it.out_features, RANK));
-            tensors.push(LoraTensors { module, a, b, magnitude: None });
-        }
-    }
-    PeftAdapter {
-        base_model_name_or_path: String::new(),
-        revision: None,
-        r: RANK,
-        lora_alpha: 3.0,
-        lora_dropout: 0.0,
-        use_rslora: true,
-        use_dora: false,
-        target_modules: Modules::Pattern("all-linear".into()),
-        exclude_modules: None,
-        layers_to_transform: Vec::new(),
-        saved: BTreeMap::new(),
-        tensors,
-    }
+fn rslora(files: &ModelFiles) -> PeftAdapter {
+    PeftAdapter { use_rslora: true, ..adapter(&files.spec, RANK, 3.0) }
 }
 
 fn export(files: &ModelFiles, path: &Path, mix: GgufMix) -> Vec<String> {
@@ -226,7 +200,7 @@ fn base_and_adapter_files_are_together_the_merged_file() {
         let path = |it: &str| checkpoint.path(&format!("{it}.gguf"));
         export(&files, &path("base"), GgufMix::F32);
         export(&merged, &path("merged"), GgufMix::F32);
-        write_gguf_adapter(&path("adapter"), &files.spec, &adapter(&files), "Tiny").unwrap();
+        write_gguf_adapter(&path("adapter"), &files.spec, &rslora(&files), "Tiny").unwrap();
         let (content, adapter) = raw(&path("adapter"));
         let text = |key: &str| content.metadata[key].to_string().unwrap().clone();
         assert_eq!((text("general.type"), text("adapter.type")), ("adapter".to_string(), "lora".to_string()));
@@ -283,7 +257,7 @@ fn what_llama_cpp_does_not_compute_is_refused_by_name() {
     assert!(notes[0].contains("beyond 4 tokens"), "{notes:?}");
 
     let files = checkpoint.files();
-    let mut adapter = adapter(&files);
+    let mut adapter = rslora(&files);
     adapter.saved.insert(names::HEAD.into(), Tensor::from_vec(1, 1, vec![0.0f32]).unwrap());
     let error = write_gguf_adapter(&checkpoint.path("y.gguf"), &files.spec, &adapter, "Tiny").unwrap_err();
     assert!(error.to_string().contains("the whole tensor `lm_head.weight`"), "{error}");

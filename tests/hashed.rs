@@ -1,12 +1,15 @@
 //! Tiny models whose weights are hashes of their names, as `fixtures/make_families.py` has them: nothing needs to be stored.
+#![allow(dead_code, reason = "each test binary uses some of it")]
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::PathBuf;
 
 use candle_core::{DType as CandleDType, Device as CandleDevice};
 use ferrotune_data::{Batch, Sample};
+use ferrotune_export::{LoraTensors, Modules, PeftAdapter};
 use ferrotune_model::Decoder;
+use ferrotune_model::spec::ModelSpec;
 use ferrotune_nn::Context;
 use ferrotune_tensor::Tensor;
 pub use ferrotune_tests::hashed as numbers;
@@ -84,4 +87,29 @@ pub fn logits_off(model: &Decoder, ctx: &Context, hidden: &Tensor, golden: &Valu
 /// Not a number where one isn't.
 pub fn largest(numbers: impl Iterator<Item = f64>) -> f64 {
     numbers.fold(0.0, |most, it| if most.is_nan() || it <= most { most } else { it })
+}
+
+/// An adapter on every projection, as a folder holds it.
+pub fn adapter(spec: &ModelSpec, r: usize, lora_alpha: f64) -> PeftAdapter {
+    let tensors = spec.projections().map(|(module, it)| {
+        let matrix = |kind: &str, rows: usize, cols: usize| {
+            Tensor::from_vec(rows, cols, weight(&format!("{module}.{kind}.weight"), rows * cols)).unwrap()
+        };
+        let (a, b) = (matrix("lora_A", r, it.in_features), matrix("lora_B", it.out_features, r));
+        LoraTensors { module, a, b, magnitude: None }
+    });
+    PeftAdapter {
+        base_model_name_or_path: String::new(),
+        revision: None,
+        r,
+        lora_alpha,
+        lora_dropout: 0.0,
+        use_rslora: false,
+        use_dora: false,
+        target_modules: Modules::Pattern("all-linear".into()),
+        exclude_modules: None,
+        layers_to_transform: Vec::new(),
+        saved: BTreeMap::new(),
+        tensors: tensors.collect(),
+    }
 }

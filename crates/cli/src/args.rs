@@ -110,9 +110,9 @@ pub struct TrainArgs {
     pub overrides: Vec<String>,
 }
 
-/// `chat`
+/// What a verb works on, by a config or by flags.
 #[derive(Debug, Args)]
-pub struct ChatArgs {
+pub struct Chosen {
     /// YAML file, if any, and keys that win over it.
     #[arg(value_name = "CONFIG | KEY=VALUE")]
     pub words: Vec<String>,
@@ -122,6 +122,13 @@ pub struct ChatArgs {
     /// A trained adapter's folder.
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
+}
+
+/// `chat`
+#[derive(Debug, Args)]
+pub struct ChatArgs {
+    #[command(flatten)]
+    pub chosen: Chosen,
     /// Ask this, print the answer and leave.
     #[arg(long, value_name = "TEXT")]
     pub prompt: Option<String>,
@@ -154,15 +161,8 @@ pub struct ChatArgs {
 /// `export`
 #[derive(Debug, Args)]
 pub struct ExportArgs {
-    /// YAML file, if any, and keys that win over it.
-    #[arg(value_name = "CONFIG | KEY=VALUE")]
-    pub words: Vec<String>,
-    /// The model: a folder, a GGUF file or a name.
-    #[arg(long)]
-    pub model: Option<String>,
-    /// A trained adapter's folder; without one, the model is only written in another format.
-    #[arg(long, value_name = "DIR")]
-    pub adapter: Option<PathBuf>,
+    #[command(flatten)]
+    pub chosen: Chosen,
     /// Where to write (export_dir).
     #[arg(long, value_name = "DIR")]
     pub output: Option<PathBuf>,
@@ -370,8 +370,23 @@ fn with_key_hint(mut error: clap::Error) -> clap::Error {
     error
 }
 
-/// The words of `chat`: the first that is no `key=value` is the config.
-pub fn split_words(words: &[String]) -> anyhow::Result<(Option<PathBuf>, Vec<String>)> {
+impl Chosen {
+    /// The config with the flags over it: these, and others by their keys.
+    ///
+    /// # Errors
+    /// When a word, a flag or the file is wrong.
+    pub fn config<const N: usize>(&self, flags: [(&str, Option<String>); N]) -> anyhow::Result<RunConfig> {
+        let (file, mut words) = split_words(&self.words)?;
+        let adapter = self.adapter.as_ref().map(|path| path.display().to_string());
+        let own = [("model_name_or_path", self.model.clone()), ("adapter_name_or_path", adapter)];
+        let given = |(key, value): (&str, Option<String>)| value.map(|value| format!("{key}={value}"));
+        words.extend(own.into_iter().chain(flags).filter_map(given));
+        RunConfig::load(file.as_deref(), &words)
+    }
+}
+
+/// Words: the first that is no `key=value` is the config.
+fn split_words(words: &[String]) -> anyhow::Result<(Option<PathBuf>, Vec<String>)> {
     let (overrides, mut configs): (Vec<String>, Vec<String>) =
         words.iter().cloned().partition(|word| word.contains('='));
     if configs.len() > 1 {

@@ -30,6 +30,7 @@ use crate::machine;
 
 use adapters::adapter_to_train;
 
+pub use adapters::{merge_all, read_adapter};
 pub use data::{DataUse, OpenData, mark_options, warn_of_rows};
 pub use decoder::{Adapters, Subtracted, build_decoder, lora_tensors, open_decoder};
 pub use model::{OpenModel, TemplateSource, UntemplatedModel, Vocabulary, model_spec, template_source};

@@ -2,10 +2,11 @@
 //! transformers' `from_pretrained` and for vLLM.
 //! Source: bitsandbytes/functional.py (QuantState.as_dict), transformers/quantizers/quantizer_bnb_4bit.py.
 
+use std::collections::HashSet;
 use std::path::Path;
 
 use ferrotune_model::source::ModelFiles;
-use ferrotune_model::spec::{CheckpointTensor, names};
+use ferrotune_model::spec::CheckpointTensor;
 use ferrotune_quant::{Absmax, NF4_BLOCK, NF4_GROUP, NF4_LEVELS, Nf4Weight, Scales, dynamic_map};
 use ferrotune_tensor::{DType, Error, Precision, Result, Tensor};
 use safetensors::Dtype;
@@ -33,9 +34,12 @@ pub fn write_bnb(
     check_bnb(files)?;
     let tensors = files.spec.checkpoint_tensors();
     let dtypes = tensors.iter().map(|it| written_dtype(files, options, it)).collect::<Result<Vec<_>>>()?;
+    let projections: HashSet<String> =
+        files.spec.projections().map(|(module, _)| format!("{module}.weight")).collect();
+    let is_projection = |tensor: &CheckpointTensor| projections.contains(&tensor.parts[0]);
     let all = || tensors.iter().zip(&dtypes);
     let groups: Vec<Vec<Entry>> = all()
-        .map(|(tensor, dtype)| match is_projection(files, tensor) {
+        .map(|(tensor, dtype)| match is_projection(tensor) {
             true => parts(tensor, *dtype),
             false => vec![entry_of(tensor, *dtype)],
         })
@@ -45,7 +49,7 @@ pub fn write_bnb(
     let read: &ReadRows = &|name, rows, out| files.source.read_rows(name, rows, out);
     let mut done = 0;
     for (tensor, dtype) in all() {
-        match is_projection(files, tensor) {
+        match is_projection(tensor) {
             true => write_projection(&mut writer, files, tensor, *dtype)?,
             false => write_tensor(&mut writer, files, tensor, *dtype, read)?,
         }
@@ -72,17 +76,6 @@ pub fn check_bnb(files: &ModelFiles) -> Result<()> {
             Err(Error::file(&files.path, message))
         }
     }
-}
-
-fn is_projection(files: &ModelFiles, tensor: &CheckpointTensor) -> bool {
-    let Some(module) = tensor.parts[0].strip_suffix(".weight") else { return false };
-    let layers = files.spec.layers.iter().enumerate();
-    let Some(index) = module.strip_prefix("model.layers.").and_then(|it| it.split('.').next()) else {
-        return false;
-    };
-    layers.filter(|(layer, _)| index.parse() == Ok(*layer)).any(|(layer, spec)| {
-        spec.linears(files.spec.hidden_size).iter().any(|it| names::module(layer, &it.part) == module)
-    })
 }
 
 /// What a projection becomes.

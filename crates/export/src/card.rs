@@ -89,7 +89,7 @@ pub fn merged_card(base: &str, adapter: Option<&PeftAdapter>) -> String {
 }
 
 /// `organisation/name`, not a path: hubs refuse cards that name anything else as the base.
-fn is_hub_name(name: &str) -> bool {
+pub fn is_hub_name(name: &str) -> bool {
     let good = |it: &str| {
         let mut chars = it.chars();
         chars.next().is_some_and(|it| it.is_ascii_alphanumeric())

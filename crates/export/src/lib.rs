@@ -17,7 +17,7 @@ mod rounded;
 mod scratch;
 
 pub use bnb::{check_bnb, write_bnb};
-pub use card::{ModelCard, merged_card};
+pub use card::{ModelCard, is_hub_name, merged_card};
 pub use files::write_whole;
 pub use gguf::{
     GgufMix, GgufModel, GgufReport, GgufTokenizer, rounded_as_gguf, write_gguf, write_gguf_adapter,

@@ -2,10 +2,9 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
-use std::path::Path;
 
 use ferrotune_lora::Change;
-use ferrotune_model::source::{ModelFiles, Replacement, Stored, WeightSource};
+use ferrotune_model::source::{ChangedRows, ModelFiles, Replacement, RowChange, WeightSource};
 use ferrotune_model::spec::names;
 use ferrotune_tensor::{DType, Result, Tensor};
 
@@ -31,7 +30,7 @@ pub fn merge(files: ModelFiles, mut adapter: PeftAdapter) -> Result<ModelFiles> 
     for LoraTensors { module, a, b, magnitude } in adapter.tensors {
         changes.insert(format!("{module}.weight"), Change::new(a, b, scaling, magnitude)?);
     }
-    let source = Box::new(Merged { base: files.source, changes });
+    let source = Box::new(ChangedRows { base: files.source, change: Merged(changes) });
     Ok(ModelFiles { source, four_bit: None, ..files })
 }
 
@@ -53,63 +52,31 @@ pub fn with_saved(files: ModelFiles, saved: BTreeMap<String, Tensor>) -> Result<
     files.change(changes)
 }
 
-/// A source with an adapter in it.
-struct Merged {
-    base: Box<dyn WeightSource>,
-    /// By the weight's name.
-    changes: HashMap<String, Change>,
-}
+/// The changes of weights, by their names.
+struct Merged(HashMap<String, Change>);
 
-impl WeightSource for Merged {
-    fn path(&self) -> &Path {
-        self.base.path()
+impl RowChange for Merged {
+    /// What is in few bits is so no longer.
+    fn types(&self, base: &dyn WeightSource, name: &str) -> Result<Option<(DType, Option<DType>)>> {
+        let stored = base.stored_dtype(name)?;
+        let other = stored.is_none() || self.0.contains_key(name);
+        other.then(|| Ok((base.dtype(name)?, stored))).transpose()
     }
 
-    fn names(&self) -> Vec<&str> {
-        self.base.names()
-    }
-
-    fn shape(&self, name: &str) -> Result<(usize, usize)> {
-        self.base.shape(name)
-    }
-
-    fn dtype(&self, name: &str) -> Result<DType> {
-        self.base.dtype(name)
-    }
-
-    fn stored_dtype(&self, name: &str) -> Result<Option<DType>> {
-        self.base.stored_dtype(name)
-    }
-
-    fn get(&self, name: &str) -> Result<Stored> {
-        match self.changes.contains_key(name) {
-            true => Ok(Stored::Dense(self.get_f32(name)?.cast(self.dtype(name)?)?)),
-            false => Ok(Stored::Dense(self.base.get(name)?.into_dense()?)),
-        }
-    }
-
-    fn read_rows(&self, name: &str, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
-        self.base.read_rows(name, rows.clone(), out)?;
-        match self.changes.get(name) {
-            Some(change) => change.merge_rows(rows, out),
-            None => Ok(()),
-        }
-    }
-
-    fn forget(&self, name: &str) {
-        self.base.forget(name);
+    fn change(&self, name: &str, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
+        self.0.get(name).map_or(Ok(()), |change| change.merge_rows(rows, out))
     }
 
     /// Another than the base's for each adapter.
-    fn fingerprint(&self) -> String {
+    fn fingerprint(&self, base: String) -> String {
         let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-        let mut sorted: Vec<_> = self.changes.iter().collect();
+        let mut sorted: Vec<_> = self.0.iter().collect();
         sorted.sort_unstable_by_key(|(name, _)| *name);
         for tensor in sorted.into_iter().flat_map(|(_, it)| it.tensors()) {
             for value in tensor.values::<f32>().unwrap_or_default() {
                 hash = (hash ^ u64::from(value.to_bits())).wrapping_mul(0x0100_0000_01b3);
             }
         }
-        format!("{}+{hash:016x}", self.base.fingerprint())
+        format!("{base}+{hash:016x}")
     }
 }

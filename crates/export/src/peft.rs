@@ -155,10 +155,7 @@ impl PeftAdapter {
     /// # Errors
     /// Names the first module that isn't.
     pub fn check_fits(&self, spec: &ModelSpec) -> Result<()> {
-        let linears = spec.layers.iter().enumerate().flat_map(|(i, layer)| {
-            layer.linears(spec.hidden_size).into_iter().map(move |it| (names::module(i, &it.part), it))
-        });
-        let linears: HashMap<String, LinearSpec> = linears.collect();
+        let linears: HashMap<String, LinearSpec> = spec.projections().collect();
         let other = "the adapter belongs to another model";
         for it in &self.tensors {
             let Some(linear) = linears.get(&it.module) else {

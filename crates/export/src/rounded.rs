@@ -2,9 +2,8 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::path::Path;
 
-use ferrotune_model::source::{ModelFiles, Stored, WeightSource};
+use ferrotune_model::source::{ChangedRows, ModelFiles, RowChange, WeightSource};
 use ferrotune_tensor::{DType, Result, bf16, f16};
 
 use crate::FolderOptions;
@@ -20,7 +19,7 @@ pub fn rounded(files: ModelFiles, options: FolderOptions) -> Result<ModelFiles> 
         let dtype = written_dtype(&files, options, &tensor)?;
         types.extend(tensor.parts.into_iter().map(|part| (part, Written { dtype, less: tensor.less })));
     }
-    let source = Box::new(Rounded { base: files.source, types });
+    let source = Box::new(ChangedRows { base: files.source, change: Rounded(types) });
     Ok(ModelFiles { source, four_bit: None, ..files })
 }
 
@@ -42,54 +41,19 @@ impl Written {
     }
 }
 
-struct Rounded {
-    base: Box<dyn WeightSource>,
-    /// By canonical name.
-    types: HashMap<String, Written>,
-}
+/// How each tensor is written, by its canonical name.
+struct Rounded(HashMap<String, Written>);
 
-impl WeightSource for Rounded {
-    fn path(&self) -> &Path {
-        self.base.path()
+impl RowChange for Rounded {
+    fn types(&self, _: &dyn WeightSource, name: &str) -> Result<Option<(DType, Option<DType>)>> {
+        let read = |it: &Written| if it.less == 0.0 { it.dtype } else { DType::F32 };
+        Ok(self.0.get(name).map(|it| (read(it), Some(it.dtype))))
     }
 
-    fn names(&self) -> Vec<&str> {
-        self.base.names()
-    }
-
-    fn shape(&self, name: &str) -> Result<(usize, usize)> {
-        self.base.shape(name)
-    }
-
-    fn dtype(&self, name: &str) -> Result<DType> {
-        match self.types.get(name) {
-            Some(it) if it.less == 0.0 => Ok(it.dtype),
-            Some(_) => Ok(DType::F32),
-            None => self.base.dtype(name),
-        }
-    }
-
-    fn stored_dtype(&self, name: &str) -> Result<Option<DType>> {
-        self.types.get(name).map_or_else(|| self.base.stored_dtype(name), |it| Ok(Some(it.dtype)))
-    }
-
-    fn get(&self, name: &str) -> Result<Stored> {
-        Ok(Stored::Dense(self.get_f32(name)?.cast(self.dtype(name)?)?))
-    }
-
-    fn read_rows(&self, name: &str, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
-        self.base.read_rows(name, rows, out)?;
-        if let Some(written) = self.types.get(name) {
+    fn change(&self, name: &str, _: Range<usize>, out: &mut [f32]) -> Result<()> {
+        if let Some(written) = self.0.get(name) {
             written.round(out);
         }
         Ok(())
-    }
-
-    fn forget(&self, name: &str) {
-        self.base.forget(name);
-    }
-
-    fn fingerprint(&self) -> String {
-        self.base.fingerprint()
     }
 }

@@ -400,15 +400,10 @@ impl ModelSpec {
 
     /// Numbers in the weights of the layers' projections: what 4-bit storage applies to.
     pub fn linear_parameter_count(&self) -> u64 {
-        self.linears().map(|it| it.out_features as u64 * it.in_features as u64).sum()
+        self.projections().map(|(_, it)| it.out_features as u64 * it.in_features as u64).sum()
     }
 
-    /// Projections of the layers; one that a checkpoint holds within another counts as well.
-    pub fn linear_count(&self) -> usize {
-        self.linears().count()
-    }
-
-    /// Those of them that one token is multiplied by.
+    /// Numbers in those of them that one token is multiplied by.
     pub fn linear_parameters_of_a_token(&self) -> u64 {
         let layers = self.layers.iter().flat_map(|layer| layer.linears_of_a_token(self.hidden_size));
         layers.map(|it| it.out_features as u64 * it.in_features as u64).sum()
@@ -416,11 +411,16 @@ impl ModelSpec {
 
     /// Numbers in LoRA adapters of this rank on all projections of the layers.
     pub fn adapter_parameter_count(&self, rank: usize) -> u64 {
-        self.linears().map(|it| (it.out_features + it.in_features) as u64 * rank as u64).sum()
+        self.projections().map(|(_, it)| (it.out_features + it.in_features) as u64 * rank as u64).sum()
     }
 
-    fn linears(&self) -> impl Iterator<Item = LinearSpec> + '_ {
-        self.layers.iter().flat_map(|layer| layer.linears(self.hidden_size))
+    /// The projections of all layers, each with its canonical name; one that a checkpoint holds within another counts too.
+    pub fn projections(&self) -> impl Iterator<Item = (String, LinearSpec)> + '_ {
+        let of_layer = |(index, layer): (usize, &LayerSpec)| {
+            let linears = layer.linears(self.hidden_size).into_iter();
+            linears.map(move |it| (names::module(index, &it.part), it))
+        };
+        self.layers.iter().enumerate().flat_map(of_layer)
     }
 
     /// Checks what no decoder can be built without: nothing empty, heads that divide, sizes whose

@@ -13,7 +13,7 @@ use ferrotune_model::{Decoder, KvCache};
 use serde_json::Value;
 
 use crate::Outcome;
-use crate::args::{ChatArgs, split_words};
+use crate::args::ChatArgs;
 use crate::config::RunConfig;
 use crate::console::{Color, Console, Usage};
 use crate::machine::write_kernel_times;
@@ -54,19 +54,16 @@ pub fn run(args: &ChatArgs, console: &Console) -> anyhow::Result<Outcome> {
 
 /// The config with the flags over it.
 fn config(args: &ChatArgs) -> anyhow::Result<RunConfig> {
-    let (file, mut words) = split_words(&args.words)?;
-    let mut flag =
-        |key: &str, value: Option<String>| words.extend(value.map(|value| format!("{key}={value}")));
-    flag("model_name_or_path", args.model.clone());
-    flag("adapter_name_or_path", args.adapter.as_ref().map(|path| path.display().to_string()));
-    flag("default_system", args.system.clone());
-    flag("do_sample", args.greedy.then(|| "false".to_string()));
-    flag("temperature", args.temperature.map(|it| it.to_string()));
-    flag("top_p", args.top_p.map(|it| it.to_string()));
-    flag("min_p", args.min_p.map(|it| it.to_string()));
-    flag("seed", args.seed.map(|it| it.to_string()));
-    flag("max_new_tokens", args.max_new_tokens.map(|it| it.to_string()));
-    RunConfig::load(file.as_deref(), &words)
+    let shown = |value: Option<f64>| value.map(|it| it.to_string());
+    args.chosen.config([
+        ("default_system", args.system.clone()),
+        ("do_sample", args.greedy.then(|| "false".to_string())),
+        ("temperature", shown(args.temperature)),
+        ("top_p", shown(args.top_p)),
+        ("min_p", shown(args.min_p)),
+        ("seed", args.seed.map(|it| it.to_string())),
+        ("max_new_tokens", args.max_new_tokens.map(|it| it.to_string())),
+    ])
 }
 
 /// The `prompt` of each line of a file.

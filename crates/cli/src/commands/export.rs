@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use ferrotune_export::{
-    FolderOptions, PeftAdapter, check_bnb, merge, merged_card, rounded, rounded_as_gguf, write_bnb,
-    write_folder, write_whole,
+    FolderOptions, check_bnb, merge, merged_card, rounded, rounded_as_gguf, write_bnb, write_folder,
+    write_whole,
 };
 use ferrotune_model::source::ModelFiles;
 use ferrotune_model::spec::names;
@@ -18,15 +18,19 @@ use ferrotune_tensor::DType;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::Outcome;
-use crate::args::{ExportArgs, split_words};
+use crate::args::ExportArgs;
 use crate::config::{ExportFormat, InferDtype, RunConfig};
 use crate::console::{Console, bytes};
-use crate::run::{UntemplatedModel, mistake, set_threads};
+use crate::run::{UntemplatedModel, mistake, read_adapter, set_threads};
 use verify::Logits;
 
 /// Merges, writes, and compares what was written with what it was made of.
 pub fn run(args: &ExportArgs, console: &Console) -> anyhow::Result<Outcome> {
-    let mut config = config(args)?;
+    let mut config = args.chosen.config([
+        ("export_dir", args.output.as_ref().map(|path| path.display().to_string())),
+        ("export_format", args.format.clone()),
+        ("export_verify", args.no_verify.then(|| "false".to_string())),
+    ])?;
     config.notes.iter().for_each(|note| console.note(note));
     set_threads(&config);
     let mut model = UntemplatedModel::open(&config, console)?;
@@ -34,7 +38,9 @@ pub fn run(args: &ExportArgs, console: &Console) -> anyhow::Result<Outcome> {
     if config.export_format == ExportFormat::BnbFourBit {
         check_bnb(&model.files)?;
     }
-    let adapters = read_adapters(&config, &model)?;
+    // One that is another model's is named before anything is computed.
+    let read = |folder: &PathBuf| read_adapter(folder, &model.files.spec);
+    let adapters = config.adapter_name_or_path.iter().map(read).collect::<anyhow::Result<Vec<_>>>()?;
     model.set_template(&config)?;
     warn_of_few_bits(&mut config, &model.files, !adapters.is_empty(), console)?;
     let card = merged_card(&model.name, adapters.last());
@@ -92,20 +98,6 @@ pub fn run(args: &ExportArgs, console: &Console) -> anyhow::Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-/// The config with the flags over it.
-fn config(args: &ExportArgs) -> anyhow::Result<RunConfig> {
-    let (file, mut words) = split_words(&args.words)?;
-    let shown = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
-    let mut flag =
-        |key: &str, value: Option<String>| words.extend(value.map(|value| format!("{key}={value}")));
-    flag("model_name_or_path", args.model.clone());
-    flag("adapter_name_or_path", shown(&args.adapter));
-    flag("export_dir", shown(&args.output));
-    flag("export_format", args.format.clone());
-    flag("export_verify", args.no_verify.then(|| "false".to_string()));
-    RunConfig::load(file.as_deref(), &words)
-}
-
 /// The folder to write into: a new or an empty one, unless all in it may go.
 fn folder(config: &RunConfig, model: &UntemplatedModel) -> anyhow::Result<PathBuf> {
     let wrong = |message: String| Err(mistake(config, "export_dir", &message));
@@ -129,16 +121,6 @@ fn folder(config: &RunConfig, model: &UntemplatedModel) -> anyhow::Result<PathBu
         ));
     }
     Ok(folder.clone())
-}
-
-/// The adapters that are merged, one after the other.
-fn read_adapters(config: &RunConfig, model: &UntemplatedModel) -> anyhow::Result<Vec<PeftAdapter>> {
-    let read = |folder: &PathBuf| -> anyhow::Result<PeftAdapter> {
-        let adapter = PeftAdapter::read(folder)?;
-        adapter.check_fits(&model.files.spec).with_context(|| folder.display().to_string())?;
-        Ok(adapter)
-    };
-    config.adapter_name_or_path.iter().map(read).collect()
 }
 
 /// Merging is exact with the weights that the base model was made with, and with no others.

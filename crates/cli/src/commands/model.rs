@@ -37,7 +37,7 @@ pub fn run(args: &ModelArgs, console: &Console) -> anyhow::Result<Outcome> {
             "4 bits by bitsandbytes ({}{scales}): {} of {} linear layers",
             kind.quant_type,
             kind.count,
-            spec.linear_count()
+            spec.projections().count()
         );
         line("weights", how)?;
     }

@@ -1,8 +1,11 @@
 //! Adapters that were trained before: those that become part of the base, and the one that stays on top.
 
+use std::path::{Path, PathBuf};
+
 use anyhow::Context as _;
 use ferrotune_export::{Modules, PeftAdapter, merge, with_saved};
 use ferrotune_model::source::ModelFiles;
+use ferrotune_model::spec::ModelSpec;
 
 use super::decoder::{lora_config, projections};
 use super::{OpenModel, mistake};
@@ -47,22 +50,35 @@ pub fn take_adapters(config: &RunConfig, mut model: OpenModel, on_top: OnTop) ->
         let message = format!("{message}; leave `quantization_bit` out, or merge them before");
         return Err(mistake(config, key, &message));
     }
-    let read = |folder: &std::path::PathBuf, files: &ModelFiles| -> anyhow::Result<PeftAdapter> {
-        let adapter = PeftAdapter::read(folder)?;
-        adapter.check_fits(&files.spec).with_context(|| folder.display().to_string())?;
-        Ok(adapter)
-    };
-    for folder in beneath {
-        let adapter = read(folder, &model.files)?;
-        model.files = merge(model.files, adapter)?;
-    }
+    model.files = merge_all(model.files, beneath)?;
     let Some(last) = last else { return Ok(Taken { model, adapter: None, saved: Vec::new() }) };
-    let mut adapter = read(last, &model.files)?;
+    let mut adapter = read_adapter(last, &model.files.spec)?;
     let weights = std::mem::take(&mut adapter.saved);
     let module = |name: &String| name.trim_end_matches(".weight").rsplit('.').next().map(str::to_string);
     let saved = weights.keys().filter_map(module).collect();
     model.files = with_saved(model.files, weights)?;
     Ok(Taken { model, adapter: Some(adapter), saved })
+}
+
+/// Adapters become part of a model, one after the other.
+///
+/// # Errors
+/// As [`read_adapter`].
+pub fn merge_all(files: ModelFiles, folders: &[PathBuf]) -> anyhow::Result<ModelFiles> {
+    folders.iter().try_fold(files, |files, folder| {
+        let adapter = read_adapter(folder, &files.spec)?;
+        Ok(merge(files, adapter)?)
+    })
+}
+
+/// An adapter of a model.
+///
+/// # Errors
+/// When it is missing, damaged or of another model.
+pub fn read_adapter(folder: &Path, spec: &ModelSpec) -> anyhow::Result<PeftAdapter> {
+    let adapter = PeftAdapter::read(folder)?;
+    adapter.check_fits(spec).with_context(|| folder.display().to_string())?;
+    Ok(adapter)
 }
 
 /// The adapter that training goes on with, if there is one. Its own settings become the config's, as PEFT has it.

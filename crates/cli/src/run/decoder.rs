@@ -81,7 +81,7 @@ pub fn build_decoder(
 
 /// A projection that bitsandbytes has put into 4 bits: NF4 as it is, bit for bit; codes of another kind are
 /// read for what they mean, and not quantised again.
-fn four_bit_part(spec: &PartSpec, matrix: FourBit, computing: &BuildOptions) -> Result<Part> {
+fn four_bit_part(spec: &PartSpec, matrix: FourBit<'static>, computing: &BuildOptions) -> Result<Part> {
     let own_map = |map: &[f32]| map == dynamic_map();
     let nested = match &matrix.scales {
         FourBitScales::Plain(_) => true,
@@ -97,7 +97,7 @@ fn four_bit_part(spec: &PartSpec, matrix: FourBit, computing: &BuildOptions) -> 
             Absmax::Nested { codes, nested_absmax, offset }
         }
     };
-    let weight = Nf4Weight::from_parts((rows, cols), codes, absmax, dtype, computing.precision)?;
+    let weight = Nf4Weight::from_parts((rows, cols), codes.into_owned(), absmax, dtype, computing.precision)?;
     Ok(match computing.device.gpu() {
         Some(gpu) => quantised_part(spec, Nf4GpuWeight::from_cpu(&weight, gpu)?),
         None => quantised_part(spec, weight),
@@ -259,14 +259,7 @@ impl Maker<'_> {
 
 /// The canonical names of all projections.
 pub fn projections(files: &ModelFiles) -> Vec<String> {
-    let spec = &files.spec;
-    let layers = spec.layers.iter().enumerate();
-    layers
-        .flat_map(|(i, layer)| {
-            let linears = layer.linears(spec.hidden_size).into_iter();
-            linears.map(move |it| ferrotune_model::spec::names::module(i, &it.part))
-        })
-        .collect()
+    files.spec.projections().map(|(name, _)| name).collect()
 }
 
 /// The settings of new adapters, by the config.

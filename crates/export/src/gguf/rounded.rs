@@ -2,9 +2,9 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::path::Path;
+use std::path::PathBuf;
 
-use ferrotune_model::source::{GgufType, ModelFiles, Stored, WeightSource};
+use ferrotune_model::source::{ChangedRows, GgufType, ModelFiles, RowChange, WeightSource};
 use ferrotune_tensor::{DType, Error, Result};
 
 use super::{GgufMix, architecture, blocks, kinds, tensors};
@@ -20,48 +20,29 @@ pub fn rounded_as_gguf(files: ModelFiles, mix: GgufMix) -> Result<ModelFiles> {
     let parts = planned.iter().zip(kinds);
     let types = parts.flat_map(|(it, kind)| it.parts.iter().map(move |part| (part.clone(), kind))).collect();
     drop(planned);
-    let source = Box::new(Rounded { base: files.source, types });
+    let change = Rounded { path: files.path.clone(), types };
+    let source = Box::new(ChangedRows { base: files.source, change });
     Ok(ModelFiles { source, ..files })
 }
 
 struct Rounded {
-    base: Box<dyn WeightSource>,
+    /// For messages.
+    path: PathBuf,
     /// By canonical names.
     types: HashMap<String, GgufType>,
 }
 
-impl WeightSource for Rounded {
-    fn path(&self) -> &Path {
-        self.base.path()
+impl RowChange for Rounded {
+    fn types(&self, base: &dyn WeightSource, name: &str) -> Result<Option<(DType, Option<DType>)>> {
+        base.shape(name).map(|_| Some((DType::F32, Some(DType::F32))))
     }
 
-    fn names(&self) -> Vec<&str> {
-        self.base.names()
-    }
-
-    fn shape(&self, name: &str) -> Result<(usize, usize)> {
-        self.base.shape(name)
-    }
-
-    fn dtype(&self, name: &str) -> Result<DType> {
-        self.base.shape(name).map(|_| DType::F32)
-    }
-
-    fn get(&self, name: &str) -> Result<Stored> {
-        self.get_f32(name).map(Stored::Dense)
-    }
-
-    fn read_rows(&self, name: &str, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
-        self.base.read_rows(name, rows, out)?;
+    fn change(&self, name: &str, _: Range<usize>, out: &mut [f32]) -> Result<()> {
         let Some(kind) = self.types.get(name).filter(|it| **it != GgufType::F32) else { return Ok(()) };
         let mut bytes = vec![0; blocks::length(*kind, out.len())];
         blocks::write(*kind, out, &mut bytes)
-            .map_err(|message| Error::file(self.path(), format!("tensor `{name}` {message}")))?;
+            .map_err(|message| Error::file(&self.path, format!("tensor `{name}` {message}")))?;
         kind.read(&bytes, out);
         Ok(())
-    }
-
-    fn fingerprint(&self) -> String {
-        format!("{} rounded", self.base.fingerprint())
     }
 }

@@ -97,8 +97,8 @@ impl BnbSource {
         })
     }
 
-    /// Puts the parts of a weight together.
-    fn matrix(&self, name: &str, state: &State) -> Result<FourBit> {
+    /// Puts the parts of a weight together; codes stay where they are.
+    fn matrix(&self, name: &str, state: &State) -> Result<FourBit<'_>> {
         let wrong = |part: &str, message: &str| {
             Error::file(
                 self.inner.path(),
@@ -123,10 +123,9 @@ impl BnbSource {
         };
         let table = floats(".quant_map")?;
         let table = table.try_into().map_err(|_| wrong(".quant_map", "another number than 16"))?;
-        let mut codes = bytes("")?;
-        codes.truncate((state.rows * state.cols).div_ceil(2));
+        let codes = &self.inner.raw(name)?.bytes[..(state.rows * state.cols).div_ceil(2)];
         let State { rows, cols, dtype, block, .. } = *state;
-        Ok(FourBit { rows, cols, codes, table, block, scales, dtype })
+        Ok(FourBit { rows, cols, codes: codes.into(), table, block, scales, dtype })
     }
 }
 
@@ -162,7 +161,7 @@ impl WeightSource for BnbSource {
 
     fn get(&self, name: &str) -> Result<Stored> {
         match self.coded.get(name) {
-            Some(state) => Ok(Stored::FourBit(self.matrix(name, state)?)),
+            Some(state) => Ok(Stored::FourBit(self.matrix(name, state)?.into_owned())),
             None => self.inner.get(name),
         }
     }

@@ -4,6 +4,7 @@
 //!   absmax = map[code]·nested_absmax + offset, where scales are quantised as well
 //! Source: bitsandbytes/functional.py, csrc/kernels.cu.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use ferrotune_tensor::{DType, Result, Tensor, bf16, f16};
@@ -11,13 +12,13 @@ use rayon::prelude::*;
 
 /// A matrix in 4 bits: two codes in a byte, the earlier element of the row-major matrix in the high half.
 #[derive(Clone, Debug, PartialEq)]
-pub struct FourBit {
+pub struct FourBit<'a> {
     /// Rows.
     pub rows: usize,
     /// Columns.
     pub cols: usize,
     /// ⌈rows·cols / 2⌉ bytes.
-    pub codes: Vec<u8>,
+    pub codes: Cow<'a, [u8]>,
     /// What the codes stand for.
     pub table: [f32; 16],
     /// Elements that share a scale: a power of two.
@@ -59,7 +60,7 @@ impl FourBitScales {
     }
 }
 
-impl FourBit {
+impl FourBit<'_> {
     /// Writes some rows as f32, rounded to the original's type.
     pub fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) {
         const BLOCKS: usize = 256;
@@ -101,19 +102,27 @@ impl FourBit {
     }
 
     /// Some rows, in 4 bits still; none where a block is of rows on both sides.
-    pub fn rows(&self, rows: Range<usize>) -> Option<FourBit> {
+    pub fn rows(&self, rows: Range<usize>) -> Option<FourBit<'static>> {
         let (start, end) = (rows.start * self.cols, rows.end * self.cols);
         let whole =
             start.is_multiple_of(self.block) && (end.is_multiple_of(self.block) || rows.end == self.rows);
         whole.then(|| FourBit {
             rows: rows.len(),
-            codes: self.codes[start / 2..end.div_ceil(2)].to_vec(),
+            codes: self.codes[start / 2..end.div_ceil(2)].to_vec().into(),
             // Groups of scales needn't begin where the rows do.
             scales: FourBitScales::Plain(
                 (start / self.block..end.div_ceil(self.block)).map(|it| self.scales.of_block(it)).collect(),
             ),
-            ..*self
+            cols: self.cols,
+            table: self.table,
+            block: self.block,
+            dtype: self.dtype,
         })
+    }
+
+    /// With codes of its own.
+    pub fn into_owned(self) -> FourBit<'static> {
+        FourBit { codes: Cow::Owned(self.codes.into_owned()), ..self }
     }
 }
 
@@ -127,7 +136,7 @@ mod tests {
         let whole = FourBit {
             rows,
             cols,
-            codes: (0..rows * cols / 2).map(|it| (it * 37 % 256) as u8).collect(),
+            codes: (0..rows * cols / 2).map(|it| (it * 37 % 256) as u8).collect::<Vec<_>>().into(),
             table: std::array::from_fn(|it| it as f32 / 3.0 - 2.0),
             block,
             scales: FourBitScales::Nested {

@@ -6,6 +6,7 @@
 mod bnb;
 mod canonical;
 mod changed;
+mod changed_rows;
 mod files;
 mod four_bit;
 mod gguf;
@@ -21,6 +22,7 @@ use ferrotune_tensor::{DType, Error, Result, Tensor};
 
 pub use bnb::FourBitKind;
 pub use changed::{Changed, NewRows, Replacement};
+pub use changed_rows::{ChangedRows, RowChange};
 pub use files::{FileKind, ModelFiles};
 pub use four_bit::{FourBit, FourBitScales};
 pub use gguf::{
@@ -36,7 +38,7 @@ pub enum Stored {
     /// Numbers, in the file's type where that is f32, f16 or bf16, else in f32.
     Dense(Tensor),
     /// Codes of 4 bits, as bitsandbytes keeps them.
-    FourBit(FourBit),
+    FourBit(FourBit<'static>),
 }
 
 impl Stored {

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, bail};
 use ferrotune_data::Tokenizer;
 use ferrotune_export::{
-    GgufMix, GgufModel, GgufReport, GgufTokenizer, PeftAdapter, write_gguf, write_gguf_adapter, write_whole,
+    GgufMix, GgufModel, GgufReport, GgufTokenizer, PeftAdapter, is_hub_name, write_gguf, write_gguf_adapter,
+    write_whole,
 };
 use ferrotune_model::source::{FileKind, GgufVocabulary, ModelFiles, RawValue, raw_vocabulary};
 use ferrotune_model::spec::ModelSpec;
@@ -118,11 +119,6 @@ fn title(folder: &Path) -> String {
 
 fn file_name(path: &Path) -> String {
     path.file_name().map(|it| it.to_string_lossy().into_owned()).unwrap_or_default()
-}
-
-/// `organisation/name`, not a path.
-fn is_hub_name(name: &str) -> bool {
-    name.matches('/').count() == 1 && !name.starts_with(['.', '/']) && !Path::new(name).exists()
 }
 
 /// What the file says of the tokenizer: what the base's GGUF file says, or what the tokenizer comes to.

@@ -6,6 +6,7 @@
 use std::fmt::Write;
 
 use ferrotune_data::{Ending, Template};
+use ferrotune_tensor::stream_of;
 use serde_json::{Map, Value, json};
 
 /// Hashes (FNV-1a) of the chat templates that Ollama knows again.
@@ -88,10 +89,7 @@ impl Modelfile<'_> {
 
 fn is_known(template: &Template) -> bool {
     let Some(source) = template.source().as_str() else { return false };
-    let hash = source
-        .bytes()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, it| (hash ^ u64::from(it)).wrapping_mul(0x0100_0000_01b3));
-    KNOWN.contains(&hash)
+    KNOWN.contains(&stream_of(source))
 }
 
 /// What a template writes around messages.

@@ -1,10 +1,10 @@
 //! What was written, read again and compared with base and adapter side by side.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::bail;
 use ferrotune_data::Tokenizer;
-use ferrotune_export::{PeftAdapter, merge, with_saved};
+use ferrotune_export::with_saved;
 use ferrotune_model::source::ModelFiles;
 use ferrotune_model::spec::{CheckpointForm, names};
 use ferrotune_model::{BuildOptions, Decoder};
@@ -13,7 +13,7 @@ use ferrotune_tensor::{DType, Precision};
 
 use crate::config::{QuantizationBit, RunConfig};
 use crate::console::Console;
-use crate::run::{Adapters, build_decoder, open_device};
+use crate::run::{Adapters, build_decoder, merge_all, open_device, read_adapter};
 
 /// Any text would do; tokens that models know are nearer to their use than random ones.
 const TEXT: &str = "The quick brown fox jumps over the lazy dog. 1 + 2 = 3; 你好，世界!";
@@ -46,9 +46,8 @@ impl Logits {
         let (files, adapters) = match config.adapter_name_or_path.split_last() {
             None => (files, Adapters::None),
             Some((last, beneath)) => {
-                let merged = |files, folder: &PathBuf| merge(files, PeftAdapter::read(folder)?);
-                let files = beneath.iter().try_fold(files, merged)?;
-                let mut adapter = PeftAdapter::read(last)?;
+                let files = merge_all(files, beneath)?;
+                let mut adapter = read_adapter(last, &files.spec)?;
                 let files = with_saved(files, std::mem::take(&mut adapter.saved))?;
                 (files, Adapters::Trained(Box::new(adapter)))
             }
