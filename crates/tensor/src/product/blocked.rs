@@ -160,6 +160,9 @@ impl<'a> Product<'a> {
         let packing = match b {
             _ if b_in_place.is_some() => 0,
             Right::Dense(_) => engine.rows_per_packing(),
+            Right::Tiles { w, .. } if engine.takes_bf16() && w.as_bf16().is_some() => {
+                engine.rows_per_packing() / 4
+            }
             Right::Tiles { .. } => 3 * engine.rows_per_packing(),
         };
         // Enough blocks that each fits the cache; then what keeps the slowest thread shortest.
@@ -366,6 +369,23 @@ impl<'a> Product<'a> {
                         let source = Source { data, lane_step, depth_step, lanes: lanes(half), depth };
                         pack(half, start - k.start, source);
                     }
+                }
+            }
+            Right::Tiles { w, transposed } if self.engine.takes_bf16() && w.as_bf16().is_some() => {
+                let (width, values) = (w.cols(), w.as_bf16().unwrap_or_default());
+                assert_eq!(values.len(), w.rows() * width, "numbers of a weight in bf16");
+                for half in 0..halves {
+                    let first = cols.start + half * 16;
+                    let (start, lane_step, depth_step) = match transposed {
+                        true => (first * width + k.start, width, 1),
+                        false => (k.start * width + first, 1, width),
+                    };
+                    let (data, depth, lanes) = (values[start..].as_ptr(), k.len(), lanes(half));
+                    let start = half / 2 * panel + half % 2 * 16;
+                    assert!(out.len() - start + 16 >= panel);
+                    let source = Source { data, lane_step, depth_step, lanes, depth };
+                    // SAFETY: the lanes and the depth exist in `w`, and `out` has room, as asserted.
+                    unsafe { self.engine.pack_halves(source, out[start..].as_mut_ptr()) };
                 }
             }
             Right::Tiles { w, transposed: true } => lend(&scratch::PIECE, 16 * PIECE.1, |piece| {

@@ -2,6 +2,8 @@
 
 use std::arch::x86_64::__cpuid;
 
+use half::bf16;
+
 pub(super) use super::kernel_avx512::{COLS, Tile};
 use super::pack::{self, Source};
 use super::{Precision, kernel_amx as amx, kernel_avx512 as avx512};
@@ -85,6 +87,11 @@ impl Engine {
         if self == Engine::Amx { amx::SIDE * words } else { LANES * words }
     }
 
+    /// Words of k are pairs of bf16.
+    pub(super) fn takes_bf16(self) -> bool {
+        self != Engine::F32
+    }
+
     /// Operands needn't be packed.
     pub(super) fn reads_in_place(self) -> bool {
         self == Engine::F32
@@ -133,10 +140,31 @@ impl Engine {
             }
             pack::pack_bf16(source, out, COLS);
             if last {
-                for word in source.depth.div_ceil(2)..self.words(source.depth) {
-                    out.wrapping_add(word * COLS).write_bytes(0, LANES);
-                }
+                self.pad(source.depth, out);
             }
+        }
+    }
+
+    /// Of numbers that are bf16 already, for the engines that multiply those; k ends with them.
+    ///
+    /// # Safety
+    /// As [`Engine::pack_cols`]; lanes or depth are side by side.
+    pub(super) unsafe fn pack_halves(self, source: Source<bf16>, out: *mut f32) {
+        // SAFETY: the caller's; the engine exists only where its instructions do.
+        unsafe {
+            pack::pack_halves(source, out, COLS);
+            self.pad(source.depth, out);
+        }
+    }
+
+    /// Zeros from where k ends to where the engine reads.
+    ///
+    /// # Safety
+    /// As [`Engine::pack_cols`].
+    unsafe fn pad(self, depth: usize, out: *mut f32) {
+        for word in depth.div_ceil(2)..self.words(depth) {
+            // SAFETY: the caller's.
+            unsafe { out.wrapping_add(word * COLS).write_bytes(0, LANES) };
         }
     }
 

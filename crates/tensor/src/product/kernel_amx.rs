@@ -7,6 +7,7 @@
 
 use std::arch::asm;
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 
 use super::kernel_avx512::{Tile, lanes};
@@ -104,15 +105,16 @@ pub(super) unsafe fn multiply(rows: usize, tile: &Tile) {
             let from = if tile.beta == 0.0 { zeros } else { (tile.c.cast_const(), tile.c_step) };
             add_up(tile, from, (tile.c, tile.c_step));
         } else {
-            let mut buffer = Buffer([0.0; SIDE * SIDE]);
-            add_up(tile, (ZEROS.0.as_ptr(), 0), (buffer.0.as_mut_ptr(), SIDE));
-            store(rows, tile, &buffer);
+            let mut buffer = MaybeUninit::<Buffer>::uninit();
+            add_up(tile, (ZEROS.0.as_ptr(), 0), (buffer.as_mut_ptr().cast(), SIDE));
+            store(rows, tile, buffer.assume_init_ref());
         }
     }
 }
 
 /// `to = from + a·b`, rows being so many numbers apart. `b` streams past (`t1`: it isn't to displace
-/// `a`, which is wanted again for the next columns, from the L1 cache).
+/// `a`, which is wanted again for the next columns, from the L1 cache). Meanwhile lines of the next tile of
+/// `c` are asked for, some each turn: the stores would wait for them.
 ///
 /// # Safety
 /// As [`multiply`].
@@ -129,7 +131,18 @@ unsafe fn add_up(tile: &Tile, from: (*const f32, usize), to: (*mut f32, usize)) 
             "tileloadd tmm1, [{from} + {from_step} + 64]",
             "tileloadd tmm2, [{from_low} + {from_step}]",
             "tileloadd tmm3, [{from_low} + {from_step} + 64]",
+            // From here on `from` is the next tile, and `from_low` counts pairs of its rows.
+            "lea {from}, [{to} + 128]",
+            "mov {from_low}, 16",
             "2:",
+            "sub {from_low}, 1",
+            "js 3f",
+            "prefetchw [{from}]",
+            "prefetchw [{from} + 64]",
+            "prefetchw [{from} + {to_step}]",
+            "prefetchw [{from} + {to_step} + 64]",
+            "lea {from}, [{from} + 2*{to_step}]",
+            "3:",
             "tileloaddt1 tmm6, [{b} + {b_step}]",
             "tileloadd tmm4, [{a} + {a_step}]",
             "tdpbf16ps tmm0, tmm4, tmm6",
@@ -151,8 +164,8 @@ unsafe fn add_up(tile: &Tile, from: (*const f32, usize), to: (*mut f32, usize)) 
             turns = inout(reg) tile.words / WORDS => _,
             a_step = in(reg) 64_usize,
             b_step = in(reg) 128_usize,
-            from = in(reg) from.0,
-            from_low = in(reg) from.0.wrapping_add(16 * from.1),
+            from = inout(reg) from.0 => _,
+            from_low = inout(reg) from.0.wrapping_add(16 * from.1) => _,
             from_step = in(reg) 4 * from.1,
             to = in(reg) to.0,
             to_low = in(reg) to.0.wrapping_add(16 * to.1),

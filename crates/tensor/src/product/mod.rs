@@ -24,6 +24,8 @@ mod thin;
 use std::any::TypeId;
 use std::ops::Range;
 
+use half::bf16;
+
 use crate::tensor::Real;
 
 pub(crate) use tensors::{Layout, Placed, Product};
@@ -153,6 +155,10 @@ pub trait Tiles: Sync {
     /// Writes the piece row after row: element (r, c) goes to
     /// `out[(r − rows.start) · cols.len() + (c − cols.start)]`.
     fn read(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [f32]);
+    /// All of it, row after row, where it is there in bf16: then nothing is widened to be rounded again.
+    fn as_bf16(&self) -> Option<&[bf16]> {
+        None
+    }
 }
 
 /// The instructions that [`Precision::Bf16`] uses on this CPU; without any it changes nothing.

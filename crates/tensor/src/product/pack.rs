@@ -3,12 +3,14 @@
 
 use std::arch::x86_64::*;
 
+use half::bf16;
+
 use super::kernel_avx512::lanes;
 
 /// Numbers to be packed: that of lane l at depth p is at `l · lane_step + p · depth_step`.
 #[derive(Clone, Copy)]
-pub(super) struct Source {
-    pub(super) data: *const f32,
+pub(super) struct Source<T = f32> {
+    pub(super) data: *const T,
     pub(super) lane_step: usize,
     pub(super) depth_step: usize,
     /// How many lanes exist. At most 16 are packed; those that don't exist as zeros.
@@ -129,6 +131,47 @@ pub(super) unsafe fn pack_bf16(source: Source, out: *mut f32, step: usize) {
             }
         }
         word += 16;
+    }
+}
+
+/// What [`pack_bf16`] makes, of numbers that are bf16 already. Either lanes or depth are side by side.
+///
+/// # Safety
+/// As [`pack_bf16`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+pub(super) unsafe fn pack_halves(source: Source<bf16>, out: *mut f32, step: usize) {
+    let Source { data, lane_step, depth_step, depth, .. } = source;
+    let words = depth.div_ceil(2);
+    if lane_step == 1 {
+        let mask = lanes(source.lanes);
+        for word in 0..words {
+            let at = data.wrapping_add(2 * word * depth_step);
+            // SAFETY: the mask keeps to the lanes that exist, the comparison to the depth.
+            unsafe {
+                let even = _mm256_maskz_loadu_epi16(mask, at.cast());
+                let mask = if 2 * word + 1 < depth { mask } else { 0 };
+                let odd = _mm256_maskz_loadu_epi16(mask, at.wrapping_add(depth_step).cast());
+                let odd = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(odd));
+                let pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(even), odd);
+                _mm512_storeu_si512(out.add(word * step).cast(), pairs);
+            }
+        }
+        return;
+    }
+    debug_assert_eq!(depth_step, 1);
+    for word in (0..words).step_by(16) {
+        let left = depth - 2 * word;
+        let mask = if left >= 32 { u32::MAX } else { (1 << left) - 1 };
+        let mut rows = [_mm512_setzero_si512(); 16];
+        for (l, row) in rows.iter_mut().enumerate().take(source.lanes) {
+            let at = data.wrapping_add(l * lane_step + 2 * word);
+            // SAFETY: the mask keeps to the depth that exists, `take` to the lanes.
+            *row = unsafe { _mm512_maskz_loadu_epi16(mask, at.cast()) };
+        }
+        for (q, col) in transpose(rows).iter().enumerate().take(words - word) {
+            // SAFETY: this word of the depth is inside `out`.
+            unsafe { _mm512_storeu_si512(out.add((word + q) * step).cast(), *col) };
+        }
     }
 }
 

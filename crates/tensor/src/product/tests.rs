@@ -257,6 +257,52 @@ fn amx_products_equal_plain_loops() {
     }
 }
 
+/// A weight that is there in bf16.
+#[cfg(target_arch = "x86_64")]
+struct Halves(Grid, Vec<half::bf16>);
+
+#[cfg(target_arch = "x86_64")]
+impl Tiles for Halves {
+    fn rows(&self) -> usize {
+        self.0.rows
+    }
+    fn cols(&self) -> usize {
+        self.0.cols
+    }
+    fn read(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
+        self.0.read(rows, cols, out);
+    }
+    fn as_bf16(&self) -> Option<&[half::bf16]> {
+        Some(&self.1)
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn weights_in_bf16_give_the_bits_of_rounded_ones() {
+    use blocked::{Right, product};
+    if !is_x86_feature_detected!("avx512bf16") || !is_x86_feature_detected!("avx512bw") {
+        return;
+    }
+    for (m, k, n) in SHAPES {
+        for transposed in [true, false] {
+            let (rows, cols) = if transposed { (n, k) } else { (k, n) };
+            let grid = Grid::new(rows, cols);
+            let halves = grid.values.iter().map(|it| half::bf16::from_f32(*it)).collect();
+            let halves = Halves(Grid::new(rows, cols), halves);
+            let a = numbers(&[5], m * k);
+            let multiply = |w: &dyn Tiles| {
+                let mut c = vec![f32::NAN; m * n];
+                let b = Right::Tiles { w, transposed };
+                let c_of = MatrixMut::new(&mut c, m, n);
+                product(engine::Engine::Amx, 1.0, Matrix::new(&a, m, k), b, 0.0, c_of, 2);
+                c
+            };
+            assert_eq!(multiply(&grid), multiply(&halves), "{m}×{k}×{n}, transposed {transposed}");
+        }
+    }
+}
+
 #[test]
 fn bf16_products_round_each_operand_once() {
     // Products of numbers that bf16 holds are exact; what it doesn't hold is rounded, if at all.
