@@ -27,7 +27,7 @@ pub type MakePart<'a> = dyn FnMut(&PartSpec, Stored) -> Result<Part> + 'a;
 /// How the rest of the model is held.
 #[derive(Clone, Debug)]
 pub struct BuildOptions {
-    /// Of the head's products.
+    /// Of all products but adapters'.
     pub precision: Precision,
     /// What activations are computed in.
     pub dtype: DType,
@@ -159,6 +159,7 @@ impl Builder<'_, '_> {
             scale: it.scale,
             window: it.window,
             softcap: it.softcap,
+            precision: self.options.precision,
         })
     }
 
@@ -229,8 +230,11 @@ impl Builder<'_, '_> {
 /// When the device has no room.
 pub fn dense_part(spec: &PartSpec, stored: Stored, options: &BuildOptions) -> Result<Part> {
     let mut value = stored.into_dense()?;
-    if let Device::Cuda(_) = options.device {
-        value = value.to_device_as(&options.device, options.dtype)?;
+    match (&options.device, options.precision) {
+        (Device::Cuda(_), _) => value = value.to_device_as(&options.device, options.dtype)?,
+        // Products would round it anyway, each time.
+        (Device::Cpu, Precision::Bf16) => value = value.cast(DType::BF16)?,
+        (Device::Cpu, Precision::Full) => {}
     }
     let weight: Box<dyn Weight> = Box::new(DenseWeight { value: value.into(), precision: options.precision });
     Ok(Part { name: spec.name.clone(), weight, bias: None, adapter: None })

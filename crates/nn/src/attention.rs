@@ -11,7 +11,7 @@ use std::ops::Range;
 use ferrotune_tensor::{Matrix, MatrixMut, Precision, Real, Result, Tensor, for_real, product};
 use rayon::prelude::*;
 
-use crate::lanes::{exp, max_of, sum_of, tanh, vectorised};
+use crate::lanes::{exp, max_of, sum_of, sum_of_pairs, tanh, vectorised};
 use crate::rope::Direction;
 use crate::{Context, Layer, Linear, Norm, Parameter, Room, Rope, SavedTensors};
 
@@ -45,6 +45,8 @@ pub struct Attention {
     pub window: Option<usize>,
     /// Scores are squeezed to ± this.
     pub softcap: Option<f64>,
+    /// How exactly products of whole sequences are computed on the CPU.
+    pub precision: Precision,
 }
 
 /// What [`Attention`]'s backward reads.
@@ -143,7 +145,7 @@ impl Attention {
                     let v = part(self.v_columns(), head / group, keys);
                     let out = MatrixMut::new(out, block.len(), heads * d).columns(head * d..(head + 1) * d);
                     let lse = lse[head..].iter_mut().step_by(heads);
-                    attend_block::<T>(self.scores(), q, k, v, out, lse, scratch);
+                    attend_block::<T>((self.scores(), self.precision), q, k, v, out, lse, scratch);
                 }
             });
             Ok(())
@@ -205,7 +207,7 @@ impl Attention {
         let zeros = || vec![T::zero(); len * d];
         let mut grads = HeadGrads { dq: zeros(), dk: zeros(), dv: zeros() };
         let (mut p_scratch, mut ds_scratch) = (Vec::new(), Vec::new());
-        let (one, zero, full) = (T::one(), T::zero(), Precision::Full);
+        let (one, zero, precision) = (T::one(), T::zero(), self.precision);
         for block in blocks(sequence) {
             let (rows, keys) = (block.len(), block.end - sequence.start);
             let q = part(self.q_columns(), head, block.clone());
@@ -215,14 +217,21 @@ impl Attention {
             let p = sized(&mut p_scratch, rows * keys);
             let ds = sized(&mut ds_scratch, rows * keys);
             product::matmul_serial(
-                full,
+                precision,
                 T::of(self.scale),
                 q,
                 k.transposed(),
                 zero,
                 MatrixMut::new(p, rows, keys),
             );
-            product::matmul_serial(full, one, dout, v.transposed(), zero, MatrixMut::new(ds, rows, keys));
+            product::matmul_serial(
+                precision,
+                one,
+                dout,
+                v.transposed(),
+                zero,
+                MatrixMut::new(ds, rows, keys),
+            );
             for (i, (p, ds)) in p.chunks_mut(keys).zip(ds.chunks_mut(keys)).enumerate() {
                 let (out, dout) =
                     (&out.data[i * out.row_stride..][..d], &dout.data[i * dout.row_stride..][..d]);
@@ -232,11 +241,11 @@ impl Attention {
             }
             let (p, ds) = (Matrix::new(p, rows, keys), Matrix::new(ds, rows, keys));
             let dv = MatrixMut::new(&mut grads.dv, keys, d);
-            product::matmul_serial(full, one, p.transposed(), dout, one, dv);
+            product::matmul_serial(precision, one, p.transposed(), dout, one, dv);
             let dk = MatrixMut::new(&mut grads.dk, keys, d);
-            product::matmul_serial(full, one, ds.transposed(), q, one, dk);
+            product::matmul_serial(precision, one, ds.transposed(), q, one, dk);
             let dq = &mut grads.dq[(block.start - sequence.start) * d..][..rows * d];
-            product::matmul_serial(full, one, ds, k, zero, MatrixMut::new(dq, rows, d));
+            product::matmul_serial(precision, one, ds, k, zero, MatrixMut::new(dq, rows, d));
         }
         Ok(grads)
     }
@@ -328,7 +337,7 @@ fn sized<T: Real>(buffer: &mut Vec<T>, n: usize) -> &mut [T] {
 
 /// out = softmax(q·kᵀ)·v for the last `q.rows` of `k.rows` positions.
 fn attend_block<'a, T: Real>(
-    scores: Scores,
+    (scores, precision): (Scores, Precision),
     q: Matrix<'_, T>,
     k: Matrix<'_, T>,
     v: Matrix<'_, T>,
@@ -339,11 +348,11 @@ fn attend_block<'a, T: Real>(
     let (rows, keys) = (q.rows, k.rows);
     let p = sized(scratch, rows * keys);
     let (scale, zero) = (T::of(scores.scale), T::zero());
-    product::matmul_serial(Precision::Full, scale, q, k.transposed(), zero, MatrixMut::new(p, rows, keys));
+    product::matmul_serial(precision, scale, q, k.transposed(), zero, MatrixMut::new(p, rows, keys));
     for ((i, p), lse) in p.chunks_mut(keys).enumerate().zip(lse) {
         *lse = softmax::<T>(scores, scores.visible(keys - rows + i), p);
     }
-    product::matmul_serial(Precision::Full, T::one(), Matrix::new(p, rows, keys), v, zero, out);
+    product::matmul_serial(precision, T::one(), Matrix::new(p, rows, keys), v, zero, out);
 }
 
 vectorised! {
@@ -354,13 +363,19 @@ vectorised! {
         let p = &mut p[visible];
         if let Some(cap) = scores.softcap {
             let cap = T::of(cap);
-            p.iter_mut().for_each(|it| *it = cap * tanh(*it / cap));
+            for it in &mut *p {
+                *it = cap * tanh(*it / cap);
+            }
         }
         let max = max_of(p);
-        p.iter_mut().for_each(|it| *it = exp(*it - max));
-        let sum = sum_of(p.len(), |i| p[i]);
+        for it in &mut *p {
+            *it = exp(*it - max);
+        }
+        let sum = sum_of(p, |it| it);
         let inverse = T::one() / sum;
-        p.iter_mut().for_each(|it| *it *= inverse);
+        for it in p {
+            *it *= inverse;
+        }
         max + sum.ln()
     }
 }
@@ -376,7 +391,7 @@ vectorised! {
         p: &mut [T],
         ds: &mut [T],
     ) {
-        let dot = sum_of(out.len(), |i| out[i] * dout[i]);
+        let dot = sum_of_pairs(out, dout, |out, dout| out * dout);
         let scale = T::of(scores.scale);
         for row in [&mut *p, &mut *ds] {
             row[..visible.start].fill(T::zero());

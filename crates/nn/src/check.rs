@@ -118,6 +118,7 @@ mod tests {
             scale: 0.5,
             window: None,
             softcap: None,
+            precision: Precision::Full,
         }
     }
 

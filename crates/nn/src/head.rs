@@ -266,11 +266,15 @@ pub(crate) fn gather<T: Real>(hidden: &Tensor, rows: &[usize]) -> Result<Tensor>
 vectorised! {
     fn bend<T>(scale: f64, softcap: Option<f64>, z: &mut [T]) {
         if scale != 1.0 {
-            z.iter_mut().for_each(|it| *it *= T::of(scale));
+            for it in &mut *z {
+                *it *= T::of(scale);
+            }
         }
         if let Some(cap) = softcap {
             let cap = T::of(cap);
-            z.iter_mut().for_each(|it| *it = cap * tanh(*it / cap));
+            for it in z {
+                *it = cap * tanh(*it / cap);
+            }
         }
     }
 }
@@ -279,7 +283,7 @@ vectorised! {
     /// log Σ exp(z), and the largest z.
     fn log_sum_exp<T>(z: &[T]) -> (T, T) {
         let max = max_of(z);
-        (max + sum_of(z.len(), |i| exp(z[i] - max)).ln(), max)
+        (max + sum_of(z, |it| exp(it - max)).ln(), max)
     }
 }
 
@@ -289,13 +293,17 @@ vectorised! {
         let (scale, bent) = (T::of(scale), z[target]);
         match softcap {
             None => {
-                z.iter_mut().for_each(|it| *it = -dlogp * exp(*it - lse) * scale);
+                for it in &mut *z {
+                    *it = -dlogp * exp(*it - lse) * scale;
+                }
                 z[target] += dlogp * scale;
             }
             Some(cap) => {
                 let cap = T::of(cap);
                 let slope = |it: T| (T::one() - (it / cap) * (it / cap)) * scale;
-                z.iter_mut().for_each(|it| *it = -dlogp * exp(*it - lse) * slope(*it));
+                for it in &mut *z {
+                    *it = -dlogp * exp(*it - lse) * slope(*it);
+                }
                 z[target] += dlogp * slope(bent);
             }
         }

@@ -1,7 +1,8 @@
 //! Element loops compiled for the CPU's widest vectors, chosen at run time.
 
 /// Defines a function whose body is compiled three times: for AVX-512, for AVX2 and plainly.
-/// The compiler vectorises the plain loops inside; `mul_add` is avoided, since without FMA it is a call.
+/// The compiler vectorises the plain `for` loops inside; a `for_each` may stay a call, compiled plainly.
+/// `mul_add` is avoided, since without FMA it is a call.
 macro_rules! vectorised {
     ($(#[$meta:meta])* fn $name:ident<$T:ident>($($arg:ident: $type:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$meta])*
@@ -37,19 +38,35 @@ use ferrotune_tensor::Real;
 /// Partial sums that a reduction keeps, so that it vectorises; fixed, so that results don't depend on the CPU.
 const LANES: usize = 16;
 
-/// Σ term(i) for i < n, in a fixed order.
+/// Terms that are computed before they are added up: their loop is then one of its own, and vectorises.
+const TERMS: usize = 16 * LANES;
+
+/// Σ term(value), in a fixed order.
 #[inline(always)]
-pub(crate) fn sum_of<T: Real>(n: usize, term: impl Fn(usize) -> T) -> T {
+pub(crate) fn sum_of<T: Real>(values: &[T], term: impl Fn(T) -> T) -> T {
+    sum_of_pairs(values, values, |value, _| term(value))
+}
+
+/// Σ term(a, b) over two slices of one length, in a fixed order.
+#[inline(always)]
+pub(crate) fn sum_of_pairs<T: Real>(a: &[T], b: &[T], term: impl Fn(T, T) -> T) -> T {
+    let whole = a.len() / LANES * LANES;
+    let ((a, a_rest), (b, b_rest)) = (a.split_at(whole), b.split_at(whole));
     let mut lanes = [T::zero(); LANES];
-    let whole = n / LANES * LANES;
-    for start in (0..whole).step_by(LANES) {
-        for (lane, sum) in lanes.iter_mut().enumerate() {
-            *sum += term(start + lane);
+    let mut terms = [T::zero(); TERMS];
+    for (a, b) in a.chunks(TERMS).zip(b.chunks(TERMS)) {
+        for (term_of, (a, b)) in terms.iter_mut().zip(a.iter().zip(b)) {
+            *term_of = term(*a, *b);
+        }
+        for terms in terms[..a.len()].chunks_exact(LANES) {
+            for (sum, term) in lanes.iter_mut().zip(terms) {
+                *sum += *term;
+            }
         }
     }
     let mut sum: T = lanes.iter().copied().sum();
-    for i in whole..n {
-        sum += term(i);
+    for (a, b) in a_rest.iter().zip(b_rest) {
+        sum += term(*a, *b);
     }
     sum
 }
@@ -80,7 +97,8 @@ pub(crate) fn exp<T: Real>(x: T) -> T {
 fn exp_f32(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5·2²³: adding it rounds to an integer
     let clamped = x.clamp(-87.3, 88.3);
-    let k = (clamped * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let rounded = clamped * std::f32::consts::LOG2_E + ROUND;
+    let k = rounded - ROUND;
     let r = clamped - k * 0.693_359_4 - k * -2.121_944_4e-4;
     let mut p = 1.987_569_1e-4;
     for coefficient in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5e-1] {
@@ -88,7 +106,8 @@ fn exp_f32(x: f32) -> f32 {
     }
     let mantissa = p * r * r + r + 1.0;
     // Very negative scores are masked ones: exactly zero there.
-    let scale = f32::from_bits((((k as i32) + 127) << 23) as u32);
+    // The low bits of `rounded` are k: a cast, which saturates, would not vectorise.
+    let scale = f32::from_bits((rounded.to_bits() << 23).wrapping_add(127 << 23));
     if x < -87.3 { 0.0 } else { mantissa * scale }
 }
 
@@ -125,7 +144,9 @@ mod tests {
     #[test]
     fn sums_take_every_element() {
         let values: Vec<f64> = (0..45).map(f64::from).collect();
-        assert_eq!(sum_of(45, |i| values[i]), 990.0);
+        assert_eq!(sum_of(&values, |it| it), 990.0);
+        let many: Vec<f64> = (0..1000).map(f64::from).collect();
+        assert_eq!(sum_of_pairs(&many, &many, |a, b| a * b), 332_833_500.0);
         assert_eq!(max_of(&values), 44.0);
         assert_eq!(max_of::<f32>(&[-3.0]), -3.0);
     }

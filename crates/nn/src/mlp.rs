@@ -182,9 +182,13 @@ impl Layer for Mlp {
 vectorised! {
     fn activate<T>(activation: Activation, gate: &[T], up: &[T], hidden: &mut [T]) {
         if up.is_empty() {
-            hidden.iter_mut().zip(gate).for_each(|(h, g)| *h = activation.at(*g).0);
+            for (h, g) in hidden.iter_mut().zip(gate) {
+                *h = activation.at(*g).0;
+            }
         } else {
-            hidden.iter_mut().zip(gate).zip(up).for_each(|((h, g), u)| *h = activation.at(*g).0 * *u);
+            for ((h, g), u) in hidden.iter_mut().zip(gate).zip(up) {
+                *h = activation.at(*g).0 * *u;
+            }
         }
     }
 }
@@ -192,7 +196,9 @@ vectorised! {
 vectorised! {
     fn activate_backward<T>(activation: Activation, gate: &mut [T], up: &mut [T], dhidden: &[T]) {
         if up.is_empty() {
-            gate.iter_mut().zip(dhidden).for_each(|(g, dh)| *g = *dh * activation.at(*g).1);
+            for (g, dh) in gate.iter_mut().zip(dhidden) {
+                *g = *dh * activation.at(*g).1;
+            }
         } else {
             for ((g, u), dh) in gate.iter_mut().zip(up).zip(dhidden) {
                 let (act, slope) = activation.at(*g);

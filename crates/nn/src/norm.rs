@@ -7,7 +7,7 @@
 use ferrotune_tensor::{Gpu, Launch, Real, Result, Tensor, for_real};
 use rayon::prelude::*;
 
-use crate::lanes::{sum_of, vectorised};
+use crate::lanes::{sum_of, sum_of_pairs, vectorised};
 use crate::numbers::{add_column_sums, on_host};
 use crate::{Numbers, Parameter};
 
@@ -182,9 +182,9 @@ fn statistics<T: Real>(kind: NormKind, eps: T, x: &[T]) -> (T, T) {
     let n = T::of(x.len() as f64);
     let mean = match kind {
         NormKind::Rms => T::zero(),
-        NormKind::Layer => sum_of(x.len(), |i| x[i]) / n,
+        NormKind::Layer => sum_of(x, |x| x) / n,
     };
-    let variance = sum_of(x.len(), |i| (x[i] - mean) * (x[i] - mean)) / n;
+    let variance = sum_of(x, |x| (x - mean) * (x - mean)) / n;
     (mean, T::one() / (variance + eps).sqrt())
 }
 
@@ -195,7 +195,9 @@ vectorised! {
             *y = (*x - mean) * r * T::of(f64::from(*w));
         }
         if let Some(bias) = bias {
-            y.iter_mut().zip(bias).for_each(|(y, b)| *y += T::of(f64::from(*b)));
+            for (y, b) in y.iter_mut().zip(bias) {
+                *y += T::of(f64::from(*b));
+            }
         }
     }
 }
@@ -207,10 +209,10 @@ vectorised! {
         for (dy, w) in dy.iter_mut().zip(weight) {
             *dy *= T::of(f64::from(*w));
         }
-        let dot = sum_of(x.len(), |i| dy[i] * (x[i] - mean)) * r / n;
+        let dot = sum_of_pairs(dy, x, |dy, x| dy * (x - mean)) * r / n;
         let g_mean = match kind {
             NormKind::Rms => T::zero(),
-            NormKind::Layer => sum_of(x.len(), |i| dy[i]) / n,
+            NormKind::Layer => sum_of(dy, |dy| dy) / n,
         };
         for (dy, x) in dy.iter_mut().zip(x) {
             *dy = r * (*dy - g_mean - (*x - mean) * r * dot);

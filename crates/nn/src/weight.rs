@@ -110,6 +110,10 @@ impl Tiles for DenseWeight {
             }
         }
     }
+
+    fn as_bf16(&self) -> Option<&[bf16]> {
+        self.value.values().ok()
+    }
 }
 
 impl Weight for DenseWeight {

@@ -251,6 +251,7 @@ fn attention() {
                     scale: 1.0 / (head_dim as f64).sqrt(),
                     window,
                     softcap,
+                    precision: Precision::Full,
                 };
                 let (mut there, mut here) = (layer(qkv, o, &arm.gpu), layer(qkv_here, o_here, &Device::Cpu));
                 let starts = sizes(4, &[0, 1, 8, 71, 135, 200, 330]);
@@ -286,6 +287,7 @@ fn plain_attention(
         scale: 0.125,
         window: None,
         softcap: None,
+        precision: Precision::Full,
     }
 }
 

@@ -1,6 +1,6 @@
 //! Attention of further tokens of one sequence to those before, whose keys and values are kept.
 
-use ferrotune_tensor::{DType, Error, Gpu, Matrix, MatrixMut, Result, Tensor};
+use ferrotune_tensor::{DType, Error, Gpu, Matrix, MatrixMut, Precision, Result, Tensor};
 use rayon::prelude::*;
 
 use super::gpu::Source;
@@ -196,7 +196,15 @@ impl Attention {
                     (k.columns(shared.clone()).rows(keys.clone()), v.columns(shared.clone()).rows(keys));
                 let q = all.columns(head * d..(head + 1) * d).rows(block.clone());
                 let out = MatrixMut::new(&mut out[block.start * d..], block.len(), d);
-                attend_block(self.scores(), q, k, v, out, lse[block.clone()].iter_mut(), &mut scratch);
+                attend_block(
+                    (self.scores(), Precision::Full),
+                    q,
+                    k,
+                    v,
+                    out,
+                    lse[block.clone()].iter_mut(),
+                    &mut scratch,
+                );
             }
             out
         };
