@@ -35,10 +35,16 @@ pub(super) fn forced_architecture() -> Result<Option<u32>> {
     }
 }
 
+/// Whether an architecture runs a module: PTX is for what it names and what is newer, but with 9.0's own
+/// instructions (901 for `90a`) for that alone.
+fn runs(module: u32, architecture: u32) -> bool {
+    if module > 900 { module / 10 == architecture } else { module <= architecture }
+}
+
 /// Hands the newest PTX of a module that the architecture runs to the driver, which compiles it (and
 /// keeps what it compiled in a cache of its own on the disk).
 pub(super) fn load(name: &str, architecture: u32) -> Result<sys::CUmodule> {
-    let fitting = MODULES.iter().filter(|it| it.0 == name && it.1 <= architecture);
+    let fitting = MODULES.iter().filter(|it| it.0 == name && runs(it.1, architecture));
     let Some((_, _, ptx)) = fitting.max_by_key(|it| it.1) else {
         return Err(Error::Device(format!("there is no kernel module `{name}` for sm_{architecture}")));
     };
@@ -90,6 +96,13 @@ mod tests {
             assert!(version <= NEWEST_PTX, "{name}.sm_{architecture} needs PTX {version:?}");
             assert_eq!(field(".target"), format!("sm_{architecture}"), "{name}");
         }
+    }
+
+    #[test]
+    fn instructions_of_one_architecture_stay_on_it() {
+        assert!(runs(80, 80) && runs(75, 90) && runs(901, 90));
+        assert!(!runs(80, 75) && !runs(901, 80) && !runs(901, 100) && !runs(901, 120));
+        assert!(MODULES.iter().any(|it| it.1 == 901), "no module is for 9.0 alone");
     }
 
     #[test]
