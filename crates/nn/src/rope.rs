@@ -74,7 +74,7 @@ impl Rope {
     }
 
     /// (N, rotary width) in f32: cosines and sines.
-    fn table_on_gpu(&self, ctx: &Context, gpu: &Arc<Gpu>) -> Result<Arc<Tensor>> {
+    pub(crate) fn table_on_gpu(&self, ctx: &Context, gpu: &Arc<Gpu>) -> Result<Arc<Tensor>> {
         let mut tables = ctx.shared.rope.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if let Some((.., table)) = tables.iter().find(|(rope, ..)| rope == self) {
             return Ok(table.clone());

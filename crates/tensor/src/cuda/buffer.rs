@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use cudarc::driver::{result, sys};
 
+use super::arena::{self, Arena};
 use super::staging::{self, Staging};
 use super::{Gpu, describe};
 use crate::{Error, Result};
@@ -16,38 +17,57 @@ pub(crate) struct Buffer {
     pointer: sys::CUdeviceptr,
     bytes: usize,
     gpu: Arc<Gpu>,
+    /// What it belongs to, where it was made in a pass that is recorded.
+    arena: Option<Arc<Arena>>,
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if self.bytes > 0 && self.gpu.bind().is_ok() {
-            // SAFETY: the memory was allocated on this stream, and later work on it comes later.
-            let _ = unsafe { result::free_async(self.pointer, self.gpu.raw_stream()) };
+        match &self.arena {
+            Some(arena) => arena.give_back(self.bytes, self.pointer),
+            None if self.bytes > 0 => free(&self.gpu, self.pointer),
+            None => {}
         }
+    }
+}
+
+/// Memory of the card, in the stream's order.
+pub(super) fn allocate(gpu: &Gpu, bytes: usize) -> Result<sys::CUdeviceptr> {
+    gpu.bind()?;
+    // SAFETY: what is written before it is read is the caller's to see to.
+    unsafe { result::malloc_async(gpu.raw_stream(), bytes) }.map_err(|error| {
+        if error.0 != sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+            return Error::Device(format!("cuda:{}: {}", gpu.ordinal, describe(error)));
+        }
+        let memory = gpu.memory();
+        Error::OutOfMemory {
+            device: format!("cuda:{} ({})", gpu.ordinal, gpu.name),
+            wanted: bytes as u64,
+            allocated: memory.allocated,
+            total: memory.total,
+        }
+    })
+}
+
+/// Gives back what [`allocate`] gave, once.
+pub(super) fn free(gpu: &Gpu, pointer: sys::CUdeviceptr) {
+    if gpu.bind().is_ok() {
+        // SAFETY: the memory was allocated on this stream, and later work on it comes later.
+        let _ = unsafe { result::free_async(pointer, gpu.raw_stream()) };
     }
 }
 
 impl Buffer {
     /// Memory that holds nothing in particular.
     pub(crate) fn new(gpu: &Arc<Gpu>, bytes: usize) -> Result<Buffer> {
-        gpu.bind()?;
-        let mut pointer = 0;
-        if bytes > 0 {
-            // SAFETY: what is written before it is read is the caller's to see to.
-            pointer = unsafe { result::malloc_async(gpu.raw_stream(), bytes) }.map_err(|error| {
-                if error.0 != sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
-                    return Error::Device(format!("cuda:{}: {}", gpu.ordinal, describe(error)));
-                }
-                let memory = gpu.memory();
-                Error::OutOfMemory {
-                    device: format!("cuda:{} ({})", gpu.ordinal, gpu.name),
-                    wanted: bytes as u64,
-                    allocated: memory.allocated,
-                    total: memory.total,
-                }
-            })?;
-        }
-        Ok(Buffer { pointer, bytes, gpu: gpu.clone() })
+        let (pointer, arena) = match bytes {
+            0 => (0, None),
+            _ => match arena::take(gpu, bytes)? {
+                Some((pointer, arena)) => (pointer, Some(arena)),
+                None => (allocate(gpu, bytes)?, None),
+            },
+        };
+        Ok(Buffer { pointer, bytes, gpu: gpu.clone(), arena })
     }
 
     pub(crate) fn gpu(&self) -> &Arc<Gpu> {
@@ -68,6 +88,7 @@ impl Buffer {
             return Ok(());
         }
         self.gpu.bind()?;
+        arena::was_kernel(false);
         // SAFETY: the buffer has this many bytes.
         let done = unsafe { result::memset_d8_async(self.pointer, 0, self.bytes, self.gpu.raw_stream()) };
         self.gpu.check(done)
@@ -123,6 +144,7 @@ impl Buffer {
             return Ok(());
         }
         self.gpu.bind()?;
+        arena::was_kernel(false);
         let stream = self.gpu.raw_stream();
         // SAFETY: both buffers are large enough and of one context.
         let done = unsafe { result::memcpy_dtod_async(self.pointer, other.pointer, other.bytes, stream) };

@@ -1,14 +1,14 @@
 use std::ffi::c_void;
 
-use cudarc::driver::{result, sys};
+use cudarc::driver::{DriverError, result, sys};
 
-use super::Gpu;
+use super::{Gpu, arena};
 use crate::{Error, Result, Tensor};
 
 /// The most arguments a kernel of ours takes.
 const MOST_ARGUMENTS: usize = 40;
 /// Dynamic shared memory above this must be asked for: with a kernel's own, 48 KiB are free.
-const SHARED_FREE: usize = 44 * 1024;
+const SHARED_FREE: usize = 12 * 1024;
 
 /// A kernel with its arguments, about to run.
 pub struct Launch<'a> {
@@ -18,6 +18,9 @@ pub struct Launch<'a> {
     grid: (usize, usize),
     block: u32,
     shared: usize,
+    /// The kernel has instructions to wait for those before it.
+    can_wait: bool,
+    early: bool,
     /// Each argument in the low bytes of a word.
     arguments: [u64; MOST_ARGUMENTS],
     count: usize,
@@ -25,7 +28,7 @@ pub struct Launch<'a> {
 }
 
 impl<'a> Launch<'a> {
-    pub(super) fn new(gpu: &'a Gpu, function: sys::CUfunction, name: &str) -> Launch<'a> {
+    pub(super) fn new(gpu: &'a Gpu, function: sys::CUfunction, name: &str, can_wait: bool) -> Launch<'a> {
         Launch {
             gpu,
             function,
@@ -33,6 +36,8 @@ impl<'a> Launch<'a> {
             grid: (1, 1),
             block: 1,
             shared: 0,
+            can_wait,
+            early: false,
             arguments: [0; MOST_ARGUMENTS],
             count: 0,
             too_large: None,
@@ -52,6 +57,13 @@ impl<'a> Launch<'a> {
     /// Bytes of dynamic shared memory of each block.
     pub fn shared(self, bytes: usize) -> Launch<'a> {
         Launch { shared: bytes, ..self }
+    }
+
+    /// In a recorded pass it may begin before the kernel ahead of it has ended, where the card can do that. Such a
+    /// kernel waits by itself (`wait_for_kernels_before` of `kernels/ptx.cuh`), in all of its blocks that do
+    /// anything, before it reads what kernels of the pass have written and before it writes.
+    pub fn early(self) -> Launch<'a> {
+        Launch { early: true, ..self }
     }
 
     /// The address of a tensor.
@@ -143,6 +155,14 @@ impl<'a> Launch<'a> {
         }
         let (stream, count) = (self.gpu.raw_stream(), self.count);
         let (function, block, shared) = (self.function, self.block, self.shared as u32);
+        if self.early && self.can_wait && arena::follows_kernel() {
+            let grid = (x as u32, y);
+            // SAFETY: the caller's promise; the arguments are copied before the call returns.
+            return self.gpu.check(unsafe {
+                launch_early(function, grid, block, shared, stream, &mut addresses[..count])
+            });
+        }
+        arena::was_kernel(true);
         // SAFETY: the caller's promise; the arguments are copied before the call returns.
         let launch = || unsafe {
             result::launch_kernel(
@@ -157,4 +177,40 @@ impl<'a> Launch<'a> {
         let launched = self.gpu.profile.around(stream, || self.name.clone(), launch);
         self.gpu.check(launched)
     }
+}
+
+/// Launches a kernel that waits for those before it by itself.
+///
+/// # Safety
+/// As with [`result::launch_kernel`].
+unsafe fn launch_early(
+    function: sys::CUfunction,
+    grid: (u32, u32),
+    block: u32,
+    shared: u32,
+    stream: sys::CUstream,
+    arguments: &mut [*mut c_void],
+) -> Result<(), DriverError> {
+    // Kernels that run beside each other have to agree on how much of the L1 is shared memory: all of it.
+    let carveout = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+    // SAFETY: the function is alive; the attribute is a share in percent.
+    unsafe { result::function::set_function_attribute(function, carveout, 100) }?;
+    let value = sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 };
+    let id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    let mut attribute = sys::CUlaunchAttribute { id, pad: [0; 4], value };
+    let config = sys::CUlaunchConfig {
+        gridDimX: grid.0,
+        gridDimY: grid.1,
+        gridDimZ: 1,
+        blockDimX: block,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: shared,
+        hStream: stream,
+        attrs: &raw mut attribute,
+        numAttrs: 1,
+    };
+    let arguments = arguments.as_mut_ptr();
+    // SAFETY: the caller's; the configuration is read before the call returns.
+    unsafe { sys::cuLaunchKernelEx(&raw const config, function, arguments, std::ptr::null_mut()) }.result()
 }

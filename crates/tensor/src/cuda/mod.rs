@@ -4,6 +4,7 @@
 //! waits but what reads back. Memory comes from the driver's stream-ordered pool, which keeps what is
 //! freed.
 
+mod arena;
 mod blas;
 mod buffer;
 mod graph;
@@ -22,7 +23,7 @@ use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 use crate::product::Product;
 use crate::{DType, Error, Result};
 
-pub use graph::Graph;
+pub use graph::{Graph, Rehearsal};
 pub use launch::Launch;
 pub use library::{CudaCard, CudaLibrary, CudaStatus, cuda_status};
 pub use modules::{MINIMUM_CUDA, MINIMUM_DRIVER};
@@ -46,6 +47,8 @@ pub struct Gpu {
     pub architecture: u32,
     /// Streaming multiprocessors.
     pub multiprocessors: usize,
+    /// Bytes of shared memory that a block can have, with those that its kernel declares.
+    pub shared_of_block: usize,
     /// The newest CUDA version that the driver takes, as (major, minor).
     driver_version: Option<(i32, i32)>,
     context: Arc<CudaContext>,
@@ -72,6 +75,7 @@ impl std::fmt::Debug for Gpu {
 /// Kernels that came out of one PTX text, and those of its functions that were asked for.
 struct Module {
     handle: sys::CUmodule,
+    can_wait: bool,
     functions: HashMap<String, sys::CUfunction>,
     facts: HashMap<String, LaunchFacts>,
 }
@@ -154,6 +158,8 @@ impl Gpu {
             .map_err(plain)?;
         let count = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let multiprocessors = context.attribute(count).map_err(plain)? as usize;
+        let shared = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        let shared_of_block = context.attribute(shared).map_err(plain)?.max(0) as usize;
         let architecture = modules::forced_architecture()?.unwrap_or(capability).min(capability);
         Ok(Gpu {
             ordinal,
@@ -161,6 +167,7 @@ impl Gpu {
             capability,
             architecture,
             multiprocessors,
+            shared_of_block,
             driver_version: status.driver_version,
             context,
             stream,
@@ -257,17 +264,17 @@ impl Gpu {
     /// # Errors
     /// When there is no such kernel for this card.
     pub fn plain_kernel(&self, module: &str, kernel: &str) -> Result<Launch<'_>> {
-        let function = self.with_module(module, |loaded| {
+        let (function, can_wait) = self.with_module(module, |loaded| {
             if let Some(function) = loaded.functions.get(kernel) {
-                return Ok(*function);
+                return Ok((*function, loaded.can_wait));
             }
             // SAFETY: modules are never unloaded.
             let function = unsafe { result::module::get_function(loaded.handle, c_name(kernel)) };
             let function = function.map_err(|error| self.not_in_module(kernel, module, error))?;
             loaded.functions.insert(kernel.to_string(), function);
-            Ok(function)
+            Ok((function, loaded.can_wait))
         })?;
-        Ok(Launch::new(self, function, kernel))
+        Ok(Launch::new(self, function, kernel, can_wait))
     }
 
     /// How a kernel wants to be launched, where its source says so.
@@ -304,8 +311,9 @@ impl Gpu {
         if let Some(loaded) = modules.get_mut(module) {
             return body(loaded);
         }
-        let handle = modules::load(module, self.architecture)?;
-        let loaded = Module { handle, functions: HashMap::new(), facts: HashMap::new() };
+        let modules::Loaded { handle, can_wait } =
+            modules::load(module, self.architecture, self.driver_version)?;
+        let loaded = Module { handle, can_wait, functions: HashMap::new(), facts: HashMap::new() };
         body(modules.entry(module.to_string()).or_insert(loaded))
     }
 

@@ -41,11 +41,34 @@ fn runs(module: u32, architecture: u32) -> bool {
     if module > 900 { module / 10 == architecture } else { module <= architecture }
 }
 
+/// The first architecture whose kernels may begin before those ahead of them have ended, and the CUDA that a driver
+/// must know to record that.
+const OVERLAPPING: u32 = 90;
+const OVERLAPPING_CUDA: (i32, i32) = (12, 4);
+
+/// A module as the driver has it.
+pub(super) struct Loaded {
+    pub(super) handle: sys::CUmodule,
+    /// Its kernels can wait for those ahead of them, see [`super::Launch::early`].
+    pub(super) can_wait: bool,
+}
+
+/// Whether a driver that takes this CUDA loads the PTX for an architecture.
+fn takes(driver: (i32, i32), architecture: u32) -> bool {
+    let known = u32::try_from(driver.0 * 1000 + driver.1 * 10).unwrap_or(0);
+    let newest = DRIVERS.iter().find(|it| it.0 == architecture).is_none_or(|it| it.1 <= known);
+    newest && (architecture < OVERLAPPING || driver >= OVERLAPPING_CUDA)
+}
+
 /// Hands the newest PTX of a module that the architecture runs to the driver, which compiles it (and
 /// keeps what it compiled in a cache of its own on the disk).
-pub(super) fn load(name: &str, architecture: u32) -> Result<sys::CUmodule> {
-    let fitting = MODULES.iter().filter(|it| it.0 == name && runs(it.1, architecture));
-    let Some((_, _, ptx)) = fitting.max_by_key(|it| it.1) else {
+pub(super) fn load(name: &str, architecture: u32, driver: Option<(i32, i32)>) -> Result<Loaded> {
+    // What the oldest take is said by the error below, if it is too new.
+    let known = driver.unwrap_or(MINIMUM_CUDA);
+    let fitting = MODULES
+        .iter()
+        .filter(|it| it.0 == name && runs(it.1, architecture) && (it.1 <= 80 || takes(known, it.1)));
+    let Some((_, found, ptx)) = fitting.max_by_key(|it| it.1) else {
         return Err(Error::Device(format!("there is no kernel module `{name}` for sm_{architecture}")));
     };
     let text = CString::new(*ptx).expect("PTX has no zero");
@@ -72,7 +95,7 @@ pub(super) fn load(name: &str, architecture: u32) -> Result<sys::CUmodule> {
             "the driver can't load the kernels of `{name}` for sm_{architecture}: {why}; {MINIMUM_DRIVER} or newer is needed. {log}"
         ))
     })?;
-    Ok(module)
+    Ok(Loaded { handle: module, can_wait: (OVERLAPPING..100).contains(found) })
 }
 
 #[cfg(test)]
@@ -85,7 +108,7 @@ mod tests {
     #[test]
     fn the_oldest_driver_loads_every_module() {
         assert!(MODULES.len() >= 40, "{} modules", MODULES.len());
-        for (name, architecture, ptx) in MODULES.iter().filter(|it| it.1 < 900) {
+        for (name, architecture, ptx) in MODULES.iter().filter(|it| it.1 < OVERLAPPING) {
             let field = |start: &str| {
                 let line = ptx.lines().find_map(|line| line.strip_prefix(start));
                 line.unwrap_or_else(|| panic!("{name}: no `{start}`")).trim().to_string()
@@ -103,6 +126,25 @@ mod tests {
         assert!(runs(80, 80) && runs(75, 90) && runs(901, 90));
         assert!(!runs(80, 75) && !runs(901, 80) && !runs(901, 100) && !runs(901, 120));
         assert!(MODULES.iter().any(|it| it.1 == 901), "no module is for 9.0 alone");
+    }
+
+    #[test]
+    fn kernels_that_may_overlap_wait() {
+        let newer: Vec<_> = MODULES.iter().filter(|it| it.1 == OVERLAPPING).collect();
+        assert!(newer.iter().any(|it| it.0 == "row"), "no kernels for sm_{OVERLAPPING}");
+        for (name, _, ptx) in newer {
+            for kernel in ptx.split(".entry ").skip(1) {
+                let line = kernel.lines().next().unwrap();
+                assert!(kernel.contains("griddepcontrol.wait"), "{name}: {line} does not wait");
+            }
+        }
+    }
+
+    #[test]
+    fn drivers_get_what_they_take() {
+        assert!(takes((12, 4), OVERLAPPING) && takes((13, 0), OVERLAPPING));
+        assert!(!takes((12, 3), OVERLAPPING) && !takes((11, 2), OVERLAPPING));
+        assert!(takes((11, 2), 80) && takes((11, 2), OLDEST));
     }
 
     #[test]
