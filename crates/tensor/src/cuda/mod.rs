@@ -12,10 +12,12 @@ mod launch;
 mod library;
 mod modules;
 mod own_product;
+mod pinned;
 mod profile;
 mod staging;
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
@@ -30,8 +32,9 @@ pub use modules::{MINIMUM_CUDA, MINIMUM_DRIVER};
 pub use profile::KernelTime;
 
 use blas::Blas;
-use buffer::PinnedBytes;
-pub(crate) use buffer::{Buffer, PinnedBuffer};
+pub(crate) use buffer::Buffer;
+use pinned::Copies;
+pub(crate) use pinned::PinnedBuffer;
 use profile::Profile;
 use staging::Staging;
 
@@ -57,7 +60,9 @@ pub struct Gpu {
     modules: Mutex<HashMap<String, Module>>,
     blas: OnceLock<Option<Blas>>,
     profile: Profile,
-    pinned: PinnedBytes,
+    /// Bytes of page-locked memory, which is kept for good.
+    pinned: AtomicU64,
+    copies: OnceLock<Copies>,
     staging: Mutex<Option<Staging>>,
 }
 
@@ -106,7 +111,7 @@ pub struct DeviceMemory {
     pub in_use: u64,
     /// What the card has.
     pub total: u64,
-    /// The most page-locked memory of the host that was held at once for what was offloaded.
+    /// Page-locked memory of the host, for what waits there and for uploads.
     pub peak_pinned: u64,
 }
 
@@ -175,7 +180,8 @@ impl Gpu {
             modules: Mutex::default(),
             blas: OnceLock::new(),
             profile: Profile::from_env(),
-            pinned: PinnedBytes::default(),
+            pinned: AtomicU64::new(0),
+            copies: OnceLock::new(),
             staging: Mutex::default(),
         })
     }
@@ -214,6 +220,16 @@ impl Gpu {
         self.blas.get_or_init(|| Blas::open(self)).as_ref()
     }
 
+    /// The stream for copies beside what is computed.
+    fn copies(&self) -> Result<&Copies> {
+        if let Some(copies) = self.copies.get() {
+            return Ok(copies);
+        }
+        self.bind()?;
+        let new = self.check(Copies::new())?;
+        Ok(self.copies.get_or_init(|| new))
+    }
+
     /// Waits until everything that was asked for is done.
     ///
     /// # Errors
@@ -241,7 +257,7 @@ impl Gpu {
             peak_reserved: attribute(Attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH),
             in_use: (total - free) as u64,
             total: total as u64,
-            peak_pinned: self.pinned.peak(),
+            peak_pinned: self.pinned.load(Ordering::Relaxed),
         }
     }
 
