@@ -65,7 +65,12 @@ impl UntemplatedModel {
         let name = name(config)?;
         let path = find(config, &name, console)?;
         tracing::info!("model files: {}", path.display());
-        let files = ModelFiles::open(&path)?;
+        let mut files = ModelFiles::open(&path)?;
+        files.spec.settle_rope(config.cutoff_len);
+        if files.is_text_part {
+            console
+                .note(format!("{name}: of this model, the part for text is used; the others are left out"));
+        }
         let tokenizer = match saved_tokenizer(config) {
             Some(folder) => Tokenizer::from_folder(folder)?,
             None => tokenizer(&files)?,
