@@ -24,7 +24,7 @@ FIXTURES = Path(__file__).resolve().parent / "fixtures"
 sys.path.insert(0, str(FIXTURES))
 
 import torch
-from make_families import BASE, FAMILIES, weight
+from make_families import FAMILIES, config_of, weight
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging
@@ -48,10 +48,10 @@ class Case:
 
     def __init__(self, program, family, folder):
         self.program, self.family, self.folder = program, family, folder
-        changes = dict(FAMILIES.get(family, {}))
-        config = {k: v for k, v in (BASE | changes | SIZES).items() if v != "absent"}
-        parsed = AutoConfig.for_model(family, **config)
-        self.fused, self.experts = family == "phi3", hasattr(parsed, "num_experts_per_tok")
+        config = config_of(family, FAMILIES.get(family, {}) | SIZES)
+        model_type = config.pop("model_type")
+        parsed = AutoConfig.for_model(model_type, **config)
+        self.fused, self.experts = model_type == "phi3", hasattr(parsed, "num_experts_per_tok")
         for name, dtype in [("base", torch.float32), ("base16", torch.bfloat16)]:
             parsed.dtype = dtype
             model = AutoModelForCausalLM.from_config(parsed, dtype=dtype)
@@ -119,8 +119,9 @@ def dequantised(model):
 
     exact = {}
     for name, module in model.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            exact[name + ".weight"] = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        # Of a model of more than text, the part for text is exported as a model by itself.
+        if isinstance(module, bnb.nn.Linear4bit) and "vision_tower" not in name and "multi_modal" not in name:
+            exact[name.replace("model.language_model.", "model.") + ".weight"] = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
     return exact
 
 
@@ -232,7 +233,8 @@ def bnb_in(case):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("program")
-    parser.add_argument("--families", default=",".join(["llama", *FAMILIES]))
+    # Ropes for short and long sequences are told apart by a key here, and by the sequence in transformers.
+    parser.add_argument("--families", default=",".join(["llama", *(it for it in FAMILIES if it != "phi3_short")]))
     parser.add_argument("--doors", help="only doors whose names contain one of these words")
     args = parser.parse_args()
     words = (args.doors or "").split(",")

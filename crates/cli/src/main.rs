@@ -56,6 +56,7 @@ fn run(command: &Command, console: &Console) -> anyhow::Result<Outcome> {
         Command::Train(args) => commands::train::run(args, console),
         Command::Chat(args) => commands::chat::run(args, console),
         Command::Export(args) => commands::export::run(args, console),
+        Command::Push(args) => commands::push::run(args, console),
         Command::Data(args) => commands::data::run(args, console),
         Command::Model(args) => commands::model::run(args, console),
         Command::Debug(args) => match &args.command {

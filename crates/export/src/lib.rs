@@ -24,5 +24,5 @@ pub use gguf::{
 };
 pub use merge::{merge, with_saved};
 pub use model::{FolderOptions, SavedAs, write_folder, write_model};
-pub use peft::{LoraTensors, Modules, PeftAdapter, write_tensors};
+pub use peft::{LoraTensors, ModulePlace, Modules, PeftAdapter, write_tensors};
 pub use rounded::rounded;

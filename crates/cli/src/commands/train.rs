@@ -21,6 +21,7 @@ use ferrotune_trainer::{
 };
 
 use super::predict;
+use super::push::Destination;
 use crate::Outcome;
 use crate::args::TrainArgs;
 use crate::config::{FinetuningType, Resume, RunConfig};
@@ -28,7 +29,9 @@ use crate::console::{Console, Usage, bytes, clock, thousands};
 use crate::machine::write_kernel_times;
 use crate::plot::plot_losses;
 use crate::results::{forget_results, has_results, train_results, write_results};
-use crate::run::{Adapters, Run, RunBatches, build_decoder, load_trained, memory_plan, warn_of_rows};
+use crate::run::{
+    Adapters, Run, RunBatches, build_decoder, load_trained, memory_plan, mistake, warn_of_rows,
+};
 use hooks::{Hooks, interrupted};
 use live::LiveLine;
 use settings::{optimizer, recompute, settings};
@@ -42,6 +45,7 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
     if !config.trains() {
         return predict::run(&config, console);
     }
+    let hub = destination(&config)?;
     let mut run = Run::open(config, console)?;
     let longest_batch = run.data.longest_batch(&run.config);
     let mut batches = run.batches()?;
@@ -142,7 +146,28 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
             predict::predict(&run.config, &run.model, &model, data, &run.output_dir, console)?;
         }
     }
-    finish(&run, &summary, console)
+    let outcome = finish(&run, &summary, console)?;
+    if let Some(hub) = hub {
+        hub.send(&run.output_dir, console)?;
+    }
+    Ok(outcome)
+}
+
+/// Where the run's result is sent to, known before the first step.
+fn destination(config: &RunConfig) -> anyhow::Result<Option<Destination>> {
+    if !config.push_to_hub {
+        return Ok(None);
+    }
+    let folder = config.output_dir.as_ref().and_then(|it| it.file_name());
+    let named = config.hub_model_id.clone().or_else(|| Some(folder?.to_string_lossy().into_owned()));
+    let Some(name) = named else {
+        return Err(mistake(
+            config,
+            "push_to_hub",
+            "there is no name to send the model by; set `hub_model_id`",
+        ));
+    };
+    Destination::known(config, &name, "Trained with Ferrotune").map(Some)
 }
 
 /// Where memory ran out, says with what the whole was reckoned and which keys change it.

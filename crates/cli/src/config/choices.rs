@@ -257,6 +257,19 @@ choice! {
 }
 
 choice! {
+    /// `hub`
+    HubName {
+        /// What `USE_MODELSCOPE_HUB` says, as in LLaMA-Factory; else Hugging Face's.
+        Auto = "auto",
+        /// Hugging Face's, or a mirror of it.
+        HuggingFace = "huggingface" | "hf",
+        /// ModelScope's.
+        ModelScope = "modelscope" | "ms",
+    }
+    later { "openmind", "om" } wrong {}
+}
+
+choice! {
     /// `on_bad_row`
     OnBadRow {
         /// Left out, and counted with its reason.

@@ -150,6 +150,9 @@ pub(super) fn check(spec: &ModelSpec, architecture: &GgufArchitecture) -> Result
     )?;
     is(can.caps != Caps::None || spec.logit_softcap.is_none(), "capped logits")?;
     is(can.head != Head::Tied || spec.tie_word_embeddings, "a head of its own")?;
+    // llama.cpp takes one by the length of its own context.
+    let two_ropes = spec.long_rope.is_some();
+    is(architecture.fused || !two_ropes, "second rope for long contexts")?;
     let first = &spec.layers[0];
     for (index, layer) in spec.layers.iter().enumerate() {
         let attention = &layer.attention;
@@ -171,9 +174,10 @@ pub(super) fn check(spec: &ModelSpec, architecture: &GgufArchitecture) -> Result
         is(attention.rope.is_some() == turned, "positions in these layers")?;
         if let Some(rope) = &attention.rope {
             let whole = 2 * rope.inverse_frequencies.len() == attention.head_dim;
-            is(!rope.interleaved && near(rope.attention_factor, 1.0), "this kind of rope")?;
+            is(!rope.interleaved && (two_ropes || near(rope.attention_factor, 1.0)), "this kind of rope")?;
             is(can.partial || whole, "heads turned in a part of their width")?;
-            is(can.factors || rope_parts(rope).factors.is_none(), "a rope scaled this way")?;
+            let factors = !two_ropes && rope_parts(rope).factors.is_some();
+            is(can.factors || !factors, "a rope scaled this way")?;
         }
         // Without a window of its own, a layer may only differ by its window and positions.
         let plain = |it: &LayerSpec| LayerSpec {
@@ -248,7 +252,11 @@ pub(super) fn model(spec: &ModelSpec, architecture: &GgufArchitecture, metadata:
         let mut layers = spec.layers.iter().filter(|it| it.attention.window.is_some() == windowed);
         layers.find_map(|it| it.attention.rope.as_ref())
     };
-    if let Some(rope) = rope_of(false).or(rope_of(true)) {
+    if let Some(two) = &spec.long_rope {
+        metadata.set(key("rope.dimension_count"), size(2 * two.short.inverse_frequencies.len()));
+        metadata.set(key("rope.freq_base"), number(two.theta));
+        metadata.set(key("rope.scaling.attn_factor"), number(two.short.attention_factor));
+    } else if let Some(rope) = rope_of(false).or(rope_of(true)) {
         let parts = rope_parts(rope);
         metadata.set(key("rope.dimension_count"), size(2 * rope.inverse_frequencies.len()));
         metadata.set(key("rope.freq_base"), Value::F32(parts.theta));
@@ -258,7 +266,8 @@ pub(super) fn model(spec: &ModelSpec, architecture: &GgufArchitecture, metadata:
         }
     }
     if architecture.fused {
-        metadata.set(key("rope.scaling.original_context_length"), size(spec.max_position_embeddings));
+        let original = spec.long_rope.as_ref().map_or(spec.max_position_embeddings, |it| it.original_context);
+        metadata.set(key("rope.scaling.original_context_length"), size(original));
         // Written and not used.
         let window = spec.layers.iter().find_map(|it| it.attention.window);
         metadata.set(key("attention.sliding_window"), size(window.unwrap_or(0)));

@@ -148,6 +148,16 @@ fn size_label(parameters: u64) -> String {
     if scaled.round() >= 10.0 { format!("{scaled:.0}{letter}") } else { format!("{scaled:.1}{letter}") }
 }
 
+/// What frequencies are divided by, where that is no scaling of all alike.
+fn rope_factors(spec: &ModelSpec) -> Vec<(&'static str, Vec<f32>)> {
+    if let Some(two) = &spec.long_rope {
+        let (long, short) = (two.factors(&two.long), two.factors(&two.short));
+        return vec![("rope_factors_long.weight", long), ("rope_factors_short.weight", short)];
+    }
+    let factors = spec.layers[0].attention.rope.as_ref().and_then(|rope| metadata::rope_parts(rope).factors);
+    factors.map(|it| ("rope_freqs.weight", it)).into_iter().collect()
+}
+
 /// All tensors of the file, the layers in their order.
 fn tensors<'a>(
     path: &Path,
@@ -156,17 +166,14 @@ fn tensors<'a>(
     architecture: &GgufArchitecture,
 ) -> Result<Vec<Planned<'a>>> {
     let mut planned = Vec::new();
-    if let Some(rope) = spec.layers[0].attention.rope.as_ref()
-        && let Some(factors) = metadata::rope_parts(rope).factors
-    {
+    for (name, factors) in rope_factors(spec) {
         let cols = factors.len();
         let fill: Fill = Box::new(move |_, out| {
             out.copy_from_slice(&factors);
             Ok(())
         });
-        let name = "rope_freqs.weight".to_string();
         planned.push(Planned {
-            name,
+            name: name.to_string(),
             kind: GgufType::F32,
             rows: None,
             cols,

@@ -29,7 +29,7 @@ pub use gguf::{
     GgufArchitecture, GgufSource, GgufType, GgufVocabulary, RawValue, file_row, raw_vocabulary,
     read_gguf_through,
 };
-pub use safetensors::SafetensorsSource;
+pub use safetensors::{SafetensorsSource, read_safetensors_through};
 
 /// A tensor as its file holds it.
 #[derive(Debug)]

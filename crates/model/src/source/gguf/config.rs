@@ -50,7 +50,7 @@ const MORE: &[(&str, &[&str])] = &[
             "rope.freq_base_swa",
         ],
     ),
-    ("phi3", &["attention.sliding_window"]),
+    ("phi3", &["attention.sliding_window", "rope.scaling.attn_factor"]),
 ];
 
 /// Reads one architecture's metadata, `{architecture}.{key}`.
@@ -91,12 +91,19 @@ impl Metadata<'_> {
     }
 }
 
-/// The config of a model. `factors` are those of `rope_freqs.weight`.
+/// What frequencies are divided by, where the file says it.
+pub(super) struct Factors {
+    pub(super) all: Option<Vec<f32>>,
+    pub(super) short: Option<Vec<f32>>,
+    pub(super) long: Option<Vec<f32>>,
+}
+
+/// The config of a model.
 pub(super) fn read(
     header: &Header,
     file: &[u8],
     architecture: &GgufArchitecture,
-    factors: Option<Vec<f32>>,
+    factors: Factors,
 ) -> Result<Json, String> {
     let metadata = Metadata { header, file, architecture: architecture.name };
     let (architecture, family) = (architecture.name, architecture.family);
@@ -120,9 +127,6 @@ pub(super) fn read(
     let rows =
         embedding.and_then(|it| it.shape.first().copied()).ok_or("tensor `token_embd.weight` is missing")?;
     let has = |name: &str| header.tensors.contains_key(name);
-    if has("rope_factors_long.weight") {
-        return Err("tensor `rope_factors_long.weight`: longrope is not there yet; take a variant for shorter contexts".into());
-    }
     let theta = metadata.float("rope.freq_base")?.unwrap_or(10_000.0);
     let mut config = Map::new();
     let mut set = |key: &str, value: Json| config.insert(key.into(), value);
@@ -143,6 +147,11 @@ pub(super) fn read(
         eps.ok_or(format!("`{architecture}.attention.layer_norm_rms_epsilon` is missing"))?.into(),
     );
     set("rope_theta", theta.into());
+    if let (true, Some(original)) =
+        (factors.long.is_some(), metadata.whole("rope.scaling.original_context_length")?)
+    {
+        set("original_max_position_embeddings", original.into());
+    }
     set("rope_scaling", scaling(&metadata, factors, theta, turned as usize)?);
     set("tie_word_embeddings", (!has("output.weight")).into());
     if architecture != "qwen2" && !partly {
@@ -265,19 +274,21 @@ fn refuse_unknown(metadata: &Metadata) -> Result<(), String> {
 }
 
 /// `rope_scaling` of config.json.
-fn scaling(
-    metadata: &Metadata,
-    factors: Option<Vec<f32>>,
-    theta: f64,
-    head_dim: usize,
-) -> Result<Json, String> {
+fn scaling(metadata: &Metadata, factors: Factors, theta: f64, head_dim: usize) -> Result<Json, String> {
     let kind = match metadata.get("rope.scaling.type") {
         Some(Value::Text(kind)) => kind.as_str(),
         _ => "none",
     };
     let factor = metadata.float("rope.scaling.factor")?.or(metadata.float("rope.scale_linear")?);
     let original = metadata.whole("rope.scaling.original_context_length")?;
-    if let Some(factors) = factors {
+    if factors.short.is_some() || factors.long.is_some() {
+        let attention_factor = metadata.float("rope.scaling.attn_factor")?.unwrap_or(1.0);
+        return Ok(json!({
+            "rope_type": "longrope", "short_factor": factors.short, "long_factor": factors.long,
+            "original_max_position_embeddings": original, "attention_factor": attention_factor,
+        }));
+    }
+    if let Some(factors) = factors.all {
         if kind != "none" {
             return Err(format!("rope scaling of type `{kind}` beside `rope_freqs.weight` is not there yet"));
         }

@@ -39,6 +39,9 @@ pub fn read_gguf_through(bytes: &[u8]) -> usize {
     source.names().iter().filter(|name| read(name).is_ok()).count()
 }
 
+/// What frequencies are divided by: in all contexts, in short and in long ones.
+const FACTORS: [&str; 3] = ["rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"];
+
 /// What a row of numbers is divided into where one has to be in memory for a moment.
 const CHUNK: usize = 64 * 1024;
 
@@ -110,7 +113,7 @@ impl GgufSource {
         let kv_heads =
             if heads("attention.head_count_kv") == 0 { q_heads } else { heads("attention.head_count_kv") };
         for (name, tensor) in &self.header.tensors {
-            if name == "rope_freqs.weight" {
+            if FACTORS.contains(&name.as_str()) {
                 continue; // in the config
             }
             let (ours, module) = self.architecture.canonical(name).unwrap_or_else(|| (name.clone(), ""));
@@ -130,15 +133,17 @@ impl GgufSource {
     /// # Errors
     /// When something that a model needs isn't said, or something is said that isn't known.
     pub fn config(&self) -> Result<Json> {
-        let factors = match self.header.tensors.get("rope_freqs.weight") {
-            None => None,
+        let list = |name: &str| match self.header.tensors.get(name) {
+            None => Ok(None),
             Some(tensor) if tensor.shape.len() == 1 && tensor.kind == GgufType::F32 => {
                 let mut factors = vec![0.0; tensor.shape[0]];
                 tensor.kind.read(&self.file.bytes()[tensor.bytes.clone()], &mut factors);
-                Some(factors)
+                Ok(Some(factors))
             }
-            Some(_) => return Err(self.wrong("tensor `rope_freqs.weight` is no list of F32 numbers")),
+            Some(_) => Err(self.wrong(format!("tensor `{name}` is no list of F32 numbers"))),
         };
+        let [all, short, long] = FACTORS;
+        let factors = config::Factors { all: list(all)?, short: list(short)?, long: list(long)? };
         config::read(&self.header, self.file.bytes(), self.architecture, factors)
             .map_err(|message| self.wrong(message))
     }
