@@ -51,7 +51,7 @@ pub fn build(
     let layers = spec.layers.iter().enumerate();
     let blocks = layers.map(|(index, layer)| builder.block(index, layer)).collect::<Result<Vec<_>>>()?;
     Ok(Decoder {
-        embedding: Embedding { table: embedding, scale: spec.embedding_scale },
+        embedding: Embedding { table: embedding, scale: spec.embedding_scale, vectors_to: None },
         neftune_noise_alpha: 0.0,
         recompute: vec![Recompute::Keep; blocks.len()],
         blocks,

@@ -15,7 +15,6 @@ mod own_product;
 mod profile;
 mod staging;
 
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
@@ -26,12 +25,13 @@ use crate::{DType, Error, Result};
 pub use graph::{Graph, Rehearsal};
 pub use launch::Launch;
 pub use library::{CudaCard, CudaLibrary, CudaStatus, cuda_status};
-pub use modules::{MINIMUM_CUDA, MINIMUM_DRIVER};
-pub use profile::KernelTime;
+pub use modules::{Loading, MINIMUM_CUDA, MINIMUM_DRIVER};
+pub use profile::{CardRates, KernelTime, Work};
 
 use blas::Blas;
 use buffer::PinnedBytes;
 pub(crate) use buffer::{Buffer, PinnedBuffer};
+use modules::Modules;
 use profile::Profile;
 use staging::Staging;
 
@@ -54,7 +54,7 @@ pub struct Gpu {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     pool: sys::CUmemoryPool,
-    modules: Mutex<HashMap<String, Module>>,
+    modules: Modules,
     blas: OnceLock<Option<Blas>>,
     profile: Profile,
     pinned: PinnedBytes,
@@ -70,14 +70,6 @@ impl std::fmt::Debug for Gpu {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "cuda:{} {}", self.ordinal, self.name)
     }
-}
-
-/// Kernels that came out of one PTX text, and those of its functions that were asked for.
-struct Module {
-    handle: sys::CUmodule,
-    can_wait: bool,
-    functions: HashMap<String, sys::CUfunction>,
-    facts: HashMap<String, LaunchFacts>,
 }
 
 /// What a kernel's source says of its launch: `const int {kernel}_launch[3]` there.
@@ -172,7 +164,7 @@ impl Gpu {
             context,
             stream,
             pool,
-            modules: Mutex::default(),
+            modules: Modules::default(),
             blas: OnceLock::new(),
             profile: Profile::from_env(),
             pinned: PinnedBytes::default(),
@@ -264,7 +256,7 @@ impl Gpu {
     /// # Errors
     /// When there is no such kernel for this card.
     pub fn plain_kernel(&self, module: &str, kernel: &str) -> Result<Launch<'_>> {
-        let (function, can_wait) = self.with_module(module, |loaded| {
+        let (function, can_wait) = self.modules.with(self, module, kernel, |loaded| {
             if let Some(function) = loaded.functions.get(kernel) {
                 return Ok((*function, loaded.can_wait));
             }
@@ -283,7 +275,7 @@ impl Gpu {
     /// When there is no such kernel for this card.
     pub fn launch_facts(&self, module: &str, kernel: &str, dtype: DType) -> Result<LaunchFacts> {
         let name = format!("{kernel}_{}_launch", suffix(dtype)?);
-        self.with_module(module, |loaded| {
+        self.modules.with(self, module, &name, |loaded| {
             if let Some(facts) = loaded.facts.get(&name) {
                 return Ok(*facts);
             }
@@ -303,18 +295,6 @@ impl Gpu {
             loaded.facts.insert(name.clone(), facts);
             Ok(facts)
         })
-    }
-
-    fn with_module<T>(&self, module: &str, body: impl FnOnce(&mut Module) -> Result<T>) -> Result<T> {
-        self.bind()?;
-        let mut modules = self.modules.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if let Some(loaded) = modules.get_mut(module) {
-            return body(loaded);
-        }
-        let modules::Loaded { handle, can_wait } =
-            modules::load(module, self.architecture, self.driver_version)?;
-        let loaded = Module { handle, can_wait, functions: HashMap::new(), facts: HashMap::new() };
-        body(modules.entry(module.to_string()).or_insert(loaded))
     }
 
     fn not_in_module(&self, name: &str, module: &str, error: DriverError) -> Error {
