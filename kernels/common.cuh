@@ -76,6 +76,15 @@ __device__ __forceinline__ unsigned pair_from_f32<bf16>(float low, float high) {
 #endif
 }
 
+// The bits of a number of 16 bits; two of them in a register, the first in the lower half.
+template <typename T>
+__device__ __forceinline__ unsigned short bits_16(T value) {
+    static_assert(sizeof(T) == 2, "a number of 16 bits");
+    return *reinterpret_cast<unsigned short*>(&value);
+}
+template <typename T>
+__device__ __forceinline__ unsigned pair_of(T low, T high) { return bits_16(low) | static_cast<unsigned>(bits_16(high)) << 16; }
+
 // ---- 16-byte accesses
 
 // As many numbers as one access of 16 bytes moves.

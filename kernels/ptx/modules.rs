@@ -18,6 +18,8 @@ static MODULES: &[(&str, u32, &str)] = &[
     ("attention_backward.96", 80, include_str!("attention_backward.96.sm_80.ptx")),
     ("attention_backward.128", 80, include_str!("attention_backward.128.sm_80.ptx")),
     ("attention_backward.256", 80, include_str!("attention_backward.256.sm_80.ptx")),
+    ("attention_backward.64", 901, include_str!("attention_backward.64.sm_90a.ptx")),
+    ("attention_backward.128", 901, include_str!("attention_backward.128.sm_90a.ptx")),
     ("attention_decoding.16", 75, include_str!("attention_decoding.16.sm_75.ptx")),
     ("attention_decoding.32", 75, include_str!("attention_decoding.32.sm_75.ptx")),
     ("attention_decoding.64", 75, include_str!("attention_decoding.64.sm_75.ptx")),
@@ -53,6 +55,8 @@ static MODULES: &[(&str, u32, &str)] = &[
     ("attention_forward.96", 80, include_str!("attention_forward.96.sm_80.ptx")),
     ("attention_forward.128", 80, include_str!("attention_forward.128.sm_80.ptx")),
     ("attention_forward.256", 80, include_str!("attention_forward.256.sm_80.ptx")),
+    ("attention_forward.64", 901, include_str!("attention_forward.64.sm_90a.ptx")),
+    ("attention_forward.128", 901, include_str!("attention_forward.128.sm_90a.ptx")),
     ("cross_entropy", 75, include_str!("cross_entropy.sm_75.ptx")),
     ("cross_entropy", 80, include_str!("cross_entropy.sm_80.ptx")),
     ("dora", 75, include_str!("dora.sm_75.ptx")),
@@ -85,4 +89,5 @@ static DRIVERS: &[(u32, u32, &str)] = &[
     (75, 10020, "440.33"),
     (80, 11000, "450.51.05"),
     (90, 11080, "520.61.05"),
+    (901, 12000, "525.60.13"),
 ];

@@ -315,7 +315,7 @@ def train(section):
     training.run("resumed", [*keys, "resume_from_checkpoint=true"])
     section.row("resumed after step 8", "same bits", training.adapter("resumed") == whole)
 
-    for policy in ("keep", "all", "offload"):
+    for policy in ("keep", "all", "lean", "offload"):
         other = training.run(policy, [*TYPES["bf16"], f"recompute={policy}"])
         off = max(abs(a - b) for a, b in zip(losses, other, strict=True))
         section.row(f"recompute: {policy}", f"losses off by {off:.1e}", off == 0)

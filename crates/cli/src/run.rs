@@ -328,7 +328,7 @@ pub fn memory_plan(
         trained_weights: trained_weights(config, &files.spec),
         tokens,
         activation_bytes: computing.dtype.size_in_bytes(),
-        recompute: matches!(config.recompute_policy(), Recompute::All | Recompute::Offload),
+        recompute: matches!(config.recompute_policy(), Recompute::All | Recompute::Lean | Recompute::Offload),
         host_embedding: computing.device.gpu().is_some()
             && !is_trained(config, files.spec.layers.len(), names::EMBEDDING),
     }

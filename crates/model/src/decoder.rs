@@ -16,6 +16,8 @@ pub enum Recompute {
     Keep,
     /// Only the block's input; the rest is computed again.
     Recompute,
+    /// Only the block's input, in the host's memory until then (on a GPU; else as `Recompute`).
+    Lean,
     /// All that backward reads, in the host's memory until then (on a GPU; else as `Keep`).
     Offload,
 }
@@ -198,7 +200,11 @@ impl LanguageModel for Decoder {
             if *recompute == Recompute::Offload {
                 saved.tensors().into_iter().try_for_each(Tensor::offload)?;
             }
-            blocks.push((x, (*recompute != Recompute::Recompute).then_some(saved)));
+            if *recompute == Recompute::Lean {
+                x.offload()?;
+            }
+            let kept = matches!(recompute, Recompute::Keep | Recompute::Offload);
+            blocks.push((x, kept.then_some(saved)));
             x = y;
         }
         Ok((self.norm.forward(&x)?, DecoderSaved { tokens: tokens.to_vec(), blocks, last: x }))
@@ -232,7 +238,12 @@ impl LanguageModel for Decoder {
             true => 0,
             false => self.blocks.iter_mut().map(|it| it.parameters().is_empty()).take_while(|it| *it).count(),
         };
-        for (block, (x, saved)) in self.blocks.iter_mut().zip(saved.blocks).skip(first).rev() {
+        let mut left = saved.blocks;
+        for (index, block) in self.blocks.iter_mut().enumerate().skip(first).rev() {
+            let Some((mut x, saved)) = left.pop() else { break };
+            x.restore()?;
+            // The input of the block below comes meanwhile.
+            left.last_mut().filter(|_| index > first).map_or(Ok(()), |(x, _)| x.fetch())?;
             let saved = match saved {
                 Some(mut saved) => {
                     saved.tensors().into_iter().try_for_each(Tensor::restore)?;

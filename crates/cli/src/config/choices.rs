@@ -209,6 +209,8 @@ choice! {
         Keep = "keep",
         /// Computes every block's activations again in the backward pass: leanest.
         All = "all",
+        /// The same, and what each block begins with waits in the host's memory (on a GPU): a little leaner still.
+        Lean = "lean",
         /// Keeps every block's activations in the host's memory (on a GPU).
         Offload = "offload",
     }

@@ -283,7 +283,7 @@ settings! {
         bf16: bool = false,
         /// Compute in f16 with loss scaling, on a GPU. One without bf16 does so by itself, unless this is false.
         fp16: bool = false,
-        /// Activations in the backward pass: keep, all (computed again), offload (to the host) or auto.
+        /// Activations in the backward pass: keep, all (computed again), lean (the same, inputs on the host), offload (to the host) or auto.
         recompute: Recompute = Recompute::Auto,
         /// The same as `recompute: keep`.
         disable_gradient_checkpointing: bool = false,

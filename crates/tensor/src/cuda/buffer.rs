@@ -1,8 +1,7 @@
-//! Memory of a card, and of the host for what a card puts there.
+//! Memory of a card.
 
-use std::ffi::c_void;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use cudarc::driver::{result, sys};
 
@@ -82,6 +81,15 @@ impl Buffer {
         self.bytes
     }
 
+    /// Freed in the order of another stream.
+    pub(super) fn free_on(mut self, stream: sys::CUstream) {
+        if self.arena.is_none() && self.bytes > 0 && self.gpu.bind().is_ok() {
+            self.bytes = 0;
+            // SAFETY: the memory is this value's, which no longer frees it.
+            let _ = unsafe { result::free_async(self.pointer, stream) };
+        }
+    }
+
     /// All bytes 0, which is 0 in every number type.
     pub(crate) fn set_zero(&mut self) -> Result<()> {
         if self.bytes == 0 {
@@ -116,7 +124,7 @@ impl Buffer {
         let staging = match &mut *staging {
             Some(staging) => staging,
             none => {
-                gpu.pinned.add(Staging::BYTES);
+                gpu.pinned.fetch_add(Staging::BYTES as u64, Ordering::Relaxed);
                 none.insert(gpu.check(Staging::new(&gpu.context))?)
             }
         };
@@ -149,88 +157,5 @@ impl Buffer {
         // SAFETY: both buffers are large enough and of one context.
         let done = unsafe { result::memcpy_dtod_async(self.pointer, other.pointer, other.bytes, stream) };
         self.gpu.check(done)
-    }
-}
-
-/// Page-locked memory of the host, which the card reads and writes by itself.
-#[derive(Debug)]
-pub(crate) struct PinnedBuffer {
-    pointer: *mut c_void,
-    bytes: usize,
-    gpu: Arc<Gpu>,
-}
-
-// SAFETY: the memory belongs to this value alone.
-unsafe impl Send for PinnedBuffer {}
-// SAFETY: a shared reference only reads.
-unsafe impl Sync for PinnedBuffer {}
-
-impl Drop for PinnedBuffer {
-    fn drop(&mut self) {
-        // The card may still be reading.
-        let _ = self.gpu.synchronize();
-        // SAFETY: the memory was allocated by `malloc_host` and is freed once.
-        let _ = unsafe { result::free_host(self.pointer) };
-        self.gpu.pinned.remove(self.bytes);
-    }
-}
-
-impl PinnedBuffer {
-    pub(crate) fn new(gpu: &Arc<Gpu>, bytes: usize) -> Result<PinnedBuffer> {
-        gpu.bind()?;
-        // SAFETY: the memory is written before it is read: see `Buffer::stash`.
-        let pointer = gpu.check(unsafe { result::malloc_host(bytes.max(1), 0) })?;
-        gpu.pinned.add(bytes);
-        Ok(PinnedBuffer { pointer, bytes, gpu: gpu.clone() })
-    }
-
-    pub(crate) fn bytes(&self) -> usize {
-        self.bytes
-    }
-
-    pub(crate) fn gpu(&self) -> &Arc<Gpu> {
-        &self.gpu
-    }
-
-    /// The contents of a buffer of the card, in the stream's order.
-    pub(crate) fn take(&mut self, from: &Buffer) -> Result<()> {
-        assert!(from.bytes <= self.bytes, "{} bytes into {} pinned ones", from.bytes, self.bytes);
-        self.gpu.bind()?;
-        // SAFETY: page-locked memory of this length, freed only after the stream has been waited for.
-        let slice = unsafe { std::slice::from_raw_parts_mut(self.pointer.cast::<u8>(), from.bytes) };
-        // SAFETY: as above.
-        self.gpu.check(unsafe { result::memcpy_dtoh_async(slice, from.pointer, self.gpu.raw_stream()) })
-    }
-
-    /// The contents into a buffer of the card, in the stream's order.
-    pub(crate) fn give(&self, to: &mut Buffer) -> Result<()> {
-        assert!(to.bytes <= self.bytes, "{} bytes out of {} pinned ones", to.bytes, self.bytes);
-        self.gpu.bind()?;
-        // SAFETY: page-locked memory of this length, freed only after the stream has been waited for.
-        let slice = unsafe { std::slice::from_raw_parts(self.pointer.cast::<u8>(), to.bytes) };
-        // SAFETY: as above.
-        self.gpu.check(unsafe { result::memcpy_htod_async(to.pointer, slice, self.gpu.raw_stream()) })
-    }
-}
-
-/// Bytes of page-locked memory: now, and the most at once.
-#[derive(Default)]
-pub(super) struct PinnedBytes {
-    now: AtomicU64,
-    peak: AtomicU64,
-}
-
-impl PinnedBytes {
-    pub(super) fn peak(&self) -> u64 {
-        self.peak.load(Ordering::Relaxed)
-    }
-
-    fn add(&self, bytes: usize) {
-        let now = self.now.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
-        self.peak.fetch_max(now, Ordering::Relaxed);
-    }
-
-    fn remove(&self, bytes: usize) {
-        self.now.fetch_sub(bytes as u64, Ordering::Relaxed);
     }
 }

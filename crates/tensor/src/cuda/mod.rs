@@ -12,9 +12,11 @@ mod launch;
 mod library;
 mod modules;
 mod own_product;
+mod pinned;
 mod profile;
 mod staging;
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
@@ -29,9 +31,10 @@ pub use modules::{Loading, MINIMUM_CUDA, MINIMUM_DRIVER};
 pub use profile::{CardRates, KernelTime, Work};
 
 use blas::Blas;
-use buffer::PinnedBytes;
-pub(crate) use buffer::{Buffer, PinnedBuffer};
+pub(crate) use buffer::Buffer;
 use modules::Modules;
+use pinned::Copies;
+pub(crate) use pinned::PinnedBuffer;
 use profile::Profile;
 use staging::Staging;
 
@@ -57,7 +60,9 @@ pub struct Gpu {
     modules: Modules,
     blas: OnceLock<Option<Blas>>,
     profile: Profile,
-    pinned: PinnedBytes,
+    /// Bytes of page-locked memory, which is kept for good.
+    pinned: AtomicU64,
+    copies: OnceLock<Copies>,
     staging: Mutex<Option<Staging>>,
 }
 
@@ -98,7 +103,7 @@ pub struct DeviceMemory {
     pub in_use: u64,
     /// What the card has.
     pub total: u64,
-    /// The most page-locked memory of the host that was held at once for what was offloaded.
+    /// Page-locked memory of the host, for what waits there and for uploads.
     pub peak_pinned: u64,
 }
 
@@ -167,7 +172,8 @@ impl Gpu {
             modules: Modules::default(),
             blas: OnceLock::new(),
             profile: Profile::from_env(),
-            pinned: PinnedBytes::default(),
+            pinned: AtomicU64::new(0),
+            copies: OnceLock::new(),
             staging: Mutex::default(),
         })
     }
@@ -206,6 +212,16 @@ impl Gpu {
         self.blas.get_or_init(|| Blas::open(self)).as_ref()
     }
 
+    /// The stream for copies beside what is computed.
+    fn copies(&self) -> Result<&Copies> {
+        if let Some(copies) = self.copies.get() {
+            return Ok(copies);
+        }
+        self.bind()?;
+        let new = self.check(Copies::new())?;
+        Ok(self.copies.get_or_init(|| new))
+    }
+
     /// Waits until everything that was asked for is done.
     ///
     /// # Errors
@@ -233,7 +249,7 @@ impl Gpu {
             peak_reserved: attribute(Attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH),
             in_use: (total - free) as u64,
             total: total as u64,
-            peak_pinned: self.pinned.peak(),
+            peak_pinned: self.pinned.load(Ordering::Relaxed),
         }
     }
 

@@ -39,6 +39,12 @@ pub(super) fn forced_architecture() -> Result<Option<u32>> {
     }
 }
 
+/// Whether an architecture runs a module: PTX is for what it names and what is newer, but with 9.0's own
+/// instructions (901 for `90a`) for that alone.
+fn runs(module: u32, architecture: u32) -> bool {
+    if module > 900 { module / 10 == architecture } else { module <= architecture }
+}
+
 /// The first architecture whose kernels may begin before those ahead of them have ended, and the CUDA that a driver
 /// must know to record that.
 const OVERLAPPING: u32 = 90;
@@ -189,7 +195,7 @@ fn newest(
     let known = driver.unwrap_or(MINIMUM_CUDA);
     let fitting = MODULES
         .iter()
-        .filter(|it| it.0 == name && it.1 <= architecture && (it.1 <= 80 || takes(known, it.1)));
+        .filter(|it| it.0 == name && runs(it.1, architecture) && (it.1 <= 80 || takes(known, it.1)));
     fitting.max_by_key(|it| it.1)
 }
 
@@ -248,6 +254,13 @@ mod tests {
             assert!(version <= NEWEST_PTX, "{name}.sm_{architecture} needs PTX {version:?}");
             assert_eq!(field(".target"), format!("sm_{architecture}"), "{name}");
         }
+    }
+
+    #[test]
+    fn instructions_of_one_architecture_stay_on_it() {
+        assert!(runs(80, 80) && runs(75, 90) && runs(901, 90));
+        assert!(!runs(80, 75) && !runs(901, 80) && !runs(901, 100) && !runs(901, 120));
+        assert!(MODULES.iter().any(|it| it.1 == 901), "no module is for 9.0 alone");
     }
 
     #[test]
