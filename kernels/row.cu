@@ -710,7 +710,7 @@ __device__ void row_next(unsigned* token, unsigned* position, unsigned long long
         const Part<T> parts[PARTS] = {PART(0), PART(1), PART(2)};                                                                \
         row_product_plain<PLAIN_ROWS, T>(y, x, low, add, scale, cols, parts);                                                    \
     }                                                                                                                            \
-    extern "C" __device__ int row_product_coded_##NAME##_launch[3] = {CHUNK, CODED_BLOCK, BYTES * COPIES * 8 + GROUP * 4};       \
+    extern "C" __device__ int row_product_coded_##NAME##_launch[3] = {CHUNK, CODED_BLOCK, BYTES * COPIES * 8 + GROUP * 4 + 128};       \
     extern "C" __global__ void __launch_bounds__(CODED_BLOCK)                                                                    \
     row_product_coded_##NAME(T* y, const T* x, const float* norm, float eps, const float* low, int low_blocks, float low_scale,  \
                              const T* add, float scale, int output, int kind, const float* levels, int cols, int rows_per_block, \

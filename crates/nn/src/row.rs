@@ -316,7 +316,7 @@ fn prepare(
     if all == 0 && matches!(source, RowSource::Plain) {
         return Ok((None, None));
     }
-    let low = (all > 0).then(|| Tensor::empty(1, all, DType::F32, &x.device())).transpose()?;
+    let low = (all > 0).then(|| Tensor::empty(all, 1, DType::F32, &x.device())).transpose()?;
     let prepared = match source {
         RowSource::Plain => None,
         _ => Some(x.empty_like(1, cols)?),

@@ -128,13 +128,13 @@ impl CodedGrid {
         let facts = gpu.launch_facts(MODULE, CODED, dtype)?;
         let (warps, chunks) = (facts.threads as usize / 32, cols.div_ceil(facts.rows).max(1));
         let tiles = chunks.div_ceil(chunks.div_ceil(warps));
+        let ranks: usize = parts.iter().map(RowPart::rank).sum();
         let (parts, halves) = match halves {
             Halves::One => (parts, 1),
             Halves::Two => (&parts[..1], 2),
         };
         let groups = warps / tiles / halves * halves;
-        let fixed = chunks * facts.rows * dtype.size_in_bytes()
-            + parts.iter().map(|it| it.rank() * halves * size_of::<f32>()).sum::<usize>();
+        let fixed = chunks * facts.rows * dtype.size_in_bytes() + ranks * size_of::<f32>();
         let row = (tiles + 1) * halves * size_of::<f32>() + next_ranks * dtype.size_in_bytes();
         let most = gpu.shared_of_block.saturating_sub(facts.shared + fixed) / row;
         if groups == 0 || most < CODED_ROWS {
