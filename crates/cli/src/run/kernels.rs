@@ -1,7 +1,8 @@
 //! Which kernels a run launches, so that the driver compiles them while weights are read. One that is missing here
 //! is compiled when it is asked for: the first step then takes longer, nothing else.
 
-use ferrotune_model::{BuildOptions, ModelSpec};
+use ferrotune_model::BuildOptions;
+use ferrotune_model::spec::ModelSpec;
 use ferrotune_tensor::{DType, Loading};
 
 /// What the decoder is built for.
