@@ -39,7 +39,9 @@ fn main() -> ExitCode {
     let program = Program::read();
     let console = Console::new(program.quiet, program.color);
     start_tracing(program.verbose, console.color_err);
-    match run(&program.command, &console) {
+    let outcome = run(&program.command, &console);
+    run::wait_for_writers();
+    match outcome {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
         Ok(Outcome::Interrupted) => ExitCode::from(SAVED),
         // The reader of a pipe went away (`| head`): it has what it wanted.

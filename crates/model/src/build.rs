@@ -51,7 +51,7 @@ pub fn build(
     let layers = spec.layers.iter().enumerate();
     let blocks = layers.map(|(index, layer)| builder.block(index, layer)).collect::<Result<Vec<_>>>()?;
     Ok(Decoder {
-        embedding: Embedding { table: embedding, scale: spec.embedding_scale },
+        embedding: Embedding { table: embedding, scale: spec.embedding_scale, vectors_to: None },
         neftune_noise_alpha: 0.0,
         recompute: vec![Recompute::Keep; blocks.len()],
         blocks,
@@ -174,13 +174,13 @@ impl Builder<'_, '_> {
         self.check(&router, (experts.num_experts, self.spec.hidden_size))?;
         let value = self.weights.get(&router)?.into_dense()?;
         let one = |expert| self.mlp(index, it, linears, |part| names::of_expert(expert, part));
-        Ok(FeedForward::Experts(Experts {
+        Ok(FeedForward::Experts(Box::new(Experts {
             experts: (0..experts.num_experts).map(one).collect::<Result<_>>()?,
             // A token's experts hang on it: rounding could change them.
             router: DenseWeight { value: value.into(), precision: Precision::Full },
             num_experts_per_tok: experts.num_experts_per_tok,
             normalised: experts.normalised,
-        }))
+        })))
     }
 
     fn mlp(

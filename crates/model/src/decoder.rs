@@ -112,6 +112,15 @@ impl Decoder {
         self.head_weight.as_ref().unwrap_or(&self.embedding.table)
     }
 
+    /// Moves the embedding's table to the host, unless it is the head's too or is trained: a gigabyte of a large model,
+    /// of which a batch needs a few rows. False where it stays.
+    ///
+    /// # Errors
+    /// When the device can't be read.
+    pub fn embedding_to_host(&mut self) -> Result<bool> {
+        Ok(self.head_weight.is_some() && self.embedding.to_host(self.dtype)?)
+    }
+
     /// Makes weights trained, those that are wanted by their canonical names.
     ///
     /// # Errors

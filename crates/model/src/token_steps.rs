@@ -1,8 +1,9 @@
 //! Decoding on a GPU: what is launched for a token is the same for each, so it is recorded once and repeated.
 
-use ferrotune_nn::{Context, KeyValues, RowState, Weight as _};
+use ferrotune_nn::{Context, KeyValues, Row, RowState, Weight as _};
 use ferrotune_tensor::{Error, Graph, Rehearsal, Result, Tensor};
 
+use crate::block::Block;
 use crate::decoder::{Decoder, KvCache};
 
 /// Passes of one token after the other over one cache.
@@ -33,14 +34,15 @@ impl<'a> TokenSteps<'a> {
     /// # Errors
     /// When the device has no room.
     pub fn are_for(model: &Decoder, adapters: bool) -> Result<bool> {
-        let device = model.embedding.table.value.device();
+        let device = model.norm.weight.device();
         if device.gpu().is_none() {
             return Ok(false);
         }
         let ctx = Context { adapters, ..Context::new(vec![0, 1]) };
         let hidden = Tensor::empty(1, model.norm.weight.cols(), model.dtype, &device)?;
         let head = model.head.takes_row(model.output_weight(), &hidden);
-        Ok(head && model.blocks.iter().all(|block| block.takes_row(&ctx, &hidden)))
+        let table = model.embedding.table.value.gpu().is_some();
+        Ok(table && head && model.blocks.iter().all(|block| block.takes_row(&ctx, &hidden)))
     }
 
     /// Over a cache, for a model that [`TokenSteps::are_for`].
@@ -48,7 +50,7 @@ impl<'a> TokenSteps<'a> {
     /// # Errors
     /// When the device has no room.
     pub fn new(model: &'a Decoder, cache: &'a mut KvCache, adapters: bool) -> Result<TokenSteps<'a>> {
-        let device = model.embedding.table.value.device();
+        let device = model.norm.weight.device();
         let ctx = Context { adapters, row: Some(RowState::new(&device)?), ..Context::new(vec![0, 1]) };
         let logits = Tensor::empty(1, model.output_weight().rows(), model.dtype, &device)?;
         Ok(TokenSteps { model, cache, ctx, logits, there: None, pass: Pass::Cold })
@@ -114,11 +116,12 @@ impl<'a> TokenSteps<'a> {
 
     fn launch(&mut self) -> Result<()> {
         let row = self.ctx.row.as_ref().ok_or_else(without_state)?;
-        let mut x = self.model.embedding.look_up(&row.token, self.model.dtype)?;
-        for (block, layer) in self.model.blocks.iter().zip(self.cache.layers()) {
-            x = block.step_row(&self.ctx, &x, layer)?;
+        let mut x = Row::from(self.model.embedding.look_up(&row.token, self.model.dtype)?);
+        let blocks = &self.model.blocks;
+        for (i, (block, layer)) in blocks.iter().zip(self.cache.layers()).enumerate() {
+            x = block.step_row(&self.ctx, &x, layer, blocks.get(i + 1).map(Block::reader))?;
         }
-        let logits = self.model.head.row(self.model.output_weight(), &x, &self.model.norm)?;
+        let logits = self.model.head.row(self.model.output_weight(), &x.value, &self.model.norm)?;
         row.go_on(&logits)?;
         self.logits.copy_from(&logits)?;
         // What belongs to this pass is freed in it.

@@ -365,8 +365,8 @@ fn embedding_and_head() {
         ) {
             let (table, table_here) = arm.weights(&seeded(vocab, width, 1));
             let tokens: Vec<u32> = (0..rows as u32).map(|i| i * 7919 % vocab as u32).collect();
-            let mut embedding = Embedding { table, scale: 2.0 };
-            let mut embedding_here = Embedding { table: table_here, scale: 2.0 };
+            let mut embedding = Embedding { table, scale: 2.0, vectors_to: None };
+            let mut embedding_here = Embedding { table: table_here, scale: 2.0, vectors_to: None };
             let what = format!("embedding {rows}×{width} of {vocab}");
             let x = embedding.forward(&tokens, arm.dtype).unwrap();
             arm.check(&what, &x, &embedding_here.forward(&tokens, DType::F64).unwrap());

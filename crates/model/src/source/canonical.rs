@@ -144,6 +144,10 @@ impl WeightSource for CanonicalSource {
         }
     }
 
+    fn is_as_stored(&self, name: &str) -> bool {
+        self.place(name).is_ok_and(|it| self.inner.is_as_stored(&it.stored_name))
+    }
+
     fn fingerprint(&self) -> String {
         self.inner.fingerprint()
     }

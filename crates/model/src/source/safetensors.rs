@@ -225,6 +225,10 @@ impl WeightSource for SafetensorsSource {
         }
     }
 
+    fn is_as_stored(&self, _name: &str) -> bool {
+        true
+    }
+
     fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
         for file in &self.files {

@@ -2,11 +2,11 @@ use std::ffi::c_void;
 
 use cudarc::driver::{DriverError, result, sys};
 
-use super::{Gpu, arena};
+use super::{Gpu, Work, arena};
 use crate::{Error, Result, Tensor};
 
 /// The most arguments a kernel of ours takes.
-const MOST_ARGUMENTS: usize = 40;
+const MOST_ARGUMENTS: usize = 56;
 /// Dynamic shared memory above this must be asked for: with a kernel's own, 48 KiB are free.
 const SHARED_FREE: usize = 12 * 1024;
 
@@ -25,6 +25,7 @@ pub struct Launch<'a> {
     arguments: [u64; MOST_ARGUMENTS],
     count: usize,
     too_large: Option<usize>,
+    work: Work,
 }
 
 impl<'a> Launch<'a> {
@@ -41,6 +42,7 @@ impl<'a> Launch<'a> {
             arguments: [0; MOST_ARGUMENTS],
             count: 0,
             too_large: None,
+            work: Work::default(),
         }
     }
 
@@ -72,7 +74,8 @@ impl<'a> Launch<'a> {
     }
 
     /// The address of an element of a tensor, such as the first of some columns.
-    pub fn tensor_at(self, tensor: &Tensor, element: usize) -> Launch<'a> {
+    pub fn tensor_at(mut self, tensor: &Tensor, element: usize) -> Launch<'a> {
+        self.work.bytes += ((tensor.len() - element) * tensor.dtype().size_in_bytes()) as f64;
         let address = tensor.device_pointer() + (element * tensor.dtype().size_in_bytes()) as u64;
         self.word(address)
     }
@@ -174,7 +177,7 @@ impl<'a> Launch<'a> {
                 &mut addresses[..count],
             )
         };
-        let launched = self.gpu.profile.around(stream, || self.name.clone(), launch);
+        let launched = self.gpu.profile.around(stream, || (self.name.clone(), self.work), launch);
         self.gpu.check(launched)
     }
 }

@@ -16,7 +16,6 @@ mod pinned;
 mod profile;
 mod staging;
 
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -28,11 +27,12 @@ use crate::{DType, Error, Result};
 pub use graph::{Graph, Rehearsal};
 pub use launch::Launch;
 pub use library::{CudaCard, CudaLibrary, CudaStatus, cuda_status};
-pub use modules::{MINIMUM_CUDA, MINIMUM_DRIVER};
-pub use profile::KernelTime;
+pub use modules::{Loading, MINIMUM_CUDA, MINIMUM_DRIVER};
+pub use profile::{CardRates, KernelTime, Work};
 
 use blas::Blas;
 pub(crate) use buffer::Buffer;
+use modules::Modules;
 use pinned::Copies;
 pub(crate) use pinned::PinnedBuffer;
 use profile::Profile;
@@ -57,7 +57,7 @@ pub struct Gpu {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     pool: sys::CUmemoryPool,
-    modules: Mutex<HashMap<String, Module>>,
+    modules: Modules,
     blas: OnceLock<Option<Blas>>,
     profile: Profile,
     /// Bytes of page-locked memory, which is kept for good.
@@ -75,14 +75,6 @@ impl std::fmt::Debug for Gpu {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "cuda:{} {}", self.ordinal, self.name)
     }
-}
-
-/// Kernels that came out of one PTX text, and those of its functions that were asked for.
-struct Module {
-    handle: sys::CUmodule,
-    can_wait: bool,
-    functions: HashMap<String, sys::CUfunction>,
-    facts: HashMap<String, LaunchFacts>,
 }
 
 /// What a kernel's source says of its launch: `const int {kernel}_launch[3]` there.
@@ -177,7 +169,7 @@ impl Gpu {
             context,
             stream,
             pool,
-            modules: Mutex::default(),
+            modules: Modules::default(),
             blas: OnceLock::new(),
             profile: Profile::from_env(),
             pinned: AtomicU64::new(0),
@@ -280,7 +272,7 @@ impl Gpu {
     /// # Errors
     /// When there is no such kernel for this card.
     pub fn plain_kernel(&self, module: &str, kernel: &str) -> Result<Launch<'_>> {
-        let (function, can_wait) = self.with_module(module, |loaded| {
+        let (function, can_wait) = self.modules.with(self, module, kernel, |loaded| {
             if let Some(function) = loaded.functions.get(kernel) {
                 return Ok((*function, loaded.can_wait));
             }
@@ -299,7 +291,7 @@ impl Gpu {
     /// When there is no such kernel for this card.
     pub fn launch_facts(&self, module: &str, kernel: &str, dtype: DType) -> Result<LaunchFacts> {
         let name = format!("{kernel}_{}_launch", suffix(dtype)?);
-        self.with_module(module, |loaded| {
+        self.modules.with(self, module, &name, |loaded| {
             if let Some(facts) = loaded.facts.get(&name) {
                 return Ok(*facts);
             }
@@ -319,18 +311,6 @@ impl Gpu {
             loaded.facts.insert(name.clone(), facts);
             Ok(facts)
         })
-    }
-
-    fn with_module<T>(&self, module: &str, body: impl FnOnce(&mut Module) -> Result<T>) -> Result<T> {
-        self.bind()?;
-        let mut modules = self.modules.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if let Some(loaded) = modules.get_mut(module) {
-            return body(loaded);
-        }
-        let modules::Loaded { handle, can_wait } =
-            modules::load(module, self.architecture, self.driver_version)?;
-        let loaded = Module { handle, can_wait, functions: HashMap::new(), facts: HashMap::new() };
-        body(modules.entry(module.to_string()).or_insert(loaded))
     }
 
     fn not_in_module(&self, name: &str, module: &str, error: DriverError) -> Error {

@@ -280,6 +280,10 @@ impl WeightSource for GgufSource {
         }
     }
 
+    fn is_as_stored(&self, _name: &str) -> bool {
+        true
+    }
+
     fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
         let bytes = self.file.bytes();
