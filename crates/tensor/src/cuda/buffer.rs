@@ -10,15 +10,23 @@ use super::staging::{self, Staging};
 use super::{Gpu, describe};
 use crate::{Error, Result};
 
-/// Memory of a card; freed in the stream's order.
+/// Memory of a card, or a part of it; freed in the stream's order when no part is left.
 #[derive(Debug)]
 pub(crate) struct Buffer {
+    memory: Arc<Memory>,
+    /// Where the part begins in the memory.
+    start: usize,
+    bytes: usize,
+}
+
+#[derive(Debug)]
+struct Memory {
     pointer: sys::CUdeviceptr,
     bytes: usize,
     gpu: Arc<Gpu>,
 }
 
-impl Drop for Buffer {
+impl Drop for Memory {
     fn drop(&mut self) {
         if self.bytes > 0 && self.gpu.bind().is_ok() {
             // SAFETY: the memory was allocated on this stream, and later work on it comes later.
@@ -47,15 +55,21 @@ impl Buffer {
                 }
             })?;
         }
-        Ok(Buffer { pointer, bytes, gpu: gpu.clone() })
+        Ok(Buffer { memory: Arc::new(Memory { pointer, bytes, gpu: gpu.clone() }), start: 0, bytes })
+    }
+
+    /// A part of the same memory.
+    pub(crate) fn part(&self, start: usize, bytes: usize) -> Buffer {
+        assert!(start + bytes <= self.bytes, "{bytes} bytes from {start} on of a buffer of {}", self.bytes);
+        Buffer { memory: self.memory.clone(), start: self.start + start, bytes }
     }
 
     pub(crate) fn gpu(&self) -> &Arc<Gpu> {
-        &self.gpu
+        &self.memory.gpu
     }
 
     pub(crate) fn pointer(&self) -> u64 {
-        self.pointer
+        self.memory.pointer + self.start as u64
     }
 
     pub(crate) fn bytes(&self) -> usize {
@@ -67,10 +81,10 @@ impl Buffer {
         if self.bytes == 0 {
             return Ok(());
         }
-        self.gpu.bind()?;
+        self.gpu().bind()?;
         // SAFETY: the buffer has this many bytes.
-        let done = unsafe { result::memset_d8_async(self.pointer, 0, self.bytes, self.gpu.raw_stream()) };
-        self.gpu.check(done)
+        let done = unsafe { result::memset_d8_async(self.pointer(), 0, self.bytes, self.gpu().raw_stream()) };
+        self.gpu().check(done)
     }
 
     /// From the host's memory; the bytes may change as soon as this returns.
@@ -79,18 +93,18 @@ impl Buffer {
         if bytes.is_empty() {
             return Ok(());
         }
-        self.gpu.bind()?;
+        self.gpu().bind()?;
         if bytes.len() >= staging::SMALLEST && self.upload_staged(bytes)? {
             return Ok(());
         }
         // SAFETY: pageable memory is staged before the call returns.
-        let done = unsafe { result::memcpy_htod_async(self.pointer, bytes, self.gpu.raw_stream()) };
-        self.gpu.check(done)
+        let done = unsafe { result::memcpy_htod_async(self.pointer(), bytes, self.gpu().raw_stream()) };
+        self.gpu().check(done)
     }
 
     /// False when another upload is going that way: it may be one that this thread has interrupted.
     fn upload_staged(&mut self, bytes: &[u8]) -> Result<bool> {
-        let gpu = &self.gpu;
+        let gpu = self.gpu();
         let Ok(mut staging) = gpu.staging.try_lock() else { return Ok(false) };
         let staging = match &mut *staging {
             Some(staging) => staging,
@@ -100,7 +114,7 @@ impl Buffer {
             }
         };
         // SAFETY: the buffer has this many bytes.
-        gpu.check(unsafe { staging.upload(self.pointer, bytes, gpu.raw_stream()) })?;
+        gpu.check(unsafe { staging.upload(self.pointer(), bytes, gpu.raw_stream()) })?;
         Ok(true)
     }
 
@@ -110,10 +124,11 @@ impl Buffer {
         if bytes.is_empty() {
             return Ok(());
         }
-        self.gpu.bind()?;
+        self.gpu().bind()?;
+        let (pointer, stream) = (self.pointer(), self.gpu().raw_stream());
         // SAFETY: the slice lives until the stream has been waited for.
-        self.gpu.check(unsafe { result::memcpy_dtoh_async(bytes, self.pointer, self.gpu.raw_stream()) })?;
-        self.gpu.synchronize()
+        self.gpu().check(unsafe { result::memcpy_dtoh_async(bytes, pointer, stream) })?;
+        self.gpu().synchronize()
     }
 
     /// From another buffer of the same card.
@@ -122,11 +137,11 @@ impl Buffer {
         if other.bytes == 0 {
             return Ok(());
         }
-        self.gpu.bind()?;
-        let stream = self.gpu.raw_stream();
+        self.gpu().bind()?;
+        let stream = self.gpu().raw_stream();
         // SAFETY: both buffers are large enough and of one context.
-        let done = unsafe { result::memcpy_dtod_async(self.pointer, other.pointer, other.bytes, stream) };
-        self.gpu.check(done)
+        let done = unsafe { result::memcpy_dtod_async(self.pointer(), other.pointer(), other.bytes, stream) };
+        self.gpu().check(done)
     }
 }
 
@@ -177,7 +192,7 @@ impl PinnedBuffer {
         // SAFETY: page-locked memory of this length, freed only after the stream has been waited for.
         let slice = unsafe { std::slice::from_raw_parts_mut(self.pointer.cast::<u8>(), from.bytes) };
         // SAFETY: as above.
-        self.gpu.check(unsafe { result::memcpy_dtoh_async(slice, from.pointer, self.gpu.raw_stream()) })
+        self.gpu.check(unsafe { result::memcpy_dtoh_async(slice, from.pointer(), self.gpu.raw_stream()) })
     }
 
     /// The contents into a buffer of the card, in the stream's order.
@@ -187,7 +202,7 @@ impl PinnedBuffer {
         // SAFETY: page-locked memory of this length, freed only after the stream has been waited for.
         let slice = unsafe { std::slice::from_raw_parts(self.pointer.cast::<u8>(), to.bytes) };
         // SAFETY: as above.
-        self.gpu.check(unsafe { result::memcpy_htod_async(to.pointer, slice, self.gpu.raw_stream()) })
+        self.gpu.check(unsafe { result::memcpy_htod_async(to.pointer(), slice, self.gpu.raw_stream()) })
     }
 }
 
