@@ -27,15 +27,6 @@ fn golden() -> serde_json::Map<String, Value> {
     serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
 }
 
-/// Experts are computed on the CPU alone.
-fn computed_on(device: &Device) -> serde_json::Map<String, Value> {
-    let mut all = golden();
-    if device.gpu().is_some() {
-        all.retain(|_, golden| golden["config"].get("num_experts_per_tok").is_none());
-    }
-    all
-}
-
 /// With the rope for the sequences that there are: both are longer than the original context, or neither is.
 fn open(path: &Path) -> ModelFiles {
     let mut files = ModelFiles::open(path).unwrap();
@@ -82,7 +73,7 @@ fn gradients_off(model: &mut Decoder, golden: &Value) -> f64 {
 #[test]
 fn logits_loss_and_adapter_gradients_equal_those_of_transformers() {
     for device in Device::each() {
-        for (family, golden) in &computed_on(&device) {
+        for (family, golden) in &golden() {
             let checkpoint = Checkpoint::new(family, &golden["config"], &golden["tensors"]);
             let mut model = decoder(&checkpoint, &device);
             let batch = batch(VOCAB);
@@ -159,7 +150,7 @@ fn merged_models_compute_what_base_and_adapter_compute() {
 #[test]
 fn token_by_token_gives_what_a_whole_pass_gives() {
     for device in Device::each() {
-        for (family, golden) in &computed_on(&device) {
+        for (family, golden) in &golden() {
             let model = decoder(
                 &Checkpoint::new(&format!("{family}-steps"), &golden["config"], &golden["tensors"]),
                 &device,

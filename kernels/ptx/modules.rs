@@ -65,6 +65,8 @@ static MODULES: &[(&str, u32, &str)] = &[
     ("elementwise", 80, include_str!("elementwise.sm_80.ptx")),
     ("embedding", 75, include_str!("embedding.sm_75.ptx")),
     ("embedding", 80, include_str!("embedding.sm_80.ptx")),
+    ("experts", 75, include_str!("experts.sm_75.ptx")),
+    ("experts", 80, include_str!("experts.sm_80.ptx")),
     ("low_rank", 75, include_str!("low_rank.sm_75.ptx")),
     ("low_rank", 80, include_str!("low_rank.sm_80.ptx")),
     ("matmul", 75, include_str!("matmul.sm_75.ptx")),

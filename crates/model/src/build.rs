@@ -166,13 +166,12 @@ impl Builder<'_, '_> {
         let Some(experts) = it.experts else {
             return Ok(FeedForward::Dense(self.mlp(index, it, linears, |part| part.to_string())?));
         };
-        if let Device::Cuda(_) = self.options.device {
-            let message = "experts are only computed on the CPU; set `device: cpu`";
-            return Err(Error::file(self.weights.path(), message));
-        }
         let router = names::weight(index, names::ROUTER);
         self.check(&router, (experts.num_experts, self.spec.hidden_size))?;
-        let value = self.weights.get(&router)?.into_dense()?;
+        let mut value = self.weights.get(&router)?.into_dense()?;
+        if let Device::Cuda(_) = self.options.device {
+            value = value.to_device_as(&self.options.device, self.options.dtype)?;
+        }
         let one = |expert| self.mlp(index, it, linears, |part| names::of_expert(expert, part));
         Ok(FeedForward::Experts(Box::new(Experts {
             experts: (0..experts.num_experts).map(one).collect::<Result<_>>()?,

@@ -271,6 +271,24 @@ impl Tensor {
         })
     }
 
+    /// Some rows as a tensor of their own in the same memory, on a GPU: whose work runs in order, so that what is
+    /// written to one is read from the other.
+    ///
+    /// # Errors
+    /// When there are no such rows, or the numbers are not on a GPU.
+    pub fn shared_rows(&self, rows: Range<usize>) -> Result<Tensor> {
+        if rows.start > rows.end || rows.end > self.rows {
+            return Err(Error::msg(format!("rows {rows:?} of a tensor of {} rows", self.rows)));
+        }
+        let Storage::Cuda { buffer, dtype } = &self.storage else {
+            return Err(Error::msg("rows are only shared on a GPU"));
+        };
+        let row = self.cols * dtype.size_in_bytes();
+        let storage =
+            Storage::Cuda { buffer: buffer.part(rows.start * row, rows.len() * row), dtype: *dtype };
+        Ok(Tensor { rows: rows.len(), cols: self.cols, storage })
+    }
+
     /// Takes over `rows · cols` numbers, row after row, on the CPU.
     ///
     /// # Errors

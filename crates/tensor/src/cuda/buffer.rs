@@ -10,9 +10,17 @@ use super::staging::{self, Staging};
 use super::{Gpu, describe};
 use crate::{Error, Result};
 
-/// Memory of a card; freed in the stream's order.
+/// Memory of a card, or a part of it; freed in the stream's order when no part is left.
 #[derive(Debug)]
 pub(crate) struct Buffer {
+    memory: Arc<Memory>,
+    /// Where the part begins in the memory.
+    start: usize,
+    bytes: usize,
+}
+
+#[derive(Debug)]
+struct Memory {
     pointer: sys::CUdeviceptr,
     bytes: usize,
     gpu: Arc<Gpu>,
@@ -20,7 +28,7 @@ pub(crate) struct Buffer {
     arena: Option<Arc<Arena>>,
 }
 
-impl Drop for Buffer {
+impl Drop for Memory {
     fn drop(&mut self) {
         match &self.arena {
             Some(arena) => arena.give_back(self.bytes, self.pointer),
@@ -66,28 +74,41 @@ impl Buffer {
                 None => (allocate(gpu, bytes)?, None),
             },
         };
-        Ok(Buffer { pointer, bytes, gpu: gpu.clone(), arena })
+        Ok(Buffer { memory: Arc::new(Memory { pointer, bytes, gpu: gpu.clone(), arena }), start: 0, bytes })
+    }
+
+    /// A part of the same memory.
+    pub(crate) fn part(&self, start: usize, bytes: usize) -> Buffer {
+        assert!(start + bytes <= self.bytes, "{bytes} bytes from {start} on of a buffer of {}", self.bytes);
+        Buffer { memory: self.memory.clone(), start: self.start + start, bytes }
     }
 
     pub(crate) fn gpu(&self) -> &Arc<Gpu> {
-        &self.gpu
+        &self.memory.gpu
     }
 
     pub(crate) fn pointer(&self) -> u64 {
-        self.pointer
+        self.memory.pointer + self.start as u64
     }
 
     pub(crate) fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// Freed in the order of another stream.
-    pub(super) fn free_on(mut self, stream: sys::CUstream) {
-        if self.arena.is_none() && self.bytes > 0 && self.gpu.bind().is_ok() {
-            self.bytes = 0;
+    /// Freed in the order of another stream, unless another part is left: then it is given back.
+    pub(super) fn free_on(self, stream: sys::CUstream) -> Option<Buffer> {
+        let Buffer { memory, start, bytes } = self;
+        let mut memory = match Arc::try_unwrap(memory) {
+            Ok(memory) if memory.arena.is_none() => memory,
+            Ok(memory) => return Some(Buffer { memory: Arc::new(memory), start, bytes }),
+            Err(memory) => return Some(Buffer { memory, start, bytes }),
+        };
+        if memory.bytes > 0 && memory.gpu.bind().is_ok() {
+            memory.bytes = 0;
             // SAFETY: the memory is this value's, which no longer frees it.
-            let _ = unsafe { result::free_async(self.pointer, stream) };
+            let _ = unsafe { result::free_async(memory.pointer, stream) };
         }
+        None
     }
 
     /// All bytes 0, which is 0 in every number type.
@@ -95,11 +116,11 @@ impl Buffer {
         if self.bytes == 0 {
             return Ok(());
         }
-        self.gpu.bind()?;
+        self.gpu().bind()?;
         arena::was_kernel(false);
         // SAFETY: the buffer has this many bytes.
-        let done = unsafe { result::memset_d8_async(self.pointer, 0, self.bytes, self.gpu.raw_stream()) };
-        self.gpu.check(done)
+        let done = unsafe { result::memset_d8_async(self.pointer(), 0, self.bytes, self.gpu().raw_stream()) };
+        self.gpu().check(done)
     }
 
     /// From the host's memory; the bytes may change as soon as this returns.
@@ -108,18 +129,18 @@ impl Buffer {
         if bytes.is_empty() {
             return Ok(());
         }
-        self.gpu.bind()?;
+        self.gpu().bind()?;
         if bytes.len() >= staging::SMALLEST && self.upload_staged(bytes)? {
             return Ok(());
         }
         // SAFETY: pageable memory is staged before the call returns.
-        let done = unsafe { result::memcpy_htod_async(self.pointer, bytes, self.gpu.raw_stream()) };
-        self.gpu.check(done)
+        let done = unsafe { result::memcpy_htod_async(self.pointer(), bytes, self.gpu().raw_stream()) };
+        self.gpu().check(done)
     }
 
     /// False when another upload is going that way: it may be one that this thread has interrupted.
     fn upload_staged(&mut self, bytes: &[u8]) -> Result<bool> {
-        let gpu = &self.gpu;
+        let gpu = self.gpu();
         let Ok(mut staging) = gpu.staging.try_lock() else { return Ok(false) };
         let staging = match &mut *staging {
             Some(staging) => staging,
@@ -129,7 +150,7 @@ impl Buffer {
             }
         };
         // SAFETY: the buffer has this many bytes.
-        gpu.check(unsafe { staging.upload(self.pointer, bytes, gpu.raw_stream()) })?;
+        gpu.check(unsafe { staging.upload(self.pointer(), bytes, gpu.raw_stream()) })?;
         Ok(true)
     }
 
@@ -139,10 +160,11 @@ impl Buffer {
         if bytes.is_empty() {
             return Ok(());
         }
-        self.gpu.bind()?;
+        self.gpu().bind()?;
+        let (pointer, stream) = (self.pointer(), self.gpu().raw_stream());
         // SAFETY: the slice lives until the stream has been waited for.
-        self.gpu.check(unsafe { result::memcpy_dtoh_async(bytes, self.pointer, self.gpu.raw_stream()) })?;
-        self.gpu.synchronize()
+        self.gpu().check(unsafe { result::memcpy_dtoh_async(bytes, pointer, stream) })?;
+        self.gpu().synchronize()
     }
 
     /// From another buffer of the same card.
@@ -151,11 +173,11 @@ impl Buffer {
         if other.bytes == 0 {
             return Ok(());
         }
-        self.gpu.bind()?;
+        self.gpu().bind()?;
         arena::was_kernel(false);
-        let stream = self.gpu.raw_stream();
+        let stream = self.gpu().raw_stream();
         // SAFETY: both buffers are large enough and of one context.
-        let done = unsafe { result::memcpy_dtod_async(self.pointer, other.pointer, other.bytes, stream) };
-        self.gpu.check(done)
+        let done = unsafe { result::memcpy_dtod_async(self.pointer(), other.pointer(), other.bytes, stream) };
+        self.gpu().check(done)
     }
 }

@@ -124,7 +124,10 @@ impl PinnedBuffer {
         let slice = unsafe { std::slice::from_raw_parts_mut(memory.0.cast::<u8>(), bytes) };
         // SAFETY: the buffer has as many bytes, and is freed on the same stream.
         gpu.check(unsafe { result::memcpy_dtoh_async(slice, buffer.pointer(), copies.stream) })?;
-        buffer.free_on(copies.stream);
+        if let Some(shared) = buffer.free_on(copies.stream) {
+            copies.order(&gpu, copies.stream, gpu.raw_stream())?;
+            drop(shared);
+        }
         Ok(PinnedBuffer { memory, bytes, gpu: gpu.clone(), fetched: None })
     }
 
