@@ -267,7 +267,8 @@ __device__ __forceinline__ void for_each_run(int rows, int cols, Body body) {
     const long long all = static_cast<long long>(rows) * runs, step = static_cast<long long>(gridDim.x) * blockDim.x;
 #pragma unroll 1
     for (long long at = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x; at < all; at += step) {
-        const int row = static_cast<int>(at / runs);
+        // A division of 64 bits takes as long as all else of a short body.
+        const int row = all >> 32 == 0 ? static_cast<unsigned>(at) / static_cast<unsigned>(runs) : static_cast<int>(at / runs);
         body(row, static_cast<int>(at - static_cast<long long>(row) * runs) * WIDTH);
     }
 }

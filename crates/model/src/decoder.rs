@@ -6,7 +6,7 @@ use ferrotune_nn::{
 };
 use ferrotune_tensor::{DType, Error, Result, Tensor};
 
-use crate::block::{Block, BlockSaved};
+use crate::block::{Block, BlockSaved, without_room};
 use crate::spec::{ModelSpec, names};
 
 /// What is kept of a block for its backward.
@@ -253,7 +253,10 @@ impl LanguageModel for Decoder {
             };
             dy = block.backward(ctx, &x, saved, dy)?;
         }
-        if down_to_embedding { self.embedding.backward(&saved.tokens, &dy) } else { Ok(()) }
+        if !down_to_embedding {
+            return Ok(());
+        }
+        self.embedding.backward(&saved.tokens, &without_room(dy, saved.last.cols())?)
     }
 
     fn parameters(&mut self) -> Vec<&mut Parameter> {
