@@ -25,7 +25,7 @@ sys.path.insert(0, str(FIXTURES))
 
 import torch
 from make_families import BASE, FAMILIES, weight
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging
 
@@ -49,6 +49,8 @@ class Case:
     def __init__(self, program, family, folder):
         self.program, self.family, self.folder = program, family, folder
         changes = dict(FAMILIES.get(family, {}))
+        if "moe_intermediate_size" in changes:
+            changes["moe_intermediate_size"] = 64
         config = {k: v for k, v in (BASE | changes | SIZES).items() if v != "absent"}
         parsed = AutoConfig.for_model(family, **config)
         self.fused, self.experts = family == "phi3", hasattr(parsed, "num_experts_per_tok")
@@ -92,10 +94,6 @@ class Case:
         """A folder that `ferrotune export` writes; what it says of itself is trusted no further."""
         self.run("export", "--output", out, "--no-verify", *words, "device=cpu")
         return self.path(out)
-
-    def no_experts(self):
-        if self.experts:
-            raise Skip("transformers doesn't put experts into 4 bits as linear layers")
 
     def theirs(self, model):
         """A model's logits in f32."""
@@ -195,7 +193,6 @@ def merged_16(case):
 
 @door("bnb-4bit out: weights", 0)
 def bnb_out(case):
-    case.no_experts()
     out = case.export("coded", "--model", "base16", "--adapter", "adapter", "--format", "bnb-4bit")
     exact = dequantised(load(out, dtype=torch.bfloat16))
     return same_bits(exact, case.export("coded-read", "--model", "coded"))
@@ -203,7 +200,6 @@ def bnb_out(case):
 
 @door("bnb-4bit out: logits", EXACT)
 def bnb_out_logits(case):
-    case.no_experts()
     exact = dequantised(load(case.path("coded"), dtype=torch.bfloat16))
     model = load(case.path("merged16"))
     model.load_state_dict({k: v.float() for k, v in exact.items()}, strict=False)
@@ -212,7 +208,6 @@ def bnb_out_logits(case):
 
 @door("bnb-4bit in: weights", 0)
 def bnb_in(case):
-    case.no_experts()
     worst = 0
     for quant_type, nested, storage in [("nf4", True, torch.uint8), ("nf4", False, torch.bfloat16), ("fp4", True, torch.uint8)]:
         asked = BitsAndBytesConfig(
@@ -227,6 +222,26 @@ def bnb_in(case):
         off = same_bits(dequantised(model), case.export(f"{name}-read", "--model", name))
         worst = off if off != off else max(worst, off)
     return worst
+
+
+@door("bnb-4bit in: experts", 0)
+def bnb_in_experts(case):
+    """As transformers 4 has saved them: every expert and the router are linear layers, and in 4 bits."""
+    if not case.experts:
+        raise Skip("it has none")
+    from bitsandbytes import functional
+
+    coded, exact = {}, {}
+    for name, value in load_file(case.path("base16") / "model.safetensors").items():
+        if value.dim() != 2 or "embed" in name or "lm_head" in name:
+            coded[name] = value
+            continue
+        coded[name], state = functional.quantize_4bit(value, quant_type="nf4", compress_statistics=True)
+        coded |= {f"{name}.{key}": it for key, it in state.as_dict(packed=True).items()}
+        exact[name] = functional.dequantize_4bit(coded[name], state)
+    shutil.copytree(case.path("base16"), case.path("experts"))
+    save_file(coded, case.path("experts") / "model.safetensors", {"format": "pt"})
+    return same_bits(exact, case.export("experts-read", "--model", "experts"))
 
 
 def main():

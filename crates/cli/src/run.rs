@@ -32,7 +32,7 @@ use adapters::adapter_to_train;
 
 pub use adapters::{merge_all, read_adapter};
 pub use data::{DataUse, OpenData, mark_options, warn_of_rows};
-pub use decoder::{Adapters, Subtracted, build_decoder, lora_tensors, open_decoder};
+pub use decoder::{Adapters, Subtracted, build_decoder, build_quantised, lora_tensors, open_decoder};
 pub use model::{OpenModel, TemplateSource, UntemplatedModel, Vocabulary, model_spec, template_source};
 pub use trained::{check_trained, is_trained, load_trained, prepare, save_trained};
 
