@@ -145,7 +145,8 @@ fn base_and_adapter_files_are_together_the_merged_file() {
             if let Some(a) = adapter.get(&format!("{tensor}.lora_a")) {
                 // llama.cpp: alpha by the rank that the file has.
                 let b = &adapter[&format!("{tensor}.lora_b")];
-                let delta = b.matmul(a).unwrap().affine(alpha / b.dims()[1] as f64, 0.0).unwrap();
+                let delta =
+                    b.matmul(a).unwrap().affine(alpha / *b.dims().last().unwrap() as f64, 0.0).unwrap();
                 got = (got + delta).unwrap();
                 changed += 1;
             }
@@ -179,6 +180,9 @@ fn what_llama_cpp_does_not_compute_is_refused_by_name() {
     check("gemma2", json!({ "final_logit_softcapping": null }), "logits that aren't capped");
     check("gemma", json!({ "tie_word_embeddings": false }), "a head of its own");
     check("qwen2", json!({ "head_dim": 32 }), "heads of another width");
+    check("qwen3_moe", json!({ "norm_topk_prob": false }), "experts whose weights don't add up to 1");
+    check("qwen3_moe", json!({ "mlp_only_layers": [1] }), "layers without experts");
+    check("cohere2", json!({ "head_dim": 32 }), "heads of another width");
     let llama3 = all["llama"]["rope_scaling"].clone();
     check("qwen2", json!({ "rope_scaling": llama3 }), "a rope scaled this way");
 

@@ -183,6 +183,23 @@ pub fn llama_cpp_configs() -> Vec<(&'static str, Value)> {
                 },
             }),
         ),
+        ("mixtral", "mixtral", json!({ "num_local_experts": 5, "num_experts_per_tok": 2 })),
+        (
+            "qwen3_moe",
+            "qwen3_moe",
+            json!({
+                "head_dim": 32, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
+                "norm_topk_prob": true, "tie_word_embeddings": true,
+            }),
+        ),
+        (
+            "cohere2",
+            "cohere2",
+            json!({
+                "num_hidden_layers": 3, "layer_norm_eps": 1e-5, "logit_scale": 0.25, "sliding_window": 4,
+                "sliding_window_pattern": 2, "tie_word_embeddings": true,
+            }),
+        ),
     ];
     let config = |(name, family, more): (&'static str, &str, Value)| {
         let mut config = base.as_object().unwrap().clone();

@@ -25,7 +25,7 @@ sys.path.insert(0, str(FIXTURES))
 
 import torch
 from make_families import FAMILIES, config_of, weight
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging
 
@@ -48,7 +48,10 @@ class Case:
 
     def __init__(self, program, family, folder):
         self.program, self.family, self.folder = program, family, folder
-        config = config_of(family, FAMILIES.get(family, {}) | SIZES)
+        changes = dict(FAMILIES.get(family, {}))
+        if "moe_intermediate_size" in changes:
+            changes["moe_intermediate_size"] = 64
+        config = config_of(family, changes | SIZES)
         model_type = config.pop("model_type")
         parsed = AutoConfig.for_model(model_type, **config)
         self.fused, self.experts = model_type == "phi3", hasattr(parsed, "num_experts_per_tok")
@@ -92,10 +95,6 @@ class Case:
         """A folder that `ferrotune export` writes; what it says of itself is trusted no further."""
         self.run("export", "--output", out, "--no-verify", *words, "device=cpu")
         return self.path(out)
-
-    def no_experts(self):
-        if self.experts:
-            raise Skip("transformers doesn't put experts into 4 bits as linear layers")
 
     def theirs(self, model):
         """A model's logits in f32."""
@@ -196,7 +195,6 @@ def merged_16(case):
 
 @door("bnb-4bit out: weights", 0)
 def bnb_out(case):
-    case.no_experts()
     out = case.export("coded", "--model", "base16", "--adapter", "adapter", "--format", "bnb-4bit")
     exact = dequantised(load(out, dtype=torch.bfloat16))
     return same_bits(exact, case.export("coded-read", "--model", "coded"))
@@ -204,7 +202,6 @@ def bnb_out(case):
 
 @door("bnb-4bit out: logits", EXACT)
 def bnb_out_logits(case):
-    case.no_experts()
     exact = dequantised(load(case.path("coded"), dtype=torch.bfloat16))
     model = load(case.path("merged16"))
     model.load_state_dict({k: v.float() for k, v in exact.items()}, strict=False)
@@ -213,7 +210,6 @@ def bnb_out_logits(case):
 
 @door("bnb-4bit in: weights", 0)
 def bnb_in(case):
-    case.no_experts()
     worst = 0
     for quant_type, nested, storage in [("nf4", True, torch.uint8), ("nf4", False, torch.bfloat16), ("fp4", True, torch.uint8)]:
         asked = BitsAndBytesConfig(
@@ -228,6 +224,26 @@ def bnb_in(case):
         off = same_bits(dequantised(model), case.export(f"{name}-read", "--model", name))
         worst = off if off != off else max(worst, off)
     return worst
+
+
+@door("bnb-4bit in: experts", 0)
+def bnb_in_experts(case):
+    """As transformers 4 has saved them: every expert and the router are linear layers, and in 4 bits."""
+    if not case.experts:
+        raise Skip("it has none")
+    from bitsandbytes import functional
+
+    coded, exact = {}, {}
+    for name, value in load_file(case.path("base16") / "model.safetensors").items():
+        if value.dim() != 2 or "embed" in name or "lm_head" in name:
+            coded[name] = value
+            continue
+        coded[name], state = functional.quantize_4bit(value, quant_type="nf4", compress_statistics=True)
+        coded |= {f"{name}.{key}": it for key, it in state.as_dict(packed=True).items()}
+        exact[name] = functional.dequantize_4bit(coded[name], state)
+    shutil.copytree(case.path("base16"), case.path("experts"))
+    save_file(coded, case.path("experts") / "model.safetensors", {"format": "pt"})
+    return same_bits(exact, case.export("experts-read", "--model", "experts"))
 
 
 def main():

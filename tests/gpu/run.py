@@ -290,6 +290,16 @@ class Training:
         self.section.row(check, figure, off <= LOSS_TOLERANCE[dtype])
 
 
+def same_bits(section, training):
+    """The run `bf16` once more, and whatever is kept or computed again."""
+    losses = training.run("again", TYPES["bf16"])
+    section.row("the same run twice", "same bits", training.adapter("again") == training.adapter("bf16"))
+    for policy in ("keep", "all", "lean", "offload"):
+        other = training.run(policy, [*TYPES["bf16"], f"recompute={policy}"])
+        off = max(abs(a - b) for a, b in zip(losses, other, strict=True))
+        section.row(f"recompute: {policy}", f"losses off by {off:.1e}", off == 0)
+
+
 def train(section):
     """Whole runs on the GPU against the CPU."""
     training = Training(section)
@@ -304,8 +314,7 @@ def train(section):
         name = check.replace(" ", "").replace(",", "-")
         training.compare(check, name, dtype, training.run(f"{name}-cpu", keys, device="cpu"), keys)
 
-    losses = training.run("again", TYPES["bf16"])
-    section.row("the same run twice", "same bits", training.adapter("again") == training.adapter("bf16"))
+    same_bits(section, training)
 
     keys = [*TYPES["bf16"], "lora_dropout=0.1", "save_strategy=steps", "save_steps=8"]
     training.run("resumed", keys)
@@ -314,11 +323,6 @@ def train(section):
     shutil.rmtree(section.work / "resumed" / "checkpoint-16")
     training.run("resumed", [*keys, "resume_from_checkpoint=true"])
     section.row("resumed after step 8", "same bits", training.adapter("resumed") == whole)
-
-    for policy in ("keep", "all", "lean", "offload"):
-        other = training.run(policy, [*TYPES["bf16"], f"recompute={policy}"])
-        off = max(abs(a - b) for a, b in zip(losses, other, strict=True))
-        section.row(f"recompute: {policy}", f"losses off by {off:.1e}", off == 0)
 
 
 def experts(section):
@@ -329,12 +333,7 @@ def experts(section):
         training.compare(f"4 bits, {dtype}", dtype, dtype, on_cpu)
     keys = ["lora_dropout=0.1", "quantization_bit=null"]
     training.compare("16 bits, dropout, f32", "dropout", "f32", training.run("dropout-cpu", keys, device="cpu"), keys)
-    losses = training.run("again", TYPES["bf16"])
-    section.row("the same run twice", "same bits", training.adapter("again") == training.adapter("bf16"))
-    for policy in ("keep", "all", "offload"):
-        other = training.run(policy, [*TYPES["bf16"], f"recompute={policy}"])
-        off = max(abs(a - b) for a, b in zip(losses, other, strict=True))
-        section.row(f"recompute: {policy}", f"losses off by {off:.1e}", off == 0)
+    same_bits(section, training)
     keys = ["lora_target=q_proj,v_proj"]
     training.compare("frozen experts, f32", "frozen", "f32", training.run("frozen-cpu", keys, device="cpu"), keys)
     answers = {}
@@ -515,7 +514,7 @@ SECTIONS = {
     "parity": (parity, 120),
     "program": (program, 120),
     "train": (train, 240),
-    "experts": (experts, 240),
+    "experts": (experts, 300),
     "peft": (peft, 300),
     "smollm2": (smollm2, 300),
     "sm75": (sm75, 180),

@@ -34,7 +34,7 @@ use adapters::adapter_to_train;
 
 pub use adapters::{merge_all, read_adapter};
 pub use data::{DataUse, OpenData, mark_options, warn_of_rows};
-pub use decoder::{Adapters, Subtracted, build_decoder, lora_tensors, open_decoder};
+pub use decoder::{Adapters, Subtracted, build_decoder, build_quantised, lora_tensors, open_decoder};
 pub use hub::{download_bar, hub_options};
 pub use kept::wait_for_writers;
 pub use model::{OpenModel, TemplateSource, UntemplatedModel, Vocabulary, model_spec, template_source};

@@ -16,7 +16,7 @@ mod rounded;
 #[cfg(test)]
 mod scratch;
 
-pub use bnb::{check_bnb, write_bnb};
+pub use bnb::{goes_into_bnb, write_bnb};
 pub use card::{ModelCard, is_hub_name, merged_card};
 pub use files::write_whole;
 pub use gguf::{

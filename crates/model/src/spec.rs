@@ -229,6 +229,12 @@ pub mod names {
         format!("mlp.experts.{expert}.{}", part.trim_start_matches("mlp."))
     }
 
+    /// `(7, "mlp.up_proj")` for `mlp.experts.7.up_proj`
+    pub fn expert_of(part: &str) -> Option<(usize, String)> {
+        let (expert, part) = part.strip_prefix("mlp.experts.")?.split_once('.')?;
+        Some((expert.parse().ok()?, format!("mlp.{part}")))
+    }
+
     /// `model.layers.{layer}.{part}`: the module's name, as adapters and checkpoints use it.
     pub fn module(layer: usize, part: &str) -> String {
         format!("model.layers.{layer}.{part}")

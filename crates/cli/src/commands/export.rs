@@ -9,8 +9,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use ferrotune_export::{
-    FolderOptions, check_bnb, merge, merged_card, rounded, rounded_as_gguf, write_bnb, write_folder,
-    write_whole,
+    FolderOptions, merge, merged_card, rounded, rounded_as_gguf, write_bnb, write_folder, write_whole,
 };
 use ferrotune_model::source::ModelFiles;
 use ferrotune_model::spec::names;
@@ -53,8 +52,12 @@ fn export(
     folder: &Path,
     console: &Console,
 ) -> anyhow::Result<()> {
-    if config.export_format == ExportFormat::BnbFourBit {
-        check_bnb(&model.files)?;
+    let experts = model.files.spec.layers.iter().any(|it| it.mlp.experts.is_some());
+    if experts && config.export_format == ExportFormat::BnbFourBit {
+        console.note(
+            "experts stay in 16 bits: transformers stacks them in tensors that bitsandbytes doesn't quantise; \
+             GGUF has them in few bits",
+        );
     }
     // One that is another model's is named before anything is computed.
     let read = |folder: &PathBuf| read_adapter(folder, &model.files.spec);

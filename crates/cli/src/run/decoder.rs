@@ -48,6 +48,29 @@ pub fn build_decoder(
     computing: &BuildOptions,
     adapters: Adapters,
 ) -> anyhow::Result<(Decoder, Subtracted)> {
+    build_with(config, files, computing, adapters, &|_| true)
+}
+
+/// The same without adapters; only projections of these names are quantised where the config says so.
+///
+/// # Errors
+/// As [`build_decoder`].
+pub fn build_quantised(
+    config: &RunConfig,
+    files: &ModelFiles,
+    computing: &BuildOptions,
+    quantised: &dyn Fn(&str) -> bool,
+) -> anyhow::Result<Decoder> {
+    build_with(config, files, computing, Adapters::None, quantised).map(|it| it.0)
+}
+
+fn build_with(
+    config: &RunConfig,
+    files: &ModelFiles,
+    computing: &BuildOptions,
+    adapters: Adapters,
+    quantised: &dyn Fn(&str) -> bool,
+) -> anyhow::Result<(Decoder, Subtracted)> {
     let start = Instant::now();
     let training = matches!(adapters, Adapters::ToTrain(_) | Adapters::Resumed(_));
     let purpose = if training { Purpose::Training } else { Purpose::Generation };
@@ -71,6 +94,7 @@ pub fn build_decoder(
     let mut quantised = 0;
     let mut make = |spec: &PartSpec, stored: Stored| -> Result<Part> {
         let Start { stored, before, lora } = adapters.start(spec, stored)?;
+        let quantization_bit = quantization_bit.filter(|_| quantised(&spec.name));
         let mut part = match (stored, quantization_bit, &computing.device) {
             (Stored::FourBit(matrix), ..) => four_bit_part(spec, matrix, computing)?,
             (Stored::Dense(value), Some(_), device) => {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::bail;
 use ferrotune_data::Tokenizer;
-use ferrotune_export::with_saved;
+use ferrotune_export::{goes_into_bnb, with_saved};
 use ferrotune_model::source::ModelFiles;
 use ferrotune_model::spec::{CheckpointForm, names};
 use ferrotune_model::{BuildOptions, Decoder};
@@ -13,7 +13,7 @@ use ferrotune_tensor::{DType, Precision};
 
 use crate::config::{QuantizationBit, RunConfig};
 use crate::console::Console;
-use crate::run::{Adapters, build_decoder, merge_all, open_device, read_adapter};
+use crate::run::{Adapters, build_decoder, build_quantised, merge_all, open_device, read_adapter};
 
 /// Any text would do; tokens that models know are nearer to their use than random ones.
 const TEXT: &str = "The quick brown fox jumps over the lazy dog. 1 + 2 = 3; 你好，世界!";
@@ -67,7 +67,7 @@ impl Logits {
             double_quantization: true,
             ..config.clone()
         };
-        let (decoder, _) = build_decoder(&config, merged, &self.computing, Adapters::None)?;
+        let decoder = build_quantised(&config, merged, &self.computing, &goes_into_bnb)?;
         let values = logits(&decoder, &self.ids)?;
         // Where a checkpoint fuses projections, scales are quantised for all of them together; a GPU sums scales in
         // another order.

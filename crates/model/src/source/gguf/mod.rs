@@ -42,6 +42,9 @@ pub fn read_gguf_through(bytes: &[u8]) -> usize {
 /// What frequencies are divided by: in all contexts, in short and in long ones.
 const FACTORS: [&str; 3] = ["rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"];
 
+/// More than any model has, all experts together; what is beyond is damage.
+const MOST_MATRICES: usize = 1 << 20;
+
 /// What a row of numbers is divided into where one has to be in memory for a moment.
 const CHUNK: usize = 64 * 1024;
 
@@ -124,6 +127,24 @@ impl GgufSource {
             };
             let reordered = reordered.filter(|_| self.architecture.pairs_are_neighbours);
             let (kind, shape, bytes) = (tensor.kind, tensor.shape.clone(), tensor.bytes.clone());
+            let stack = match shape[..] {
+                [experts, rows, cols] if experts > 0 => Some((experts, rows, cols)),
+                [rows, cols] => Some((1, rows, cols)),
+                _ => None,
+            };
+            if let Some((experts, rows, cols)) = stack
+                && GgufArchitecture::of_expert(&ours, module, 0).is_some()
+                && experts <= MOST_MATRICES - self.entries.len().min(MOST_MATRICES)
+            {
+                let length = bytes.len() / experts;
+                for expert in 0..experts {
+                    let Some(name) = GgufArchitecture::of_expert(&ours, module, expert) else { continue };
+                    let start = bytes.start + expert * length;
+                    let (shape, bytes) = (vec![rows, cols], start..start + length);
+                    self.entries.insert(name, Entry { kind, shape, bytes, reordered: None });
+                }
+                continue;
+            }
             self.entries.insert(ours, Entry { kind, shape, bytes, reordered });
         }
     }
