@@ -113,9 +113,11 @@ struct Target<'a> {
     header: usize,
     /// One change in so many is anywhere.
     anywhere: usize,
-    /// How many numbers or tensors there are in these bytes.
-    read: Box<dyn Fn(&[u8]) -> Result<usize> + 'a>,
+    read: Read<'a>,
 }
+
+/// How many numbers or tensors there are in these bytes.
+type Read<'a> = Box<dyn Fn(&[u8]) -> Result<usize> + 'a>;
 
 /// Reads a folder whose weights are replaced by other bytes.
 fn of_folder<'a>(name: &'static str, folder: &'a Path, anywhere: usize) -> Target<'a> {

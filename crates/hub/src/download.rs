@@ -72,11 +72,14 @@ pub(crate) fn files(
     Ok(())
 }
 
+/// Fetches a file, telling how much of it has come; gives its length.
+type FetchOne<'a> = dyn Fn(&RemoteFile, &mut dyn FnMut(u64)) -> Result<u64> + Sync + 'a;
+
 /// Fetches files on several threads, and tells on this one how much of each has come. After an error, the others stop.
 fn side_by_side(
     files: &[&RemoteFile],
     stopped: &AtomicBool,
-    fetch: &(dyn Fn(&RemoteFile, &mut dyn FnMut(u64)) -> Result<u64> + Sync),
+    fetch: &FetchOne,
     report: &mut dyn FnMut(usize, u64),
 ) -> Result<()> {
     let (next, (sender, receiver)) = (AtomicUsize::new(0), mpsc::channel());
