@@ -147,7 +147,11 @@ impl Norm {
         let at = columns.start;
         let launch = self.launch(gpu, "norm_backward", x, columns)?;
         let launch = launch.tensor_at(dx, at).tensor_at(dy, at).tensor_at(x, at);
-        let launch = add.map_or(launch.word(0), |add| launch.tensor_at(add, at)).tensor(&self.weight);
+        let launch = match add {
+            Some(add) => launch.tensor_at(add, at),
+            None => launch.word(0),
+        };
+        let launch = launch.tensor(&self.weight);
         let launch = launch.int(x.rows()).int(columns.len() / self.weight.cols()).int(self.weight.cols());
         let launch = launch.int(dx.cols()).int(dy.cols()).int(x.cols()).int(add.map_or(0, Tensor::cols));
         // SAFETY: norm_backward(dx, dy, x, add, weight, rows, groups, group, strides of dx, dy, x, add, eps, centered)
@@ -180,7 +184,7 @@ impl Norm {
             return Ok(dx);
         }
         if residual.rows() != x.rows() || residual.cols() < x.cols() {
-            return Error::check_shape("the residual's gradient", x.shape(), residual.shape());
+            Error::check_shape("the residual's gradient", x.shape(), residual.shape())?;
         }
         let columns = 0..x.cols();
         self.add_gradients(x, columns.clone(), &dy)?;
