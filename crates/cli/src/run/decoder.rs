@@ -81,6 +81,7 @@ fn build_with(
     let scales = if config.double_quantization { Scales::Nested } else { Scales::Plain };
     // What adapters begin with a part of is needed whole.
     let kept = quantization_bit.filter(|_| adapters.leaves_weights());
+    let kept = kept.filter(|_| files.spec.projections().all(|(name, _)| quantised(&name)));
     let kept = kept.and_then(|_| Kept::of(files, computing, scales));
     let (source, mut keeper, damaged) = match kept.map(|it| (it.open(), it)) {
         Some((Some(kept), file)) => {
@@ -91,7 +92,7 @@ fn build_with(
         None => (None, None, None),
     };
     let source: &dyn WeightSource = source.as_ref().map_or(files.source.as_ref(), |it| it);
-    let mut quantised = 0;
+    let mut fresh = 0;
     let mut make = |spec: &PartSpec, stored: Stored| -> Result<Part> {
         let Start { stored, before, lora } = adapters.start(spec, stored)?;
         let quantization_bit = quantization_bit.filter(|_| quantised(&spec.name));
@@ -100,7 +101,7 @@ fn build_with(
             (Stored::Dense(value), Some(_), device) => {
                 let tensor = format!("{}.weight", spec.name);
                 let as_stored = source.is_as_stored(&tensor);
-                quantised += usize::from(as_stored);
+                fresh += usize::from(as_stored);
                 let keeper = keeper.as_mut().filter(|it| it.wants() && as_stored);
                 match device {
                     Device::Cpu => {
@@ -129,7 +130,7 @@ fn build_with(
         keeper.finish();
     }
     // Of what is kept, all is taken.
-    if let Some(file) = damaged.filter(|_| quantised > 0) {
+    if let Some(file) = damaged.filter(|_| fresh > 0) {
         file.remove();
     }
     if training {
