@@ -28,7 +28,8 @@ pub(super) fn load_kernels(spec: &ModelSpec, computing: &BuildOptions, purpose: 
     };
     modules.extend(others.iter().map(|it| it.to_string()));
     let mut head_dims: Vec<usize> = spec.layers.iter().map(|it| it.attention.head_dim).collect();
-    (head_dims.sort_unstable(), head_dims.dedup());
+    head_dims.sort_unstable();
+    head_dims.dedup();
     modules.extend(of_heads.iter().flat_map(|it| head_dims.iter().map(move |dim| format!("{it}.{dim}"))));
     let mut wanted: Vec<(String, Option<DType>)> = Vec::new();
     for module in modules {
