@@ -6,7 +6,6 @@
 //   position  // (1): the token's, on the device, so that a recorded launch serves every token
 //   keys, values  // (capacity, K·D): rows 0 … position−1 are read (the last `window` with a window), row `position` =
 //   out  // (H·D) =
-//   low  // (R, K) =: the share that each key head's part of out has of A·out, where out is what an adapter of o reads; a  // (R, H·D)
 //   partial  // (H, grid.x, D + 2), scratch;   arrived  // (K), zeros before and after
 // A block has some of the keys for all heads of a group; the last block of a group that is done adds up what the others left, in
 // their order: the same bits whichever it is (Dao et al. 2023, "Flash-Decoding").
@@ -24,11 +23,6 @@ __device__ __forceinline__ void wait_for_kernels_before() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
-}
-
-// Asks for the line of this address to be brought into the L2.
-__device__ __forceinline__ void prefetch_to_l2(const void* address) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(address)));
 }
 
 // Lets the next kernel begin, which then waits as above.
@@ -66,9 +60,9 @@ __device__ float turned(const T* head, int i, const float* table, int half, int 
 }
 
 template <typename T>
-__device__ void attention_decoding(T* out, float* low, const T* a, int rank, float* partial, unsigned* arrived, T* keys, T* values,
-                                   const T* qkv, const float* table, int half, int interleaved, int position, int window,
-                                   int keys_per_block, int heads, int group, float scale, float softcap) {
+__device__ void attention_decoding(T* out, float* partial, unsigned* arrived, T* keys, T* values, const T* qkv, const float* table,
+                                   int half, int interleaved, int position, int window, int keys_per_block, int heads, int group,
+                                   float scale, float softcap) {
     DYNAMIC_SHARED(unsigned char, shared);
     let_next_kernel_begin();
     const int first_key = window > 0 ? max(0, position + 1 - window) : 0;
@@ -108,13 +102,6 @@ __device__ void attention_decoding(T* out, float* low, const T* a, int rank, flo
     for (int i = threadIdx.x; i < group; i += THREADS) {
         top[i] = -INFINITY;
         sum[i] = 0;
-    }
-    if (blockIdx.x == 0) {
-        constexpr int LINE = 128 / sizeof(T);
-        const int lines = (outputs + LINE - 1) / LINE;
-        for (int i = threadIdx.x; i < rank * lines; i += THREADS) {
-            prefetch_to_l2(a + static_cast<long long>(i / lines) * heads * D + kv_head * outputs + i % lines * LINE);
-        }
     }
     wait_for_kernels_before();
     for (int i = threadIdx.x; i < outputs; i += THREADS) {
@@ -198,29 +185,8 @@ __device__ void attention_decoding(T* out, float* low, const T* a, int rank, flo
     }
 
     out += kv_head * outputs;
-    a += kv_head * outputs;
-    // The share of A·out, once all of this part of out is in o.
-    const auto finish = [&] {
-        if (rank == 0) return;
-        __syncthreads();
-#pragma unroll 4
-        for (int r = threadIdx.x / WARP; r < rank; r += THREADS / WARP) {
-            float dot = 0;
-            for (int i = threadIdx.x % WARP * SIZE; i < outputs; i += WARP * SIZE) {
-                const Pack<T> pack = load_pack(a + static_cast<long long>(r) * heads * D + i);
-#pragma unroll
-                for (int c = 0; c < SIZE; c++) dot += to_f32(pack[c]) * o[i + c];
-            }
-            dot = warp_sum(dot);
-            if (threadIdx.x % WARP == 0) low[r * kv_heads + kv_head] = dot;
-        }
-    };
     if (blocks == 1) {
-        for (int i = threadIdx.x; i < outputs; i += THREADS) {  // a thread's own sums
-            out[i] = from_f32<T>(o[i] / sum[i / D]);
-            o[i] = to_f32(out[i]);
-        }
-        finish();
+        for (int i = threadIdx.x; i < outputs; i += THREADS) out[i] = from_f32<T>(o[i] / sum[i / D]);  // a thread's own sums
         return;
     }
     constexpr int RECORD = D + 2;  // sums, their largest exponent, the powers' sum
@@ -258,38 +224,24 @@ __device__ void attention_decoding(T* out, float* low, const T* a, int rank, flo
         for (unsigned block = lane; block < blocks; block += WARP) of_head[block] /= all;
     }
     __syncthreads();
-    // Many numbers at a time: each is far away.
-    constexpr int AT_ONCE = 4;
-    for (int base = threadIdx.x; base < outputs; base += AT_ONCE * THREADS) {
-        float value[AT_ONCE] = {};
-#pragma unroll 4
-        for (unsigned block = 0; block < blocks; block++) {
-#pragma unroll
-            for (int n = 0; n < AT_ONCE; n++) {
-                const int i = min(base + n * THREADS, outputs - 1), head = i / D;
-                value[n] += __ldcg(partial + (head * static_cast<long long>(gridDim.x) + block) * RECORD + i % D) *
-                            factors[head * gridDim.x + block];
-            }
-        }
-#pragma unroll
-        for (int n = 0; n < AT_ONCE; n++) {
-            const int i = base + n * THREADS;
-            if (i >= outputs) continue;
-            out[i] = from_f32<T>(value[n]);
-            o[i] = to_f32(out[i]);
-        }
+    for (int i = threadIdx.x; i < outputs; i += THREADS) {
+        const float* record = partial + i / D * static_cast<long long>(gridDim.x) * RECORD + i % D;
+        const float* of_head = factors + i / D * gridDim.x;
+        float value = 0;
+#pragma unroll 8
+        for (unsigned block = 0; block < blocks; block++) value += __ldcg(record + block * RECORD) * of_head[block];
+        out[i] = from_f32<T>(value);
     }
-    finish();
     if (threadIdx.x == 0) arrived[kv_head] = 0;
 }
 
 #define DEFINE(NAME, T)                                                                                                         \
     extern "C" __device__ int attention_decoding_##NAME##_launch[3] = {KEYS<T>, THREADS, int(2 * KEYS<T> * D * sizeof(T))};         \
     extern "C" __global__ void __launch_bounds__(THREADS) attention_decoding_##NAME(                                            \
-        T* out, float* low, const T* a, int rank, float* partial, unsigned* arrived, T* keys, T* values, const T* qkv,          \
-        const float* table, int half, int interleaved, const unsigned* position, int window, int keys_per_block, int heads,     \
-        int group, float scale, float softcap) {                                                                                \
-        attention_decoding<T>(out, low, a, rank, partial, arrived, keys, values, qkv, table, half, interleaved, *position,      \
-                              window, keys_per_block, heads, group, scale, softcap);                                            \
+        T* out, float* partial, unsigned* arrived, T* keys, T* values, const T* qkv, const float* table, int half,              \
+        int interleaved, const unsigned* position, int window, int keys_per_block, int heads, int group, float scale,           \
+        float softcap) {                                                                                                        \
+        attention_decoding<T>(out, partial, arrived, keys, values, qkv, table, half, interleaved, *position, window,            \
+                              keys_per_block, heads, group, scale, softcap);                                                    \
     }
 FOR_NUMBER_TYPES(DEFINE)

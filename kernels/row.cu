@@ -267,7 +267,7 @@ __device__ void row_product_plain(T* y, const T* x, const float* low, const T* a
 
 // A warp's columns of a row: a lane has 32, which are half a block of one absmax.
 constexpr int EACH = 32, CHUNK = EACH * WARP;
-constexpr int CODED_BLOCK = 576;  // threads at most
+constexpr int CODED_BLOCK = 512;  // threads at most
 constexpr int AHEAD = 4;          // rows that are under way
 
 // The two levels of each byte of codes, copied so that the lanes of a half-warp read different banks.
@@ -294,14 +294,13 @@ __device__ __forceinline__ float dot(const Run<unsigned, 4>& codes, const float 
     return sums[0] + sums[1] + (sums[2] + sums[3]);
 }
 
-// Rows of one part.
+// Rows of one part: those of a block.
 template <typename T>
 struct Rows {
     Part<T> part;
     int first = 0, count = 0;         // in the part
     int before = 0, rank_before = 0;  // rows and ranks of the parts before
 
-    // Those of a block.
     __device__ Rows(int block, int rows_per_block, const Part<T> (&parts)[PARTS]) {
         part = parts[0];
 #pragma unroll
@@ -318,12 +317,6 @@ struct Rows {
                 rank_before += parts[i].rank;
             }
         }
-    }
-    // Those of a block in one of the first two parts.
-    __device__ Rows(int block, int rows_per_block, const Part<T>& gate, const Part<T>& up, bool second) : part(second ? up : gate) {
-        first = block * rows_per_block;
-        count = min(rows_per_block, part.rows - first);
-        rank_before = second ? gate.rank : 0;
     }
 };
 
@@ -388,7 +381,7 @@ struct LowRank {
     bool whole;
     Pack<T> kept[KEPT];
 
-    __device__ LowRank(const Rows<T>& rows, int row) : b(nullptr), rank(row < rows.count ? rows.part.rank : 0), whole(false) {
+    __device__ LowRank(const Rows<T>& rows, int row) : b(nullptr), rank(row < rows.count ? rows.part.rank : 0) {
         if (rank == 0) return;
         b = rows.part.b + static_cast<long long>(rows.first + row) * rank;
         whole = rows_are_aligned_16(rows.part.b, rank);
@@ -419,52 +412,22 @@ struct LowRank {
     }
 };
 
-// What is multiplied: x, or x normalised (norm.cu, without centre). low, (ranks, blocks), is added up over blocks and scaled; where x is
-// normalised, what it is A times of wasn't.
-struct Input {
-    const float* norm;
-    float eps;
-    const float* low;
-    int low_blocks;
-    float low_scale;
-};
-
-// What reads y next: A of its parts, (rank, columns of y), times its norm's weight. low = (ranks, blocks): the share of each block.
-template <typename T>
-struct Next {
-    const T* a[PARTS];
-    int rank[PARTS];
-    const float* norm;
-    float* low;
-};
-
-// GATED takes the first two parts for a gate and what it lets through: y = act(gate)·up.
-enum Output { ROWS, GATED };
-
 // `tiles` warps have a row's columns at a time; those beyond are done after all rows have had these.
 template <typename T>
-__device__ void row_product_coded(T* y, const T* x, const Input& input, const T* add, float scale, int output, int kind,
-                                  const float* levels, int cols, int rows_per_block, int tiles, const Part<T> (&parts)[PARTS],
-                                  const Next<T>& next) {
+__device__ void row_product_coded(T* y, const T* x, const float* low, const T* add, float scale, const float* levels, int cols,
+                                  int rows_per_block, int tiles, const Part<T> (&parts)[PARTS]) {
     DYNAMIC_SHARED(unsigned char, shared);
     __shared__ float2 pairs[BYTES * COPIES];
     __shared__ float own_map[GROUP];
     constexpr int SIZE = Pack<T>::SIZE, PACKS = EACH / SIZE;
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, threads = blockDim.x, warps = threads / WARP;
-    const int chunks = (cols + CHUNK - 1) / CHUNK, halves = output == GATED ? 2 : 1, stride = halves * rows_per_block;
-    const int ranks = parts[0].rank + parts[1].rank + parts[2].rank, next_ranks = next.rank[0] + next.rank[1] + next.rank[2];
+    const int chunks = (cols + CHUNK - 1) / CHUNK;
     Pack<T>* packs = reinterpret_cast<Pack<T>*>(shared);  // (chunks, PACKS, lanes): each lane's own at neighbouring places
-    T* next_a = reinterpret_cast<T*>(packs + chunks * PACKS * WARP);        // (next_ranks, rows_per_block)
-    float* sums = reinterpret_cast<float*>(next_a + next_ranks * rows_per_block);  // (tiles + 1, stride): the last are the low-rank ones
-    float* low = sums + (tiles + 1) * stride;                                      // (ranks)
+    float* sums = reinterpret_cast<float*>(packs + chunks * PACKS * WARP);  // (tiles + 1, rows): the last are the low-rank ones
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, threads = blockDim.x;
 
     let_next_kernel_begin();
-    // Half of the warps have the gate, half what it lets through.
-    const int all_groups = warps / tiles, tile = warp % tiles, groups = all_groups / halves;
-    const bool second = warp / tiles >= groups;
-    const int group = warp / tiles - (second ? groups : 0);
-    const Rows<T> rows = output == GATED ? Rows<T>(blockIdx.x, rows_per_block, parts[0], parts[1], second)
-                                         : Rows<T>(blockIdx.x, rows_per_block, parts);
+    const Rows<T> rows(blockIdx.x, rows_per_block, parts);
+    const int groups = threads / WARP / tiles, group = warp / tiles, tile = warp % tiles;
     const int count = max((rows.count - group + groups - 1) / groups, 0);  // rows of this warp
     Codes codes(rows.part, rows.first + group, groups, count, tile * CHUNK, cols);
     Scales scales(rows.part, rows.first + group, groups, count, tile * CHUNK, cols);
@@ -478,16 +441,9 @@ __device__ void row_product_coded(T* y, const T* x, const Input& input, const T*
         for (int i = 0; i < AHEAD / 2; i++) scales.next(scale_ahead[i], code_ahead[i]);
     };
     load_all();
-    // A thread has the sums of one row, or of one of the gate's and then of the other's.
-    const auto rows_of = [&](int row) {
-        return output == GATED ? Rows<T>(blockIdx.x, rows_per_block, parts[0], parts[1], row >= rows_per_block)
-                               : Rows<T>(blockIdx.x, rows_per_block, parts);
-    };
-    const LowRank<T> low_rank(rows_of(threadIdx.x), threadIdx.x % rows_per_block);
+    const LowRank<T> low_rank(rows, threadIdx.x);
     const bool nested = rows.part.map != nullptr;
     const float offset = nested ? *rows.part.offset : 0;
-    float weights[SIZE] = {};  // of the norm, for this thread's first pack
-    if (input.norm != nullptr && threadIdx.x * SIZE < cols) load_constants(weights, input.norm + threadIdx.x * SIZE);
 #pragma unroll 2
     for (int i = threadIdx.x; i < BYTES * COPIES; i += threads) {
         pairs[i] = make_float2(levels[i / COPIES / 16], levels[i / COPIES % 16]);
@@ -496,20 +452,6 @@ __device__ void row_product_coded(T* y, const T* x, const Input& input, const T*
 #pragma unroll 1
         for (int i = threadIdx.x; i < GROUP; i += threads) own_map[i] = rows.part.map[i];
     }
-    if (next_ranks > 0) {
-        const int packs_of_row = rows.count / SIZE, next_cols = parts[0].rows;  // there is one part then, or two of a length
-#pragma unroll 1
-        for (int i = threadIdx.x; i < next_ranks * packs_of_row; i += threads) {
-            int rank = i / packs_of_row;
-            const int at = rank * rows_per_block + i % packs_of_row * SIZE;
-            const T* a = next.a[0];
-            if (rank >= next.rank[0]) rank -= next.rank[0], a = next.a[1];
-            if (a == next.a[1] && rank >= next.rank[1]) rank -= next.rank[1], a = next.a[2];
-            const T* from = a + static_cast<long long>(rank) * next_cols + rows.first + i % packs_of_row * SIZE;
-            cp_async_16(shared_address(next_a + at), from, true);
-        }
-    }
-    cp_async_commit();
     // What isn't loaded yet is brought nearer while the kernels before are at work: a lane asks for a line.
     if (tile == 0) {
         constexpr int LINE = 256;  // codes of 128 bytes
@@ -523,46 +465,18 @@ __device__ void row_product_coded(T* y, const T* x, const Input& input, const T*
     }
 
     wait_for_kernels_before();
-    const auto place = [&](int at) {
-        const int chunk = at / (WARP * PACKS), inside = at % (WARP * PACKS);
-        return (chunk * PACKS + inside % PACKS) * WARP + inside / PACKS;
-    };
-    float squares = 0;
 #pragma unroll 2
     for (int at = threadIdx.x; at < chunks * PACKS * WARP; at += threads) {
+        const int chunk = at / (WARP * PACKS), inside = at % (WARP * PACKS);
         // Through the L1 cache: asynchronous copies pass it by, and all blocks would ask the L2 for the same lines.
-        const Pack<T> pack = at * SIZE < cols ? load_pack(x + at * SIZE) : Pack<T>();
-        packs[place(at)] = pack;
-#pragma unroll
-        for (int i = 0; i < SIZE; i++) squares += to_f32(pack[i]) * to_f32(pack[i]);
+        packs[(chunk * PACKS + inside % PACKS) * WARP + inside / PACKS] = at * SIZE < cols ? load_pack(x + at * SIZE) : Pack<T>();
     }
+    if (threadIdx.x < rows.count) sums[tiles * rows_per_block + threadIdx.x] = low_rank.times(low + rows.rank_before);
 #pragma unroll 1
-    for (int rank = warp; rank < ranks; rank += warps) {
-        float sum = 0;
-#pragma unroll 4
-        for (int block = lane; block < input.low_blocks; block += WARP) sum += input.low[rank * input.low_blocks + block];
-        sum = warp_sum(sum);
-        if (lane == 0) low[rank] = sum;
-    }
-    float low_scale = input.low_scale;
-    if (input.norm != nullptr) {
-        const float r = 1.0f / sqrtf(block_sum(squares) / cols + input.eps);
-        low_scale *= r;
-#pragma unroll 1
-        for (int at = threadIdx.x; at * SIZE < cols; at += threads) {
-            if (at >= threads) load_constants(weights, input.norm + at * SIZE);
-            Pack<T>& pack = packs[place(at)];
-#pragma unroll
-            for (int i = 0; i < SIZE; i++) pack[i] = from_f32<T>(to_f32(pack[i]) * r * weights[i]);
-        }
+    for (int row = threadIdx.x + threads; row < rows.count; row += threads) {
+        sums[tiles * rows_per_block + row] = LowRank<T>(rows, row).times(low + rows.rank_before);
     }
     __syncthreads();
-    if (threadIdx.x < stride) sums[tiles * stride + threadIdx.x] = low_scale * low_rank.times(low + rows_of(threadIdx.x).rank_before);
-#pragma unroll 1
-    for (int row = threadIdx.x + threads; row < stride; row += threads) {
-        const Rows<T> mine = rows_of(row);
-        sums[tiles * stride + row] = low_scale * LowRank<T>(mine, row % rows_per_block).times(low + mine.rank_before);
-    }
 
     const unsigned mine = shared_address(pairs + lane % COPIES);
     for (int chunk = tile; chunk < chunks; chunk += tiles) {
@@ -573,7 +487,7 @@ __device__ void row_product_coded(T* y, const T* x, const Input& input, const T*
 #pragma unroll
             for (int i = 0; i < SIZE; i++) values[pack * SIZE + i] = to_f32(some[i]);
         }
-        float* own = sums + tile * stride + (second ? rows_per_block : 0) + group;
+        float* own = sums + tile * rows_per_block + group;
 #pragma unroll 1
         for (int i = 0; i < count; i += AHEAD) {
 #pragma unroll
@@ -585,11 +499,11 @@ __device__ void row_product_coded(T* y, const T* x, const Input& input, const T*
                     scales.next(scale, code);
                     const float first = dot(ahead[j], values, mine) * __shfl_sync(FULL_WARP, absmax, lane / 2);
                     codes.next(ahead[j]);
-                    const float following = dot(ahead[j + 1], values, mine) * __shfl_sync(FULL_WARP, absmax, 16 + lane / 2);
+                    const float second = dot(ahead[j + 1], values, mine) * __shfl_sync(FULL_WARP, absmax, 16 + lane / 2);
                     codes.next(ahead[j + 1]);
                     // Each half of the warp adds up one of the rows.
-                    const float other = __shfl_xor_sync(FULL_WARP, lane < 16 ? following : first, 16);
-                    const float sum = warp_sum<16>((lane < 16 ? first : following) + other);
+                    const float other = __shfl_xor_sync(FULL_WARP, lane < 16 ? second : first, 16);
+                    const float sum = warp_sum<16>((lane < 16 ? first : second) + other);
                     const int row = i + j + lane / 16;
                     if (lane % 16 == 0 && row < count) own[row * groups] = chunk == tile ? sum : own[row * groups] + sum;
                 }
@@ -601,45 +515,14 @@ __device__ void row_product_coded(T* y, const T* x, const Input& input, const T*
         load_all();
     }
     __syncthreads();
-
-    const auto total = [&](int row, const float* bias) {
-        float sum = sums[tiles * stride + row];
-#pragma unroll 1
-        for (int i = 0; i < min(tiles, chunks); i++) sum += sums[i * stride + row];
-        return bias != nullptr ? sum + bias[rows.first + row % rows_per_block] : sum;
-    };
 #pragma unroll 1
     for (int row = threadIdx.x; row < rows.count; row += threads) {
-        const int at = rows.before + rows.first + row;
-        T out;
-        if (output == GATED) {
-            const float gate = to_f32(from_f32<T>(total(row, parts[0].bias)));
-            const float up = to_f32(from_f32<T>(total(rows_per_block + row, parts[1].bias)));
-            out = from_f32<T>((kind == 0 ? activate<Silu>(gate) : activate<GeluTanh>(gate)) * up);
-        } else {
-            const float sum = total(row, rows.part.bias);
-            out = from_f32<T>(add != nullptr ? to_f32(add[at]) + scale * sum : sum);
-        }
-        y[at] = out;
-        // Nobody else reads this sum.
-        if (next_ranks > 0) sums[tiles * stride + row] = to_f32(out) * (next.norm != nullptr ? next.norm[at] : 1.0f);
-    }
-    if (next_ranks == 0) return;
-    cp_async_wait<0>();
-    __syncthreads();
-    constexpr int LANES = 8;  // that share a rank
+        float sum = sums[tiles * rows_per_block + row];
 #pragma unroll 1
-    for (int first = warp * (WARP / LANES); first < next_ranks; first += warps * (WARP / LANES)) {
-        const int rank = first + lane / LANES;
-        float sum = 0;
-        if (rank < next_ranks) {
-#pragma unroll 4
-            for (int row = lane % LANES; row < rows.count; row += LANES) {
-                sum += to_f32(next_a[rank * rows_per_block + row]) * sums[tiles * stride + row];
-            }
-        }
-        sum = warp_sum<LANES>(sum);
-        if (lane % LANES == 0 && rank < next_ranks) next.low[rank * gridDim.x + blockIdx.x] = sum;
+        for (int i = 0; i < min(tiles, chunks); i++) sum += sums[i * rows_per_block + row];
+        if (rows.part.bias != nullptr) sum += rows.part.bias[rows.first + row];
+        const int at = rows.before + rows.first + row;
+        y[at] = from_f32<T>(add != nullptr ? to_f32(add[at]) + scale * sum : sum);
     }
 }
 
@@ -710,16 +593,12 @@ __device__ void row_next(unsigned* token, unsigned* position, unsigned long long
         const Part<T> parts[PARTS] = {PART(0), PART(1), PART(2)};                                                                \
         row_product_plain<PLAIN_ROWS, T>(y, x, low, add, scale, cols, parts);                                                    \
     }                                                                                                                            \
-    extern "C" __device__ int row_product_coded_##NAME##_launch[3] = {CHUNK, CODED_BLOCK, BYTES * COPIES * 8 + GROUP * 4 + 128};       \
+    extern "C" __device__ int row_product_coded_##NAME##_launch[3] = {CHUNK, CODED_BLOCK, BYTES * COPIES * 8 + GROUP * 4};       \
     extern "C" __global__ void __launch_bounds__(CODED_BLOCK)                                                                    \
-    row_product_coded_##NAME(T* y, const T* x, const float* norm, float eps, const float* low, int low_blocks, float low_scale,  \
-                             const T* add, float scale, int output, int kind, const float* levels, int cols, int rows_per_block, \
-                             int tiles, const T* a0, const T* a1, const T* a2, int rank_of_a0, int rank_of_a1, int rank_of_a2,   \
-                             const float* next_norm, float* next_low, PARTS_ARGUMENTS(T)) {                                      \
+    row_product_coded_##NAME(T* y, const T* x, const float* low, const T* add, float scale, const float* levels, int cols,       \
+                             int rows_per_block, int tiles, PARTS_ARGUMENTS(T)) {                                                \
         const Part<T> parts[PARTS] = {PART(0), PART(1), PART(2)};                                                                \
-        row_product_coded<T>(y, x, {norm, eps, low, low_blocks, low_scale}, add, scale, output, kind, levels, cols,              \
-                             rows_per_block, tiles, parts,                                                                       \
-                             {{a0, a1, a2}, {rank_of_a0, rank_of_a1, rank_of_a2}, next_norm, next_low});                         \
+        row_product_coded<T>(y, x, low, add, scale, levels, cols, rows_per_block, tiles, parts);                                 \
     }
 
 FOR_NUMBER_TYPES(DEFINE)

@@ -4,9 +4,7 @@
 //!   parallel:    y = x + s·(attention(x) + mlp(x)); with one norm for both: of norm(x)
 //! Kept for backward: mid, and what the bodies keep; normed inputs are computed again.
 
-use ferrotune_nn::{
-    Attention, Context, FeedForward, KeyValues, Layer, Norm, Parameter, Reader, Row, SavedTensors,
-};
+use ferrotune_nn::{Attention, Context, FeedForward, KeyValues, Layer, Norm, Parameter, SavedTensors};
 use ferrotune_tensor::{Error, Result, Tensor};
 
 use crate::spec::Residual;
@@ -218,29 +216,16 @@ impl Block {
             && mlp.body.takes_row(ctx, like)
     }
 
-    /// What reads the row before the block.
-    pub(crate) fn reader(&self) -> Reader<'_> {
-        Reader { linear: &self.attention.body.qkv, norm: self.attention.norm_in.as_ref() }
-    }
-
     /// Forward of the token at `ctx.row` on a GPU.
     ///
     /// # Errors
     /// When [`Block::takes_row`] says no.
-    pub fn step_row(
-        &self,
-        ctx: &Context,
-        x: &Row,
-        cache: &KeyValues,
-        next: Option<Reader<'_>>,
-    ) -> Result<Row> {
+    pub fn step_row(&self, ctx: &Context, x: &Tensor, cache: &KeyValues) -> Result<Tensor> {
         let (Some(before_attention), Some(before_mlp)) = (&self.attention.norm_in, &self.mlp.norm_in) else {
             return Err(Error::msg("no kernel takes this block row by row"));
         };
-        let scale = self.residual_scale;
-        let mlp = self.mlp.body.row_reader(before_mlp);
-        let mid = self.attention.body.step_row(ctx, x, before_attention, cache, scale, mlp)?;
-        self.mlp.body.step_row(ctx, &mid, before_mlp, scale, next)
+        let mid = self.attention.body.step_row(ctx, x, before_attention, cache, self.residual_scale)?;
+        self.mlp.body.step_row(ctx, &mid, before_mlp, self.residual_scale)
     }
 
     /// Forward of further tokens of one sequence.

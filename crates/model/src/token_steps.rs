@@ -1,9 +1,8 @@
 //! Decoding on a GPU: what is launched for a token is the same for each, so it is recorded once and repeated.
 
-use ferrotune_nn::{Context, KeyValues, Row, RowState, Weight as _};
+use ferrotune_nn::{Context, KeyValues, RowState, Weight as _};
 use ferrotune_tensor::{Error, Graph, Rehearsal, Result, Tensor};
 
-use crate::block::Block;
 use crate::decoder::{Decoder, KvCache};
 
 /// Passes of one token after the other over one cache.
@@ -116,12 +115,11 @@ impl<'a> TokenSteps<'a> {
 
     fn launch(&mut self) -> Result<()> {
         let row = self.ctx.row.as_ref().ok_or_else(without_state)?;
-        let mut x = Row::from(self.model.embedding.look_up(&row.token, self.model.dtype)?);
-        let blocks = &self.model.blocks;
-        for (i, (block, layer)) in blocks.iter().zip(self.cache.layers()).enumerate() {
-            x = block.step_row(&self.ctx, &x, layer, blocks.get(i + 1).map(Block::reader))?;
+        let mut x = self.model.embedding.look_up(&row.token, self.model.dtype)?;
+        for (block, layer) in self.model.blocks.iter().zip(self.cache.layers()) {
+            x = block.step_row(&self.ctx, &x, layer)?;
         }
-        let logits = self.model.head.row(self.model.output_weight(), &x.value, &self.model.norm)?;
+        let logits = self.model.head.row(self.model.output_weight(), &x, &self.model.norm)?;
         row.go_on(&logits)?;
         self.logits.copy_from(&logits)?;
         // What belongs to this pass is freed in it.

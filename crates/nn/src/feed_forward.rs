@@ -4,7 +4,7 @@ use ferrotune_tensor::{Error, Result, Tensor};
 
 use crate::experts::{Experts, ExpertsSaved};
 use crate::mlp::{Mlp, MlpSaved};
-use crate::{Context, Layer, Linear, Norm, Parameter, Reader, Row, SavedTensors};
+use crate::{Context, Layer, Linear, Norm, Parameter, SavedTensors};
 
 /// What stands behind attention.
 pub enum FeedForward {
@@ -50,14 +50,6 @@ impl FeedForward {
         mlps.iter_mut().flat_map(|it| [&mut it.gate_up, &mut it.down]).collect()
     }
 
-    /// What reads a row first, after this norm.
-    pub fn row_reader<'a>(&'a self, norm: &'a Norm) -> Option<Reader<'a>> {
-        match self {
-            FeedForward::Dense(mlp) => Some(Reader { linear: &mlp.gate_up, norm: Some(norm) }),
-            FeedForward::Experts(_) => None,
-        }
-    }
-
     /// Whether [`FeedForward::step_row`] takes such rows.
     pub fn takes_row(&self, ctx: &Context, like: &Tensor) -> bool {
         matches!(self, FeedForward::Dense(mlp) if mlp.takes_row(ctx, like))
@@ -67,16 +59,9 @@ impl FeedForward {
     ///
     /// # Errors
     /// When [`FeedForward::takes_row`] says no.
-    pub fn step_row(
-        &self,
-        ctx: &Context,
-        x: &Row,
-        norm: &Norm,
-        scale: f64,
-        next: Option<Reader<'_>>,
-    ) -> Result<Row> {
+    pub fn step_row(&self, ctx: &Context, x: &Tensor, norm: &Norm, scale: f64) -> Result<Tensor> {
         match self {
-            FeedForward::Dense(mlp) => mlp.step_row(ctx, x, norm, scale, next),
+            FeedForward::Dense(mlp) => mlp.step_row(ctx, x, norm, scale),
             FeedForward::Experts(_) => Err(Error::msg("no kernel takes experts row by row")),
         }
     }

@@ -41,7 +41,7 @@ pub use norm::{Norm, NormKind};
 pub use numbers::Numbers;
 pub use pass::PassCache;
 pub use rope::Rope;
-pub use row::{Coded, Reader, Row, RowState, StoredRows};
+pub use row::{Coded, RowState, StoredRows};
 pub use weight::{DenseWeight, Weight, backward_tiles, backward_whole, forward_tiles, forward_whole, widen};
 
 /// What every layer of one pass shares.

@@ -5,7 +5,7 @@ use ferrotune_tensor::{Real, Result, Tensor, for_real};
 use rayon::prelude::*;
 
 use crate::lanes::{sigmoid, tanh, vectorised};
-use crate::row::{Reader, Row, RowOutput, RowSource};
+use crate::row::RowSource;
 use crate::{Context, Layer, Linear, Norm, Parameter, Room, SavedTensors};
 
 /// Threads of a block of `kernels/activation.cu`.
@@ -83,23 +83,9 @@ impl Mlp {
     ///
     /// # Errors
     /// When [`Mlp::takes_row`] says no.
-    pub fn step_row(
-        &self,
-        ctx: &Context,
-        x: &Row,
-        norm: &Norm,
-        scale: f64,
-        next: Option<Reader<'_>>,
-    ) -> Result<Row> {
-        let joined = RowOutput::Joined(&x.value, scale);
-        if self.gated() && self.gate_up.gates_row(ctx, &x.value) {
-            let (gated, down) =
-                (RowOutput::Gated(self.activation), Reader { linear: &self.down, norm: None });
-            let hidden = self.gate_up.row(ctx, x, RowSource::Normed(norm), gated, Some(down))?;
-            return self.down.row(ctx, &hidden, RowSource::Plain, joined, next);
-        }
-        let gate_up = self.gate_up.row(ctx, x, RowSource::Normed(norm), RowOutput::Plain, None)?;
-        self.down.row(ctx, &gate_up, RowSource::Activated(self), joined, next)
+    pub fn step_row(&self, ctx: &Context, x: &Tensor, norm: &Norm, scale: f64) -> Result<Tensor> {
+        let gate_up = self.gate_up.row(ctx, x, RowSource::Normed(norm), None)?;
+        self.down.row(ctx, &gate_up, RowSource::Activated(self), Some((x, scale)))
     }
 
     pub(crate) fn gelu(&self) -> bool {

@@ -1,25 +1,28 @@
 //! One row through a linear layer on a GPU, for decoding: `kernels/row.cu` reads each matrix once, as it is
-//! stored. What makes a row also does the first half of the adapters that read it, so that a product of codes is one launch:
-//! the norm before it, both halves of the adapters, the sum with the residual stream or the gate. Elsewhere it is two: what
-//! comes before the product with the adapters' first half, then the product.
+//! stored. Two launches: what comes before the product (a norm, an activation) and the low-rank half of the
+//! adapters; then the product, the other half, and the sum with the residual stream.
 
-mod product;
-
-use ferrotune_tensor::{DType, Device, Error, Gpu, Result, Tensor};
+use ferrotune_tensor::{DType, Device, Error, Gpu, Launch, Result, Tensor};
 
 use crate::linear::Part;
 use crate::mlp::{Activation, Mlp};
 use crate::norm::NormKind;
 use crate::{Context, Linear, LowRank, Norm, Weight};
-use product::{CodedGrid, Halves, Input, product};
 
 /// The kernels' file.
 const MODULE: &str = "row";
+/// Its products, by how a matrix is stored.
+const PLAIN: &str = "row_product_plain";
+const CODED: &str = "row_product_coded";
 /// Parts that the kernels take: q, k and v.
 const PARTS: usize = 3;
 /// Rows are multiples of this, so that all accesses are whole; those of codes of that.
 const COLUMNS: usize = 32;
 const CODED_COLUMNS: usize = 64;
+/// Blocks of a product of plain numbers that a multiprocessor holds at once: more would copy the row again.
+const BLOCKS_AT_ONCE: usize = 6;
+/// Rows that a block of a product of codes does, at most: their sums are in shared memory.
+const MOST_ROWS: usize = 512;
 /// Threads of a block of `row_prepare` and `row_next`, and blocks of the latter.
 const PREPARE_BLOCK: u32 = 512;
 const NEXT_BLOCK: u32 = 256;
@@ -45,30 +48,6 @@ pub struct Coded<'a> {
     pub nested: Option<(&'a Tensor, &'a Tensor)>,
 }
 
-/// A row (1, C) of activations, with what is known of what reads it next.
-pub struct Row {
-    /// The numbers.
-    pub value: Tensor,
-    /// (R, blocks) in f32: what each block that made some of the row adds to A·row, of the adapters of who reads
-    /// it next; each number times its norm's weight, if there is one.
-    pub(crate) shares: Option<Tensor>,
-}
-
-impl From<Tensor> for Row {
-    fn from(value: Tensor) -> Row {
-        Row { value, shares: None }
-    }
-}
-
-/// Who reads a row next, so that the launch that makes the row also does the first half of its adapters.
-#[derive(Clone, Copy)]
-pub struct Reader<'a> {
-    /// What multiplies the row.
-    pub linear: &'a Linear,
-    /// What comes before that.
-    pub norm: Option<&'a Norm>,
-}
-
 /// What becomes of a row before it is multiplied.
 #[derive(Clone, Copy)]
 pub(crate) enum RowSource<'a> {
@@ -76,16 +55,6 @@ pub(crate) enum RowSource<'a> {
     Normed(&'a Norm),
     /// act(gate)·up
     Activated(&'a Mlp),
-}
-
-/// What becomes of a product W·x′ + adapters + bias.
-#[derive(Clone, Copy)]
-pub(crate) enum RowOutput<'a> {
-    Plain,
-    /// row + scale·product
-    Joined(&'a Tensor, f64),
-    /// act(gate)·up, where these are the two parts: see [`Linear::gates_row`].
-    Gated(Activation),
 }
 
 /// A part as the kernels take it.
@@ -111,97 +80,27 @@ impl Linear {
         takes(&parts, self.cols(), like).then_some(parts)
     }
 
-    /// Whether [`Linear::row`] has an output that is [`RowOutput::Gated`].
-    pub(crate) fn gates_row(&self, ctx: &Context, like: &Tensor) -> bool {
-        let Some((parts, gpu)) = self.row_parts(ctx, like).zip(like.gpu()) else { return false };
-        let same = parts.len() == 2 && parts[0].rows == parts[1].rows;
-        same && is_coded(&parts)
-            && CodedGrid::new(gpu, like.dtype(), self.cols(), &parts, Halves::Two, 0)
-                .is_ok_and(|it| it.is_some())
-    }
-
-    /// What becomes of W·x′ + adapters + bias, (1, output).
+    /// y (1, output) = W·x′ + adapters + bias, or added to a row: `row + scale·y`.
     ///
     /// # Errors
     /// When [`Linear::takes_row`] says no, or shapes don't fit.
     pub(crate) fn row(
         &self,
         ctx: &Context,
-        x: &Row,
+        x: &Tensor,
         source: RowSource<'_>,
-        output: RowOutput<'_>,
-        next: Option<Reader<'_>>,
-    ) -> Result<Row> {
-        let Row { value, shares } = x;
+        join: Option<(&Tensor, f64)>,
+    ) -> Result<Tensor> {
         let parts =
-            self.row_parts(ctx, value).ok_or_else(|| Error::msg("no kernel takes this layer row by row"))?;
+            self.row_parts(ctx, x).ok_or_else(|| Error::msg("no kernel takes this layer row by row"))?;
         let cols = self.cols();
         let wide = matches!(source, RowSource::Activated(mlp) if mlp.gated());
-        if value.rows() != 1 || value.cols() < if wide { 2 * cols } else { cols } {
-            return Error::check_shape("a row", (1, cols), value.shape())
+        if x.rows() != 1 || x.cols() < if wide { 2 * cols } else { cols } {
+            return Error::check_shape("a row", (1, cols), x.shape())
                 .and(Err(Error::msg("a row is too short")));
         }
-        let next = next.and_then(|reader| FirstHalf::of(ctx, reader, value));
-        let ranks: usize = parts.iter().map(RowPart::rank).sum();
-        let norm = match source {
-            RowSource::Plain => Some(None),
-            RowSource::Normed(norm) => is_plain_rms(norm).then_some(Some(norm)),
-            RowSource::Activated(_) => None,
-        };
-        // A product of codes normalises x by itself, if it need not be normalised for the adapters before.
-        if let (true, Some(norm)) = (is_coded(&parts) && (ranks == 0 || shares.is_some()), norm) {
-            if let Some(norm) = norm {
-                Error::check_shape("a norm's weight", (1, cols), norm.weight.shape())?;
-            }
-            let scaling = parts.iter().find_map(|it| Some(it.low_rank.as_ref()?.scaling));
-            let input = Input { x: value, norm, low: shares.as_ref(), low_scale: scaling.unwrap_or(1.0) };
-            return product(input, cols, output, &parts, next);
-        }
-        let (prepared, low) = prepare(value, source, cols, &parts)?;
-        let x = prepared.as_ref().unwrap_or(value);
-        product(Input { x, norm: None, low: low.as_ref(), low_scale: 1.0 }, cols, output, &parts, next)
-    }
-}
-
-impl RowPart<'_> {
-    fn rank(&self) -> usize {
-        self.low_rank.as_ref().map_or(0, |it| it.a.rows())
-    }
-}
-
-fn is_coded(parts: &[RowPart<'_>]) -> bool {
-    matches!(parts.first().map(|it| &it.weight), Some(StoredRows::Coded(_)))
-}
-
-/// A norm that a product does by itself.
-fn is_plain_rms(norm: &Norm) -> bool {
-    norm.kind == NormKind::Rms && norm.bias.is_none()
-}
-
-/// The adapters' first halves of who reads a row.
-pub(crate) struct FirstHalf<'a> {
-    /// A (R, C) of each part.
-    pub(crate) a: [Option<&'a Tensor>; PARTS],
-    norm: Option<&'a Norm>,
-    pub(crate) ranks: usize,
-}
-
-impl<'a> FirstHalf<'a> {
-    /// None where the reader would not use it.
-    pub(crate) fn of(ctx: &Context, reader: Reader<'a>, like: &Tensor) -> Option<FirstHalf<'a>> {
-        let parts = reader.linear.row_parts(ctx, like)?;
-        let ranks = parts.iter().map(RowPart::rank).sum();
-        let usable = is_coded(&parts) && ranks > 0 && reader.norm.is_none_or(is_plain_rms);
-        let mut a = [None; PARTS];
-        for (a, part) in a.iter_mut().zip(&parts) {
-            *a = part.low_rank.as_ref().map(|it| it.a);
-        }
-        usable.then_some(FirstHalf { a, norm: reader.norm, ranks })
-    }
-
-    /// Where so many blocks write their shares.
-    pub(crate) fn shares(&self, blocks: usize, like: &Tensor) -> Result<Tensor> {
-        Tensor::empty(self.ranks, blocks, DType::F32, &like.device())
+        let (prepared, low) = prepare(x, source, cols, &parts)?;
+        product(prepared.as_ref().unwrap_or(x), cols, low.as_ref(), join, &parts)
     }
 }
 
@@ -216,9 +115,7 @@ pub(crate) fn plain_row(weight: &dyn Weight, x: &Tensor, norm: Option<&Norm>) ->
     let cols = weight.cols();
     let prepared = norm.map(|norm| prepare(x, RowSource::Normed(norm), cols, &[])).transpose()?;
     let prepared = prepared.and_then(|(prepared, _)| prepared);
-    let x = prepared.as_ref().unwrap_or(x);
-    Ok(product(Input { x, norm: None, low: None, low_scale: 1.0 }, cols, RowOutput::Plain, &[part], None)?
-        .value)
+    product(prepared.as_ref().unwrap_or(x), cols, None, None, &[part])
 }
 
 fn plain_part(weight: &dyn Weight) -> Option<RowPart<'_>> {
@@ -276,10 +173,7 @@ fn takes(parts: &[RowPart<'_>], cols: usize, like: &Tensor) -> bool {
         _ => (false, COLUMNS),
     };
     let fits = match coded {
-        true => {
-            let grid = CodedGrid::new(gpu, like.dtype(), cols, parts, Halves::One, 0);
-            grid.is_ok_and(|it| it.is_some())
-        }
+        true => CodedGrid::new(gpu, like.dtype(), cols, parts).is_ok_and(|it| it.is_some()),
         false => cols * like.dtype().size_in_bytes() <= gpu.shared_of_block,
     };
     if cols == 0 || !cols.is_multiple_of(columns) || !fits {
@@ -316,7 +210,7 @@ fn prepare(
     if all == 0 && matches!(source, RowSource::Plain) {
         return Ok((None, None));
     }
-    let low = (all > 0).then(|| Tensor::empty(all, 1, DType::F32, &x.device())).transpose()?;
+    let low = (all > 0).then(|| Tensor::empty(1, all, DType::F32, &x.device())).transpose()?;
     let prepared = match source {
         RowSource::Plain => None,
         _ => Some(x.empty_like(1, cols)?),
@@ -344,6 +238,108 @@ fn prepare(
     // rank0 … rank2); `takes` has seen that the shapes fit.
     unsafe { (0..PARTS).fold(launch, |it, i| it.int(ranks(i))).run() }?;
     Ok((prepared, low))
+}
+
+/// y (1, rows of all parts)
+fn product(
+    x: &Tensor,
+    cols: usize,
+    low: Option<&Tensor>,
+    join: Option<(&Tensor, f64)>,
+    parts: &[RowPart<'_>],
+) -> Result<Tensor> {
+    let rows: usize = parts.iter().map(|it| it.rows).sum();
+    if let Some((row, _)) = join {
+        Error::check_shape("the row that a product is added to", (1, rows), row.shape())?;
+    }
+    let tables = match parts.first().map(|it| &it.weight) {
+        Some(StoredRows::Coded(coded)) => Some(coded.tables),
+        _ => None,
+    };
+    let (gpu, y) = (on_gpu(x)?, x.empty_like(1, rows)?);
+    let (add, scale) = join.map_or((None, 1.0), |(row, scale)| (Some(row), scale));
+    let launch = match tables {
+        Some(tables) => {
+            let none = || Error::msg("no kernel takes a row of this length");
+            let grid = CodedGrid::new(gpu, x.dtype(), cols, parts)?.ok_or_else(none)?;
+            let launch = gpu.kernel(MODULE, CODED, x.dtype())?.early().grid(grid.blocks, grid.threads);
+            let launch =
+                launch.shared(grid.shared).tensor(&y).tensor(x).optional(low).optional(add).float(scale);
+            launch.tensor(tables).int(cols).int(grid.rows_per_block).int(grid.tiles)
+        }
+        None => {
+            let facts = gpu.launch_facts(MODULE, PLAIN, x.dtype())?;
+            let units: usize = parts.iter().map(|it| it.rows.div_ceil(facts.rows)).sum();
+            let blocks = units.div_ceil(facts.threads as usize / 32);
+            let launch = gpu.kernel(MODULE, PLAIN, x.dtype())?.early();
+            let launch = launch.grid(blocks.min(gpu.multiprocessors * BLOCKS_AT_ONCE), facts.threads);
+            let launch = launch.shared(cols * x.dtype().size_in_bytes()).tensor(&y).tensor(x);
+            launch.optional(low).optional(add).float(scale).int(cols)
+        }
+    };
+    // SAFETY: row_product_coded(y, x, low, add, scale, levels, cols, rows_per_block, tiles, parts) or
+    // row_product_plain(y, x, low, add, scale, cols, parts), and for each part weight, absmax, nested, offset, map,
+    // b, bias, rows, rank; `takes` has seen that the shapes fit.
+    unsafe { (0..PARTS).fold(launch, |launch, i| part_arguments(launch, parts.get(i))).run() }?;
+    Ok(y)
+}
+
+/// How a product of codes is spread over a card.
+struct CodedGrid {
+    blocks: usize,
+    threads: u32,
+    shared: usize,
+    rows_per_block: usize,
+    /// Warps that have a row's columns.
+    tiles: usize,
+}
+
+impl CodedGrid {
+    /// None where a row doesn't fit into shared memory.
+    fn new(gpu: &Gpu, dtype: DType, cols: usize, parts: &[RowPart<'_>]) -> Result<Option<CodedGrid>> {
+        // Its rows are the columns that a warp has of a row, its bytes those that the kernel declares.
+        let facts = gpu.launch_facts(MODULE, CODED, dtype)?;
+        let (warps, chunks) = (facts.threads as usize / 32, cols.div_ceil(facts.rows).max(1));
+        let tiles = chunks.div_ceil(chunks.div_ceil(warps));
+        let groups = warps / tiles;
+        let row = chunks * facts.rows * dtype.size_in_bytes();
+        let sums = (tiles + 1) * size_of::<f32>();
+        let most = gpu.shared_of_block.saturating_sub(facts.shared + row) / sums;
+        if most < groups {
+            return Ok(None);
+        }
+        let blocks = |rows: usize| parts.iter().map(|it| it.rows.div_ceil(rows)).sum::<usize>();
+        // As few as let all blocks run at once, one on each multiprocessor.
+        let all: usize = parts.iter().map(|it| it.rows).sum();
+        let even = all.div_ceil(gpu.multiprocessors).max(1);
+        let fitting = (even..=2 * even).find(|rows| blocks(*rows) <= gpu.multiprocessors);
+        let rows_per_block = fitting.unwrap_or(even).min(most).min(MOST_ROWS);
+        Ok(Some(CodedGrid {
+            blocks: blocks(rows_per_block),
+            threads: (groups * tiles * 32) as u32,
+            shared: row + sums * rows_per_block,
+            rows_per_block,
+            tiles,
+        }))
+    }
+}
+
+fn part_arguments<'a>(launch: Launch<'a>, part: Option<&RowPart<'_>>) -> Launch<'a> {
+    let Some(part) = part else {
+        return (0..9).fold(launch, |launch, _| launch.word(0));
+    };
+    let launch = match &part.weight {
+        StoredRows::Plain(value) => launch.tensor(value).word(0).word(0).word(0).word(0),
+        StoredRows::Coded(Coded { codes, tables, absmax, nested }) => {
+            let launch = launch.tensor(codes).tensor(absmax);
+            match nested {
+                Some((scales, offset)) => launch.tensor(scales).tensor(offset).tensor_at(tables, 16),
+                None => launch.word(0).word(0).word(0),
+            }
+        }
+    };
+    let launch = launch.optional(part.low_rank.as_ref().map(|it| it.b)).optional(part.bias);
+    launch.int(part.rows).int(part.low_rank.as_ref().map_or(0, |it| it.a.rows()))
 }
 
 fn on_gpu(x: &Tensor) -> Result<&Gpu> {

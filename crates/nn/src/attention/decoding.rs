@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use super::gpu::Source;
 use super::{Attention, attend_block, blocks};
 use crate::pass::descriptors;
-use crate::row::{FirstHalf, Reader, Row, RowOutput, RowSource};
+use crate::row::RowSource;
 use crate::{Context, Norm};
 
 /// Keys and values of one sequence so far.
@@ -136,24 +136,23 @@ impl Attention {
     pub fn step_row(
         &self,
         ctx: &Context,
-        x: &Row,
+        x: &Tensor,
         norm: &Norm,
         cache: &KeyValues,
         scale: f64,
-        next: Option<Reader<'_>>,
-    ) -> Result<Row> {
+    ) -> Result<Tensor> {
         // Before the product, so that nothing stands between it and what reads it.
-        if let (Some(rope), Some(gpu)) = (&self.rope, x.value.gpu()) {
+        if let (Some(rope), Some(gpu)) = (&self.rope, x.gpu()) {
             rope.table_on_gpu(ctx, gpu)?;
         }
-        let mut qkv = self.qkv.row(ctx, x, RowSource::Normed(norm), RowOutput::Plain, None)?.value;
+        let mut qkv = self.qkv.row(ctx, x, RowSource::Normed(norm), None)?;
         self.norm_heads(&mut qkv)?;
         let out = self.attend_row(ctx, &qkv, cache)?;
-        self.o.row(ctx, &out, RowSource::Plain, RowOutput::Joined(&x.value, scale), next)
+        self.o.row(ctx, &out, RowSource::Plain, Some((x, scale)))
     }
 
     /// What the heads (1, H·D) give, q and k not turned yet.
-    fn attend_row(&self, ctx: &Context, qkv: &Tensor, cache: &KeyValues) -> Result<Row> {
+    fn attend_row(&self, ctx: &Context, qkv: &Tensor, cache: &KeyValues) -> Result<Tensor> {
         let without = || Error::msg("attention: a row without its state or a cache without room");
         let (state, kept) = ctx.row.as_ref().zip(cache.kept.as_ref()).ok_or_else(without)?;
         let gpu = qkv.gpu().ok_or_else(without)?;
@@ -170,21 +169,16 @@ impl Attention {
         let launch = gpu.kernel(&module, DECODING, qkv.dtype())?.early();
         let launch = launch.grid_of((blocks, self.num_key_value_heads), facts.threads);
         let launch = launch.shared(self.decoding_shared(gpu, qkv.dtype(), blocks)?);
-        let first_half = FirstHalf::of(ctx, Reader { linear: &self.o, norm: None }, qkv);
-        let shares = first_half.as_ref().map(|it| it.shares(self.num_key_value_heads, qkv)).transpose()?;
-        let launch = launch.tensor(&out).optional(shares.as_ref());
-        let launch = launch.optional(first_half.as_ref().and_then(|it| it.a[0]));
-        let launch = launch.int(first_half.as_ref().map_or(0, |it| it.ranks));
-        let launch = launch.tensor(&partial).optional(kept.arrived.as_ref());
+        let launch = launch.tensor(&out).tensor(&partial).optional(kept.arrived.as_ref());
         let launch = launch.tensor(&kept.k).tensor(&kept.v).tensor(qkv).optional(table.as_deref());
         let launch = launch.int(self.rope.as_ref().map_or(0, |it| it.inverse_frequencies.len()));
         let launch = launch.flag(self.rope.as_ref().is_some_and(|it| it.interleaved)).tensor(&state.position);
         let launch = launch.int(self.window.unwrap_or(0)).int(keys_per_block).int(heads);
         let launch = launch.int(heads / self.num_key_value_heads).float(self.scale);
-        // SAFETY: attention_decoding(out, low, a, rank, partial, arrived, keys, values, qkv, table, half, interleaved, position, window,
+        // SAFETY: attention_decoding(out, partial, arrived, keys, values, qkv, table, half, interleaved, position, window,
         // keys_per_block, heads, group, scale, softcap); whoever sets the position has made room for it.
         unsafe { launch.float(self.softcap.unwrap_or(0.0)).run() }?;
-        Ok(Row { value: out, shares })
+        Ok(out)
     }
 
     /// Bytes of shared memory, as the kernel's source counts them.
