@@ -301,7 +301,8 @@ mod tests {
                 found.extend(mine);
             }
             let mut all = names(ptx);
-            (all.sort(), found.sort());
+            all.sort();
+            found.sort();
             assert_eq!(found, all, "{name}.sm_{architecture}");
         }
     }
