@@ -57,7 +57,8 @@ pub fn run_all(words: &[&str]) -> Result<()> {
 fn outcome() -> Result<()> {
     let folder = root().join("target").join("outcome");
     let _ = fs::remove_dir_all(&folder);
-    let words = ["test", "--release", "--locked", "--package", "ferrotune-tests", "--test", "outcome"];
+    // The whole workspace, as `cargo xtask check` builds it: other packages would be other features, and all built anew.
+    let words = ["test", "--release", "--locked", "--workspace", "--test", "outcome"];
     run(cargo(&words).env("FERROTUNE_OUTCOME", &folder))?;
     for peers in [&PYTHON, &LLAMA_CPP] {
         run(Command::new(python_of(peers)?).arg("tests/peers_outcome.py").arg(&folder))?;
