@@ -28,6 +28,15 @@ constexpr int STAGES = 1;
 
 constexpr float LOG2_E = 1.44269504f;
 
+// Calls BY_WARPS(name of the type, type) for each type, or BY_GROUPS where the products are those of 4 warps together.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define HOPPER 1
+#define FOR_TYPES(BY_WARPS, BY_GROUPS) BY_WARPS(f32, float) BY_GROUPS(f16, f16) BY_GROUPS(bf16, bf16)
+#else
+#define HOPPER 0
+#define FOR_TYPES(BY_WARPS, BY_GROUPS) FOR_NUMBER_TYPES(BY_WARPS)
+#endif
+
 // ---- Scores
 
 // Which keys a query sees: itself and those before it, up to a limit.
@@ -73,6 +82,56 @@ template <typename T>
 __device__ __forceinline__ float bend(float x) { return 1 - __fdividef(2, 1 + exp2_approximate(2 * LOG2_E * x)); }
 template <>
 __device__ __forceinline__ float bend<float>(float x) { return tanhf(x); }
+
+// The softmax of rows whose scores come tile by tile. A thread has parts of two rows: element i of its part of a tile belongs to
+// row i % 4 / 2, and four neighbouring lanes share the rows.
+struct RunningSoftmax {
+    float top[2] = {-INFINITY, -INFINITY};  // the largest exponent so far
+    float sum[2] = {0, 0};                  // of the powers in this thread's columns
+
+    // Raw products of a tile become powers relative to the new top; what the rows had so far is to be rescaled. seen(i) is asked
+    // unless all are.
+    template <typename T, int TILES, typename Seen>
+    __device__ __forceinline__ void take(const Scores& scores, float (&s)[TILES][4], bool all, float (&rescale)[2], Seen seen) {
+        if (scores.capped) {
+#pragma unroll
+            for (int i = 0; i < TILES * 4; i++) s[i / 4][i % 4] = bend<T>(s[i / 4][i % 4] * scores.inner);
+        }
+        if (!all) {
+#pragma unroll
+            for (int i = 0; i < TILES * 4; i++) {
+                if (!seen(i)) s[i / 4][i % 4] = -INFINITY;
+            }
+        }
+        float tile_top[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+        for (int i = 0; i < TILES * 4; i++) tile_top[i % 4 / 2] = fmaxf(tile_top[i % 4 / 2], s[i / 4][i % 4]);
+        float shift[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float new_top = fmaxf(top[half], warp_max<4>(tile_top[half]) * scores.factor);
+            shift[half] = new_top == -INFINITY ? 0 : new_top;  // nothing seen yet: −∞ − 0, not −∞ − −∞
+            rescale[half] = power_of_two<T>(top[half] - shift[half]);
+            top[half] = new_top;
+            sum[half] *= rescale[half];
+        }
+#pragma unroll
+        for (int i = 0; i < TILES * 4; i++) {
+            float& p = s[i / 4][i % 4];
+            p = power_of_two<T>(p * scores.factor - shift[i % 4 / 2]);
+            sum[i % 4 / 2] += p;
+        }
+    }
+    // What the rows are to be multiplied by, and log Σ exp.
+    __device__ __forceinline__ void finish(float (&inverse)[2], float (&lse)[2]) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            sum[half] = warp_sum<4>(sum[half]);
+            inverse[half] = 1 / sum[half];
+            lse[half] = (top[half] + log2f(sum[half])) / LOG2_E;
+        }
+    }
+};
 
 // ---- Tiles in shared memory
 

@@ -1,4 +1,5 @@
 // compile: HEAD_DIM = 16, 32, 64, 80, 96, 128, 256
+// compile: HEAD_DIM = 64, 128 for 90a
 //
 // Backward of causal attention (attention_forward.cu), the probabilities made again from lse:
 //   p = exp(t − lse),  dv = pᵀ·dout,  dt = p·(dout·vᵀ − delta),  delta = dout·out,  ds = dt·(1 − (t/cap)²)
@@ -33,21 +34,21 @@ constexpr int DKV_BLOCKS = D <= 64 ? 3 : D <= 128 ? 2 : 1;
 template <typename T>
 constexpr int SHARED_BYTES = (SecondOwn<T>::HOME + STAGES * 2 * ROWS<T>) * D * int(sizeof(T));
 
-// In: raw products in s, those of dout and v in ds. Out: probabilities, and gradients of scale·(q·k).
-// Element i of a warp's part, i % 4 of column i / 4, has exponent(i) (lse·log2 e) and delta(i); seen(i) is asked unless all are.
-template <typename T, int TILES, typename Exponent, typename Delta, typename Seen>
-__device__ __forceinline__ void score_backward(const Scores& scores, float (&s)[TILES][4], float (&ds)[TILES][4], bool all,
-                                               Exponent exponent, Delta delta, Seen seen) {
+// The bent scores of raw products in s, if they are capped, and in ds the gradient of what they were bent from, but for the
+// probabilities. Element i of a warp's part, i % 4 of column i / 4, has delta(i).
+template <typename T, int TILES, typename Delta>
+__device__ __forceinline__ void bend_backward(const Scores& scores, float (&s)[TILES][4], float (&ds)[TILES][4], Delta delta) {
 #pragma unroll
-    for (int i = 0; i < TILES * 4; i++) ds[i / 4][i % 4] -= delta(i);
-    if (scores.capped) {
-#pragma unroll
-        for (int i = 0; i < TILES * 4; i++) {
-            float& bent = s[i / 4][i % 4];
-            bent = bend<T>(bent * scores.inner);
-            ds[i / 4][i % 4] *= 1 - bent * bent;
-        }
+    for (int i = 0; i < TILES * 4; i++) {
+        float& bent = s[i / 4][i % 4];
+        bent = bend<T>(bent * scores.inner);
+        ds[i / 4][i % 4] = (ds[i / 4][i % 4] - delta(i)) * (1 - bent * bent);
     }
+}
+
+// Probabilities of scores, with exponent(i) = lse·log2 e; seen(i) is asked unless all are.
+template <typename T, int TILES, typename Exponent, typename Seen>
+__device__ __forceinline__ void probabilities(const Scores& scores, float (&s)[TILES][4], bool all, Exponent exponent, Seen seen) {
 #pragma unroll
     for (int i = 0; i < TILES * 4; i++) s[i / 4][i % 4] = power_of_two<T>(s[i / 4][i % 4] * scores.factor - exponent(i));
     if (!all) {
@@ -56,9 +57,26 @@ __device__ __forceinline__ void score_backward(const Scores& scores, float (&s)[
             if (!seen(i)) s[i / 4][i % 4] = 0;
         }
     }
+}
+
+// In: raw products in s, those of dout and v in ds. Out: probabilities, and gradients of scale·(q·k).
+template <typename T, int TILES, typename Exponent, typename Delta, typename Seen>
+__device__ __forceinline__ void score_backward(const Scores& scores, float (&s)[TILES][4], float (&ds)[TILES][4], bool all,
+                                               Exponent exponent, Delta delta, Seen seen) {
+    if (scores.capped) {
+        bend_backward<T>(scores, s, ds, delta);
+    } else {
+#pragma unroll
+        for (int i = 0; i < TILES * 4; i++) ds[i / 4][i % 4] -= delta(i);
+    }
+    probabilities<T>(scores, s, all, exponent, seen);
 #pragma unroll
     for (int i = 0; i < TILES * 4; i++) ds[i / 4][i % 4] *= s[i / 4][i % 4];
 }
+
+#if HOPPER
+#include "attention_backward_hopper.cuh"
+#endif
 
 template <typename T>
 __device__ void attention_delta(float* delta, const T* out, const T* dout, int rows, int out_stride, int dout_stride, int heads) {
@@ -83,9 +101,9 @@ __device__ void attention_backward_dq(T* dq, const T* q, const T* k, const T* v,
     T* home = reinterpret_cast<T*>(shared);    // (HOME, D): what the block owns
     T* tiles = home + SecondOwn<T>::HOME * D;  // (STAGES, 2, ROWS, D): keys, values
 
-    const int4 block = blocks[blockIdx.x];
+    const int4 block = blocks[blockIdx.y];
     const int q_row = block.x, count = block.y, k_row = block.z, position = block.w;
-    const int head = blockIdx.y;
+    const int head = blockIdx.x;
     q += static_cast<long long>(q_row) * q_stride + head * D;
     dout += static_cast<long long>(q_row) * dout_stride + head * D;
     k += static_cast<long long>(k_row) * kv_stride + head / group * D;
@@ -151,10 +169,10 @@ __device__ void attention_backward_dkv(T* dk, T* dv, const T* q, const T* k, con
     T* tiles = home + SecondOwn<T>::HOME * D;                                 // (STAGES, 2, ROWS, D): queries, dout
     float* statistics = reinterpret_cast<float*>(tiles + STAGES * 2 * TILE);  // (STAGES, 2, ROWS): lse, delta
 
-    const int4 block = blocks[blockIdx.x];
+    const int4 block = blocks[blockIdx.y];
     const int k_row = block.x, count = block.y;
     const int first_key = k_row - block.z, length = block.w - block.z;  // counted in the sequence
-    const int kv_head = blockIdx.y;
+    const int kv_head = blockIdx.x;
     k += static_cast<long long>(k_row) * kv_stride + kv_head * D;
     v += static_cast<long long>(k_row) * kv_stride + kv_head * D;
     dk += static_cast<long long>(k_row) * dkv_stride + kv_head * D;
@@ -243,28 +261,32 @@ __device__ void attention_backward_dkv(T* dk, T* dv, const T* q, const T* k, con
     }
 FOR_NUMBER_TYPES(DEFINE_DELTA)
 
-// blocks as in the forward. THREADS threads; grid.x = blocks, grid.y = H; dynamic shared memory: (HOME + STAGES·2·ROWS)·D·sizeof(T)
-// bytes, with HOME = BLOCK if D >= 128 and T isn't f32, else 0.
-#define DEFINE_DQ(name, T)                                                                                                   \
-    extern "C" __device__ int attention_backward_dq_##name##_launch[3] = {BLOCK, THREADS, SHARED_BYTES<T>};                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, DQ_BLOCKS) attention_backward_dq_##name(                           \
+// blocks as in the forward; grid.x = H, grid.y = blocks, the longest first.
+#define DQ(name, T, rows, threads, shared, resident, run)                                                                    \
+    extern "C" __device__ int attention_backward_dq_##name##_launch[3] = {rows, threads, shared};                            \
+    extern "C" __global__ void __launch_bounds__(threads, resident) attention_backward_dq_##name(                            \
         T* dq, const T* q, const T* k, const T* v, const T* dout, const float* lse, const float* delta, const int4* blocks,  \
         int dq_stride, int q_stride, int kv_stride, int dout_stride, int heads, int group, float scale, int window,          \
         float softcap) {                                                                                                     \
-        attention_backward_dq<T>(dq, q, k, v, dout, lse, delta, blocks, dq_stride, q_stride, kv_stride, dout_stride, heads,  \
-                                 group, scale, window, softcap);                                                             \
+        run(dq, q, k, v, dout, lse, delta, blocks, dq_stride, q_stride, kv_stride, dout_stride, heads, group, scale, window, \
+            softcap);                                                                                                        \
     }
-FOR_NUMBER_TYPES(DEFINE_DQ)
+#define DQ_BY_WARPS(name, T) DQ(name, T, BLOCK, THREADS, SHARED_BYTES<T>, DQ_BLOCKS, attention_backward_dq<T>)
+#define DQ_BY_GROUPS(name, T) DQ(name, T, hopper::OWN, hopper::THREADS, hopper::DQ_BYTES, 1, hopper::attention_backward_dq<T>)
+FOR_TYPES(DQ_BY_WARPS, DQ_BY_GROUPS)
 
-// blocks: {first row of k, keys (1 to BLOCK), first row of their sequence, the row after its last}; q and k have the same rows.
-// DKV_THREADS threads; grid.x = blocks, grid.y = K; dynamic shared memory: that of dq + STAGES·2·ROWS·4 bytes.
-#define DEFINE_DKV(name, T)                                                                                                  \
-    extern "C" __device__ int attention_backward_dkv_##name##_launch[3] = {BLOCK, DKV_THREADS, SHARED_BYTES<T> + STAGES * 2 * ROWS<T> * 4}; \
-    extern "C" __global__ void __launch_bounds__(DKV_THREADS, DKV_BLOCKS) attention_backward_dkv_##name(                     \
+// blocks: {first row of k, keys (1 to rows), first row of their sequence, the row after its last}; q and k have the same rows.
+// grid.x = K, grid.y = blocks, the longest first.
+#define DKV(name, T, rows, threads, shared, resident, run)                                                                   \
+    extern "C" __device__ int attention_backward_dkv_##name##_launch[3] = {rows, threads, shared};                           \
+    extern "C" __global__ void __launch_bounds__(threads, resident) attention_backward_dkv_##name(                           \
         T* dk, T* dv, const T* q, const T* k, const T* v, const T* dout, const float* lse, const float* delta,               \
         const int4* blocks, int dkv_stride, int q_stride, int kv_stride, int dout_stride, int heads, int group, float scale, \
         int window, float softcap) {                                                                                         \
-        attention_backward_dkv<T>(dk, dv, q, k, v, dout, lse, delta, blocks, dkv_stride, q_stride, kv_stride, dout_stride,   \
-                                  heads, group, scale, window, softcap);                                                     \
+        run(dk, dv, q, k, v, dout, lse, delta, blocks, dkv_stride, q_stride, kv_stride, dout_stride, heads, group, scale,    \
+            window, softcap);                                                                                                \
     }
-FOR_NUMBER_TYPES(DEFINE_DKV)
+#define DKV_BY_WARPS(name, T)                                                                                     \
+    DKV(name, T, BLOCK, DKV_THREADS, SHARED_BYTES<T> + STAGES * 2 * ROWS<T> * 4, DKV_BLOCKS, attention_backward_dkv<T>)
+#define DKV_BY_GROUPS(name, T) DKV(name, T, hopper::OWN, hopper::THREADS, hopper::DKV_BYTES, 1, hopper::attention_backward_dkv<T>)
+FOR_TYPES(DKV_BY_WARPS, DKV_BY_GROUPS)

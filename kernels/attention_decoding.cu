@@ -1,7 +1,8 @@
 // compile: HEAD_DIM = 16, 32, 64, 80, 96, 128, 256
 //
 // Attention of one further token to all before it, whose keys and values join the cache (formulas: attention_forward.cu):
-//   qkv  // ((H + 2K)·D): the token's q, k and v, turned already
+//   qkv  // ((H + 2K)·D): the token's q, k and v; q and k are turned here (rope.cu), if there is a table
+//   table  // (2·half): cosines, then sines
 //   position  // (1): the token's, on the device, so that a recorded launch serves every token
 //   keys, values  // (capacity, K·D): rows 0 … position−1 are read (the last `window` with a window), row `position` =
 //   out  // (H·D) =
@@ -10,9 +11,27 @@
 // their order: the same bits whichever it is (Dao et al. 2023, "Flash-Decoding").
 //
 // Launch: THREADS threads; grid.x = ⌈capacity / keys_per_block⌉ (blocks beyond the last key do nothing), grid.y = K; dynamic shared
-// memory: that of the launch facts for the tiles, and group·(2·D + KEYS + 3)·4 bytes.
+// memory: that of the launch facts for the tiles, and group·(2·D + KEYS + 3 + grid.x)·4 bytes. It may begin before the kernels ahead
+// have ended: only qkv and table are theirs.
+// archs: 75, 80, 90
 
 #include "common.cuh"
+
+// Where launches may overlap (compute_90, Launch::early): waits until every kernel before has ended and what it wrote is seen. All
+// kernels that are launched so must wait before they end; then none ends before those ahead of it.
+__device__ __forceinline__ void wait_for_kernels_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel begin, which then waits as above.
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 
 constexpr int D = HEAD_DIM;
 constexpr int THREADS = 128;
@@ -29,10 +48,23 @@ constexpr int LANES = PACKS<T> <= 2 ? 2 : PACKS<T> <= 4 ? 4 : PACKS<T> <= 8 ? 8 
 template <typename T>
 constexpr int EACH = (PACKS<T> + LANES<T> - 1) / LANES<T>;
 
+// Channel i of a head after it has been turned, rounded as it would be stored.
 template <typename T>
-__device__ void attention_decoding(T* out, float* partial, unsigned* arrived, T* keys, T* values, const T* qkv, int position,
-                                   int window, int keys_per_block, int heads, int group, float scale, float softcap) {
+__device__ float turned(const T* head, int i, const float* table, int half, int interleaved) {
+    if (table == nullptr || i >= 2 * half) return to_f32(head[i]);
+    const int pair = interleaved ? i / 2 : i % half;
+    const bool second = interleaved ? i % 2 != 0 : i >= half;
+    const float a = to_f32(head[interleaved ? 2 * pair : pair]), b = to_f32(head[interleaved ? 2 * pair + 1 : pair + half]);
+    const float cosine = table[pair], sine = table[half + pair];
+    return to_f32(from_f32<T>(second ? b * cosine + a * sine : a * cosine - b * sine));
+}
+
+template <typename T>
+__device__ void attention_decoding(T* out, float* partial, unsigned* arrived, T* keys, T* values, const T* qkv, const float* table,
+                                   int half, int interleaved, int position, int window, int keys_per_block, int heads, int group,
+                                   float scale, float softcap) {
     DYNAMIC_SHARED(unsigned char, shared);
+    let_next_kernel_begin();
     const int first_key = window > 0 ? max(0, position + 1 - window) : 0;
     const unsigned blocks = (position - first_key) / keys_per_block + 1;  // that have keys
     if (blockIdx.x >= blocks) return;
@@ -46,58 +78,81 @@ __device__ void attention_decoding(T* out, float* partial, unsigned* arrived, T*
     float* top = p + group * TILE;                          // (group): the largest score so far
     float* sum = top + group;                               // (group): of the powers
     float* rescale = sum + group;                           // (group)
+    float* factors = rescale + group;                       // (group, grid.x): of what the blocks have
 
     const T* k_new = qkv + (heads + kv_head) * D;
     const T* v_new = k_new + stride;
     keys += kv_head * D;
     values += kv_head * D;
-    for (int i = threadIdx.x; i < outputs; i += THREADS) {
-        q[i] = to_f32(qkv[kv_head * outputs + i]);
-        o[i] = 0;
-    }
+    const int begin = first_key + blockIdx.x * keys_per_block, end = min(begin + keys_per_block, position + 1);
+    // Keys of earlier tokens, and zeros after the last.
+    const auto load_tile = [&](int first) {
+#pragma unroll 4
+        for (int i = threadIdx.x; i < TILE * PACKS<T>; i += THREADS) {
+            const int key = first + i / PACKS<T>, offset = i % PACKS<T> * SIZE;
+            if (key == position) continue;
+            const long long at = static_cast<long long>(key) * stride + offset;
+            cp_async_16(shared_address(k_tile + i * SIZE), keys + at, key < end);
+            cp_async_16(shared_address(v_tile + i * SIZE), values + at, key < end);
+        }
+        cp_async_commit();
+    };
+    load_tile(begin);
+    for (int i = threadIdx.x; i < outputs; i += THREADS) o[i] = 0;
     for (int i = threadIdx.x; i < group; i += THREADS) {
         top[i] = -INFINITY;
         sum[i] = 0;
     }
+    wait_for_kernels_before();
+    for (int i = threadIdx.x; i < outputs; i += THREADS) {
+        q[i] = turned(qkv + (kv_head * group + i / D) * D, i % D, table, half, interleaved);
+    }
 
-    const int begin = first_key + blockIdx.x * keys_per_block, end = min(begin + keys_per_block, position + 1);
     const int team = threadIdx.x / LANES<T>, member = threadIdx.x % LANES<T>;
     for (int first = begin; first < end; first += TILE) {
-        __syncthreads();  // q is there; the tile before has been used
-#pragma unroll 4
-        for (int i = threadIdx.x; i < TILE * PACKS<T>; i += THREADS) {
-            const int key = first + i / PACKS<T>, offset = i % PACKS<T> * SIZE;
-            const bool is_new = key == position;
-            const long long at = static_cast<long long>(key) * stride + offset;
-            cp_async_16(shared_address(k_tile + i * SIZE), is_new ? k_new + offset : keys + at, key < end);
-            cp_async_16(shared_address(v_tile + i * SIZE), is_new ? v_new + offset : values + at, key < end);
+        if (first > begin) {
+            __syncthreads();  // the tile before has been used
+            load_tile(first);
         }
-        cp_async_commit();
+        if (position < first + TILE && end == position + 1) {  // the token's own
+            for (int i = threadIdx.x; i < D; i += THREADS) {
+                const int at = (position - first) * D + i;
+                const T k = from_f32<T>(turned(k_new, i, table, half, interleaved)), v = v_new[i];
+                k_tile[at] = k;
+                v_tile[at] = v;
+                keys[static_cast<long long>(position) * stride + i] = k;
+                values[static_cast<long long>(position) * stride + i] = v;
+            }
+        }
         cp_async_wait<0>();
         __syncthreads();
-        if (position < first + TILE && threadIdx.x < PACKS<T> && end == position + 1) {  // the token's own
-            const long long at = static_cast<long long>(position) * stride + threadIdx.x * SIZE;
-            const int from = (position - first) * D + threadIdx.x * SIZE;
-            store_pack(keys + at, load_pack(k_tile + from));
-            store_pack(values + at, load_pack(v_tile + from));
-        }
+        // A few keys at a time, so that one's sum doesn't wait for another's.
+        constexpr int AT_ONCE = TILE / TEAMS >= 4 ? 4 : TILE / TEAMS >= 2 ? 2 : 1;
 #pragma unroll 1
-        for (int i = team; i < TILE; i += TEAMS) {
+        for (int i = team; i < TILE; i += TEAMS * AT_ONCE) {
 #pragma unroll 1
             for (int head = 0; head < group; head++) {
-                float dot = 0;
+                float dots[AT_ONCE] = {};
 #pragma unroll
                 for (int n = 0; n < EACH<T>; n++) {
                     const int pack = member + n * LANES<T>;
                     if (pack >= PACKS<T>) continue;
-                    const Pack<T> k = load_pack(k_tile + i * D + pack * SIZE);
-                    const float* of_head = q + head * D + pack * SIZE;
+                    float of_head[SIZE];
+                    load_constants(of_head, q + head * D + pack * SIZE);
 #pragma unroll
-                    for (int c = 0; c < SIZE; c++) dot += to_f32(k[c]) * of_head[c];
+                    for (int j = 0; j < AT_ONCE; j++) {
+                        const Pack<T> k = load_pack(k_tile + (i + j * TEAMS) * D + pack * SIZE);
+#pragma unroll
+                        for (int c = 0; c < SIZE; c++) dots[j] += to_f32(k[c]) * of_head[c];
+                    }
                 }
-                dot = warp_sum<LANES<T>>(dot) * scale;
-                if (softcap > 0) dot = softcap * tanhf(dot / softcap);
-                if (member == 0) p[head * TILE + i] = first + i < end ? dot : -INFINITY;
+#pragma unroll
+                for (int j = 0; j < AT_ONCE; j++) {
+                    const int key = i + j * TEAMS;
+                    float dot = warp_sum<LANES<T>>(dots[j]) * scale;
+                    if (softcap > 0) dot = softcap * tanhf(dot / softcap);
+                    if (member == 0) p[head * TILE + key] = first + key < end ? dot : -INFINITY;
+                }
             }
         }
         __syncthreads();
@@ -151,16 +206,31 @@ __device__ void attention_decoding(T* out, float* partial, unsigned* arrived, T*
     __syncthreads();
     if (!last) return;
     __threadfence();
-    for (int i = threadIdx.x; i < outputs; i += THREADS) {
-        const float* record = partial + i / D * static_cast<long long>(gridDim.x) * RECORD;
-        float largest = -INFINITY, all = 0, value = 0;
-        for (unsigned block = 0; block < blocks; block++) largest = fmaxf(largest, __ldcg(record + block * RECORD + D));
-        for (unsigned block = 0; block < blocks; block++) {
-            const float factor = exp_approximate(__ldcg(record + block * RECORD + D) - largest);
-            all += __ldcg(record + block * RECORD + D + 1) * factor;
-            value += __ldcg(record + block * RECORD + i % D) * factor;
+    for (int head = threadIdx.x / WARP; head < group; head += THREADS / WARP) {
+        const float* record = partial + head * static_cast<long long>(gridDim.x) * RECORD;
+        float* of_head = factors + head * gridDim.x;
+        const unsigned lane = threadIdx.x % WARP;
+        float largest = -INFINITY, all = 0;
+        for (unsigned block = lane; block < blocks; block += WARP) {
+            of_head[block] = __ldcg(record + block * RECORD + D);
+            largest = fmaxf(largest, of_head[block]);
         }
-        out[i] = from_f32<T>(value / all);
+        largest = warp_max(largest);
+        for (unsigned block = lane; block < blocks; block += WARP) {
+            of_head[block] = exp_approximate(of_head[block] - largest);
+            all += __ldcg(record + block * RECORD + D + 1) * of_head[block];
+        }
+        all = warp_sum(all);
+        for (unsigned block = lane; block < blocks; block += WARP) of_head[block] /= all;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < outputs; i += THREADS) {
+        const float* record = partial + i / D * static_cast<long long>(gridDim.x) * RECORD + i % D;
+        const float* of_head = factors + i / D * gridDim.x;
+        float value = 0;
+#pragma unroll 8
+        for (unsigned block = 0; block < blocks; block++) value += __ldcg(record + block * RECORD) * of_head[block];
+        out[i] = from_f32<T>(value);
     }
     if (threadIdx.x == 0) arrived[kv_head] = 0;
 }
@@ -168,9 +238,10 @@ __device__ void attention_decoding(T* out, float* partial, unsigned* arrived, T*
 #define DEFINE(NAME, T)                                                                                                         \
     extern "C" __device__ int attention_decoding_##NAME##_launch[3] = {KEYS<T>, THREADS, int(2 * KEYS<T> * D * sizeof(T))};         \
     extern "C" __global__ void __launch_bounds__(THREADS) attention_decoding_##NAME(                                            \
-        T* out, float* partial, unsigned* arrived, T* keys, T* values, const T* qkv, const unsigned* position, int window,      \
-        int keys_per_block, int heads, int group, float scale, float softcap) {                                                 \
-        attention_decoding<T>(out, partial, arrived, keys, values, qkv, *position, window, keys_per_block, heads, group, scale, \
-                              softcap);                                                                                         \
+        T* out, float* partial, unsigned* arrived, T* keys, T* values, const T* qkv, const float* table, int half,              \
+        int interleaved, const unsigned* position, int window, int keys_per_block, int heads, int group, float scale,           \
+        float softcap) {                                                                                                        \
+        attention_decoding<T>(out, partial, arrived, keys, values, qkv, table, half, interleaved, *position, window,            \
+                              keys_per_block, heads, group, scale, softcap);                                                    \
     }
 FOR_NUMBER_TYPES(DEFINE)

@@ -1,4 +1,5 @@
 // compile: HEAD_DIM = 16, 32, 64, 80, 96, 128, 256
+// compile: HEAD_DIM = 64, 128 for 90a
 //
 // Causal attention over packed sequences with grouped queries, never holding a sequence's scores:
 //   s = q·kᵀ·scale,  t = cap·tanh(s/cap) if capped,  p = exp(t − lse),  out = p·v,  lse = log Σ exp(t)
@@ -23,9 +24,9 @@ __device__ void attention_forward(T* out, float* lse, const T* q, const T* k, co
     constexpr int TILE = KEYS<T> * D;
     T* tiles = reinterpret_cast<T*>(shared);  // (STAGES, 2, KEYS, D): keys, values
 
-    const int4 block = blocks[blockIdx.x];
+    const int4 block = blocks[blockIdx.y];
     const int q_row = block.x, count = block.y, k_row = block.z, position = block.w;
-    const int head = blockIdx.y;
+    const int head = blockIdx.x;
     q += static_cast<long long>(q_row) * q_stride + head * D;
     k += static_cast<long long>(k_row) * kv_stride + head / group * D;
     v += static_cast<long long>(k_row) * kv_stride + head / group * D;
@@ -39,8 +40,7 @@ __device__ void attention_forward(T* out, float* lse, const T* q, const T* k, co
     RegisterRows<T> queries;
     queries.take(tiles, q, count, q_stride, places);
     float o[D / 8][4] = {};
-    float top[2] = {-INFINITY, -INFINITY};  // the largest exponent so far, of rows g and g+8
-    float sum[2] = {0, 0};                  // of the powers in this lane's columns
+    RunningSoftmax softmax;
 
     const int first_key = max(0, position + 1 - sight.limit), keys = position + count - first_key;
     const auto load = [&](int i, int stage) {
@@ -55,62 +55,42 @@ __device__ void attention_forward(T* out, float* lse, const T* q, const T* k, co
 
         float s[KEYS<T> / 8][4] = {};
         add_product_transposed(s, queries, tiles + 2 * stage * TILE, places);
-        if (scores.capped) {
-#pragma unroll
-            for (int i = 0; i < KEYS<T> / 2; i++) s[i / 4][i % 4] = bend<T>(s[i / 4][i % 4] * scores.inner);
-        }
-        if (!sight.sees_all<WARP_ROWS, KEYS<T>>(first_query, tile_key)) {
-#pragma unroll
-            for (int i = 0; i < KEYS<T> / 2; i++) {
-                const int query = first_query + lane / 4 + i % 4 / 2 * 8, key = tile_key + i / 4 * 8 + lane % 4 * 2 + i % 2;
-                if (!sight.sees(query, key)) s[i / 4][i % 4] = -INFINITY;
-            }
-        }
-        float tile_top[2] = {-INFINITY, -INFINITY};
-#pragma unroll
-        for (int i = 0; i < KEYS<T> / 2; i++) tile_top[i % 4 / 2] = fmaxf(tile_top[i % 4 / 2], s[i / 4][i % 4]);
-        float shift[2], rescale[2];
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const float new_top = fmaxf(top[half], warp_max<4>(tile_top[half]) * scores.factor);
-            shift[half] = new_top == -INFINITY ? 0 : new_top;  // nothing seen yet: −∞ − 0, not −∞ − −∞
-            rescale[half] = power_of_two<T>(top[half] - shift[half]);
-            top[half] = new_top;
-            sum[half] *= rescale[half];
-        }
+        float rescale[2];
+        softmax.take<T>(
+            scores, s, sight.sees_all<WARP_ROWS, KEYS<T>>(first_query, tile_key), rescale, [&](int i) {
+                return sight.sees(first_query + lane / 4 + i % 4 / 2 * 8, tile_key + i / 4 * 8 + lane % 4 * 2 + i % 2);
+            });
         if (!__all_sync(FULL_WARP, rescale[0] == 1 && rescale[1] == 1)) {
 #pragma unroll
             for (int i = 0; i < D / 2; i++) o[i / 4][i % 4] *= rescale[i % 4 / 2];
         }
-#pragma unroll
-        for (int i = 0; i < KEYS<T> / 2; i++) {
-            float& p = s[i / 4][i % 4];
-            p = power_of_two<T>(p * scores.factor - shift[i % 4 / 2]);
-            sum[i % 4 / 2] += p;
-        }
         add_product(o, s, tiles + (2 * stage + 1) * TILE, places);
     });
 
-    float inverse[2];
+    float inverse[2], row_lse[2];
+    softmax.finish(inverse, row_lse);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        sum[half] = warp_sum<4>(sum[half]);
-        inverse[half] = 1 / sum[half];
         const int row = warp_row + lane / 4 + 8 * half;
-        if (lane % 4 == 0 && row < count) {
-            lse[static_cast<long long>(q_row + row) * heads + head] = (top[half] + log2f(sum[half])) / LOG2_E;
-        }
+        if (lane % 4 == 0 && row < count) lse[static_cast<long long>(q_row + row) * heads + head] = row_lse[half];
     }
     store_rows(tiles, out + static_cast<long long>(q_row) * out_stride + head * D, out_stride, count, o, inverse);
 }
 
-// blocks: {first row of q, queries (1 to BLOCK), row of k where their sequence begins, position of the first query in it}.
-// THREADS threads; grid.x = blocks, grid.y = H; dynamic shared memory: STAGES·2·KEYS·D·sizeof(T) bytes.
-#define DEFINE(name, T)                                                                                                      \
-    extern "C" __device__ int attention_forward_##name##_launch[3] = {BLOCK, THREADS, int(STAGES * 2 * KEYS<T> * D * sizeof(T))}; \
-    extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) attention_forward_##name(                          \
+#if HOPPER
+#include "attention_forward_hopper.cuh"
+#endif
+
+// blocks: {first row of q, queries (1 to rows), row of k where their sequence begins, position of the first query in it}.
+// grid.x = H, grid.y = blocks, the longest first.
+#define KERNEL(name, T, rows, threads, shared, resident, run)                                                                \
+    extern "C" __device__ int attention_forward_##name##_launch[3] = {rows, threads, int(shared)};                           \
+    extern "C" __global__ void __launch_bounds__(threads, resident) attention_forward_##name(                                \
         T* out, float* lse, const T* q, const T* k, const T* v, const int4* blocks, int out_stride, int q_stride,            \
         int kv_stride, int heads, int group, float scale, int window, float softcap) {                                       \
-        attention_forward<T>(out, lse, q, k, v, blocks, out_stride, q_stride, kv_stride, heads, group, scale, window, softcap); \
+        run(out, lse, q, k, v, blocks, out_stride, q_stride, kv_stride, heads, group, scale, window, softcap);               \
     }
-FOR_NUMBER_TYPES(DEFINE)
+#define BY_WARPS(name, T) \
+    KERNEL(name, T, BLOCK, THREADS, STAGES * 2 * KEYS<T> * D * sizeof(T), FORWARD_BLOCKS, attention_forward<T>)
+#define BY_GROUPS(name, T) KERNEL(name, T, hopper::OWN, hopper::THREADS, hopper::FORWARD_BYTES, 1, hopper::attention_forward<T>)
+FOR_TYPES(BY_WARPS, BY_GROUPS)

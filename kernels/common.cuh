@@ -76,6 +76,15 @@ __device__ __forceinline__ unsigned pair_from_f32<bf16>(float low, float high) {
 #endif
 }
 
+// The bits of a number of 16 bits; two of them in a register, the first in the lower half.
+template <typename T>
+__device__ __forceinline__ unsigned short bits_16(T value) {
+    static_assert(sizeof(T) == 2, "a number of 16 bits");
+    return *reinterpret_cast<unsigned short*>(&value);
+}
+template <typename T>
+__device__ __forceinline__ unsigned pair_of(T low, T high) { return bits_16(low) | static_cast<unsigned>(bits_16(high)) << 16; }
+
 // ---- 16-byte accesses
 
 // As many numbers as one access of 16 bytes moves.
@@ -258,7 +267,8 @@ __device__ __forceinline__ void for_each_run(int rows, int cols, Body body) {
     const long long all = static_cast<long long>(rows) * runs, step = static_cast<long long>(gridDim.x) * blockDim.x;
 #pragma unroll 1
     for (long long at = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x; at < all; at += step) {
-        const int row = static_cast<int>(at / runs);
+        // A division of 64 bits takes as long as all else of a short body.
+        const int row = all >> 32 == 0 ? static_cast<unsigned>(at) / static_cast<unsigned>(runs) : static_cast<int>(at / runs);
         body(row, static_cast<int>(at - static_cast<long long>(row) * runs) * WIDTH);
     }
 }

@@ -3,6 +3,7 @@
 // LayerNorm (centered) is the same with x − mean(x) for x, + bias in y, and g − mean(g) for the first g.
 //   x, y, dx, dy  // (rows, groups·group), each with its stride; every group of columns is normed by itself
 //   weight, bias  // (group), frozen
+//   add  // (rows, groups·group), added to dx, or none
 // y =, dx =. dx may be dy. A row's statistics are computed again from x in the backward.
 // Zhang and Sennrich 2019, "Root Mean Square Layer Normalization"; crates/nn/src/norm.rs.
 //
@@ -117,14 +118,14 @@ struct Forward {
 template <typename T>
 struct Backward {
     T* dx;
-    const T *dy, *x;
+    const T *dy, *x, *add;
     const float* weight;
-    int dx_stride, dy_stride, x_stride;
+    int dx_stride, dy_stride, x_stride, add_stride;
 
     template <int WIDTH>
     __device__ bool takes_runs(int group) const {
         return group % WIDTH == 0 && rows_are_aligned_16(dx, dx_stride) && rows_are_aligned_16(dy, dy_stride) &&
-               rows_are_aligned_16(x, x_stride) && is_aligned_16(weight);
+               rows_are_aligned_16(x, x_stride) && rows_are_aligned_16(add, add_stride) && is_aligned_16(weight);
     }
 
     template <int WIDTH, int THREADS>
@@ -149,6 +150,10 @@ struct Backward {
             float w[WIDTH], values[WIDTH];
             load_constants(w, weight + at);
             for (int i = 0; i < WIDTH; i++) values[i] = r * (runs[1][i] * w[i] - g_mean - (runs[0][i] - mean) * r * dot);
+            if (add != nullptr) {
+                const Run<T, WIDTH> more = load_run<WIDTH>(add + row * add_stride + column + at);
+                for (int i = 0; i < WIDTH; i++) values[i] += more[i];
+            }
             store_run(out + at, values);
         });
     }
@@ -188,9 +193,9 @@ __device__ void norm(const Pass& pass, int rows, int groups, int group, float ep
         norm<T>(Forward<T>{y, x, weight, bias, y_stride, x_stride}, rows, groups, group, eps, centered);                             \
     }                                                                                                                                \
     extern "C" __global__ void __launch_bounds__(BLOCK, 4)                                                                             \
-    norm_backward_##NAME(T* dx, const T* dy, const T* x, const float* weight, int rows, int groups, int group, int dx_stride,        \
-                         int dy_stride, int x_stride, float eps, int centered) {                                                     \
-        norm<T>(Backward<T>{dx, dy, x, weight, dx_stride, dy_stride, x_stride}, rows, groups, group, eps, centered);                 \
+    norm_backward_##NAME(T* dx, const T* dy, const T* x, const T* add, const float* weight, int rows, int groups, int group,         \
+                         int dx_stride, int dy_stride, int x_stride, int add_stride, float eps, int centered) {                      \
+        norm<T>(Backward<T>{dx, dy, x, add, weight, dx_stride, dy_stride, x_stride, add_stride}, rows, groups, group, eps, centered); \
     }
 
 FOR_NUMBER_TYPES(DEFINE)

@@ -7,7 +7,7 @@
 // table =, x in place. Angles are rounded to f32 before their cosine is taken, as transformers does.
 // Su et al. 2021, "RoFormer"; crates/nn/src/rope.rs.
 //
-// Launch: BLOCK threads; grid.x counts 256 numbers of the table, or 2048 turned channels (N·heads·2·half in all) a block (any
+// Launch: BLOCK threads; grid.x counts 256 numbers of the table, or 8192 turned channels (N·heads·2·half in all) a block (any
 // grid is right); no dynamic shared memory.
 
 #include "common.cuh"
@@ -25,35 +25,47 @@ rope_table(float* table, const float* inverse_frequencies, const int* positions,
     });
 }
 
-// WIDTH pairs at a time: two runs, which hold first and second channels, or neighbours.
+// WIDTH pairs at a time: two runs, which hold first and second channels, or neighbours. A thread turns the same channels of
+// some heads, by the same angles.
+constexpr int HEADS = 4;
+
 template <int WIDTH, bool INTERLEAVED, typename T>
 __device__ void turn(T* x, const float* table, int rows, int stride, int heads, int head_dim, int half, float sign) {
-    for_each_run<WIDTH>(rows, heads * half, [&](int row, int pair) {
-        const int head = pair / half, i = pair - head * half;
+    for_each_run<WIDTH>(rows, (heads + HEADS - 1) / HEADS * half, [&](int row, int pair) {
+        const int group = pair / half, i = pair - group * half;
         const float* angles = table + static_cast<long long>(row) * 2 * half;
         float cosines[WIDTH], sines[WIDTH];
         load_constants(cosines, angles + i);
         load_constants(sines, angles + half + i);
-        T* channels = x + static_cast<long long>(row) * stride + static_cast<long long>(head) * head_dim;
-        T* low = channels + (INTERLEAVED ? 2 * i : i);
-        T* high = low + (INTERLEAVED ? WIDTH : half);
-        const Run<T, WIDTH> low_run = load_run<WIDTH>(low), high_run = load_run<WIDTH>(high);
-        float values[2][WIDTH];
+        T* first = x + static_cast<long long>(row) * stride + static_cast<long long>(group) * HEADS * head_dim + (INTERLEAVED ? 2 * i : i);
+        const int apart = INTERLEAVED ? WIDTH : half, here = min(HEADS, heads - group * HEADS);
+        Run<T, WIDTH> low[HEADS], high[HEADS];
 #pragma unroll
-        for (int j = 0; j < WIDTH; j++) {
-            values[0][j] = low_run[j];
-            values[1][j] = high_run[j];
+        for (int head = 0; head < HEADS; head++) {
+            if (head >= here) break;
+            low[head] = load_run<WIDTH>(first + head * head_dim);
+            high[head] = load_run<WIDTH>(first + head * head_dim + apart);
         }
 #pragma unroll
-        for (int j = 0; j < WIDTH; j++) {
-            float& a = INTERLEAVED ? values[2 * j / WIDTH][2 * j % WIDTH] : values[0][j];
-            float& b = INTERLEAVED ? values[(2 * j + 1) / WIDTH][(2 * j + 1) % WIDTH] : values[1][j];
-            const float before = a, sine = sign * sines[j];
-            a = before * cosines[j] - b * sine;
-            b = b * cosines[j] + before * sine;
+        for (int head = 0; head < HEADS; head++) {
+            if (head >= here) break;
+            float values[2][WIDTH];
+#pragma unroll
+            for (int j = 0; j < WIDTH; j++) {
+                values[0][j] = low[head][j];
+                values[1][j] = high[head][j];
+            }
+#pragma unroll
+            for (int j = 0; j < WIDTH; j++) {
+                float& a = INTERLEAVED ? values[2 * j / WIDTH][2 * j % WIDTH] : values[0][j];
+                float& b = INTERLEAVED ? values[(2 * j + 1) / WIDTH][(2 * j + 1) % WIDTH] : values[1][j];
+                const float before = a, sine = sign * sines[j];
+                a = before * cosines[j] - b * sine;
+                b = b * cosines[j] + before * sine;
+            }
+            store_run(first + head * head_dim, values[0]);
+            store_run(first + head * head_dim + apart, values[1]);
         }
-        store_run(low, values[0]);
-        store_run(high, values[1]);
     });
 }
 

@@ -1,26 +1,59 @@
 // One row through a linear layer, for decoding: every matrix is read once, as it is stored (crates/nn/src/row.rs).
 //   prepare:  x' = x, norm(x) (see norm.cu) or act(gate)·up (see activation.cu);   low = s·A·x'
 //   product:  y = W·x' + B·low + bias,  or  y = add + scale·(the same)
-//   next:     token = the first of the largest logits,  position += 1
+//   next:     token = the first of the largest logits,  position += 1;   search // two words, zeros before and after
 //   x, x', y, add  // (cols), (rows of W)        low // (R), of all parts together
 //   A  // (rank, cols) of each part    B // (rows, rank)    bias // (rows)
 //   W  // (rows, cols): plain numbers, or 4-bit codes as nf4.cu has them, two in a byte, the earlier in the high half
 //   absmax // (rows·cols/64): plain, or codes of it with nested // (⌈·/256⌉), offset // (1) and map // (256), one for all parts
-// All outputs =. cols is a multiple of 32 and every matrix begins at a multiple of 16 bytes, so that all accesses are whole packs.
+// All outputs =. cols is a multiple of 32 (64 for codes) and every matrix begins at a multiple of 16 bytes, so that all accesses are
+// whole packs.
 // Parts are projections that read the same x; one that isn't there has no rows, a part without adapter has rank 0.
 // Dequantised numbers aren't rounded: a sum over 32 levels is multiplied by their absmax once.
 //
 // Launch: row_prepare: PREPARE_BLOCK threads, grid.x = max(R, 1), no dynamic shared memory;
-//   row_product_*: BLOCK threads, grid.x counts WARPS·each rows a block, with `each` of the launch facts (any grid is right), dynamic
-//   shared memory: cols rounded up to a multiple of 1024, in bytes of T;   row_next: NEXT_BLOCK threads, grid.x = 1.
+//   row_product_plain: BLOCK threads, grid.x counts WARPS·ROWS rows a block (any grid is right), dynamic shared memory: cols of T;
+//   row_product_coded: 32·tiles·n threads for any n, CODED_BLOCK at most, where tiles is at most ⌈cols/CHUNK⌉; grid.x = the sum of
+//   ⌈rows/rows_per_block⌉ of the parts; dynamic shared memory: cols rounded up to CHUNK, of T, and (tiles + 1)·rows_per_block·4 bytes;
+//   row_next: NEXT_BLOCK threads, any grid.x.
+// All may begin before the kernels ahead have ended: what they wrote is read after wait_for_kernels_before().
+// archs: 75, 80, 90
 
 #include "activation.cuh"
 #include "common.cuh"
 
+// Where launches may overlap (compute_90, Launch::early): waits until every kernel before has ended and what it wrote is seen. All
+// kernels that are launched so must wait before they end; then none ends before those ahead of it.
+__device__ __forceinline__ void wait_for_kernels_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel begin, which then waits as above.
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Asks for the line of this address to be brought into the L2.
+__device__ __forceinline__ void prefetch_to_l2(const void* address) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(address)));
+}
+
+__device__ __forceinline__ float2 load_shared_pair(unsigned address) {
+    float2 pair;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(address));
+    return pair;
+}
+
+
 constexpr int PREPARE_BLOCK = 512;
-constexpr int NEXT_BLOCK = 1024;
+constexpr int NEXT_BLOCK = 256;
 constexpr int BLOCK = 128;
 constexpr int WARPS = BLOCK / WARP;
+constexpr int PLAIN_ROWS = 4;  // that a warp does at a time
 constexpr int PARTS = 3;
 constexpr int SCALED = 64;  // elements that share an absmax
 constexpr int GROUP = 256;  // absmax that share a nested one
@@ -70,6 +103,7 @@ template <typename T>
 __device__ void row_prepare(T* out, float* low, const T* x, const Before& before, int cols, float scaling, const Ranks<T>& parts) {
     constexpr int WIDTH = Pack<T>::SIZE;
     using Piece = Run<T, WIDTH>;
+    let_next_kernel_begin();
     const T* a = nullptr;
     int rank = blockIdx.x;
 #pragma unroll
@@ -77,7 +111,9 @@ __device__ void row_prepare(T* out, float* low, const T* x, const Before& before
         if (rank >= 0 && rank < parts.rank[part]) a = parts.a[part] + static_cast<long long>(rank) * cols;
         rank -= parts.rank[part];
     }
-    const Loaded<T> row(x, cols), up(before.source == ACTIVATED && before.gated ? x + cols : nullptr, cols), low_row(a, cols);
+    const Loaded<T> low_row(a, cols);
+    wait_for_kernels_before();
+    const Loaded<T> row(x, cols), up(before.source == ACTIVATED && before.gated ? x + cols : nullptr, cols);
     float mean = 0, r = 1;
     if (before.source == NORMED) {
         if (before.centered) {
@@ -128,123 +164,7 @@ struct Part {
     int rows, rank;
 };
 
-// A copy of the 16 levels for each lane, in its own bank, and the map of nested scales.
-struct Tables {
-    unsigned mine;  // address of this lane's first level; rows of copies are 2^STEP bytes apart
-    const float* map;
-    static constexpr int STEP = 7;
-
-    static constexpr unsigned BYTES = 16 << STEP;
-
-    // Fills shared memory: 2·BYTES, of which those from a multiple of BYTES on are used, and 256 numbers for the map, if any.
-    __device__ Tables(unsigned char* copies, float* own_map, const float* levels, const float* map) : map(own_map) {
-        const unsigned start = -shared_address(copies) % BYTES;
-        mine = shared_address(copies) + start + threadIdx.x % WARP * sizeof(float);
-        if (levels != nullptr) {
-            float* rows = reinterpret_cast<float*>(copies + start);
-            for (int i = threadIdx.x; i < 16 * WARP; i += BLOCK) rows[i] = levels[i / WARP];
-        }
-        if (map != nullptr) {
-            for (int i = threadIdx.x; i < GROUP; i += BLOCK) own_map[i] = map[i];
-        }
-    }
-    // Of the code whose lowest bit is bit SHIFT of the word.
-    template <int SHIFT>
-    __device__ float level(unsigned word) const {
-        const unsigned offset = SHIFT >= STEP ? word >> max(SHIFT - STEP, 0) : word << max(STEP - SHIFT, 0);
-        return load_shared((offset & (15u << STEP)) | mine);
-    }
-};
-
-// What a warp multiplies ROWS rows by at a time: EACH numbers a lane. A stage is what a lane has loaded of them.
-
-// Plain numbers: a pack.
-template <int ROWS, typename T>
-struct PlainRows {
-    static constexpr int EACH = Pack<T>::SIZE;
-    struct Stage {
-        Run<T, EACH> numbers[ROWS];
-    };
-    const T* matrix;
-
-    __device__ PlainRows(const Part<T>& part) : matrix(static_cast<const T*>(part.weight)) {}
-
-    __device__ void load(Stage& stage, const int (&row)[ROWS], int column, int cols) const {
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) stage.numbers[r] = load_run<EACH>(matrix + static_cast<long long>(row[r]) * cols + column);
-    }
-    __device__ void add(float (&sums)[ROWS], Stage& stage, const Pack<T>* x, const Tables&) const {
-        const Pack<T> pack = x[0];
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            const float value = to_f32(pack[i]);
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) sums[r] += stage.numbers[r][i] * value;
-        }
-    }
-};
-
-// Codes: 32, which are half a block of one absmax.
-template <int ROWS, typename T>
-struct CodedRows {
-    static constexpr int EACH = 32;
-    struct Stage {
-        Run<unsigned, 4> words[ROWS];
-        float scales[ROWS];           // absmax, or what is nested
-        unsigned char codes[ROWS];    // of absmax, where it is nested
-    };
-    const Part<T>& part;
-    const bool nested;
-    const float offset;
-
-    __device__ CodedRows(const Part<T>& part) : part(part), nested(part.map != nullptr), offset(nested ? *part.offset : 0) {}
-
-    __device__ void load(Stage& stage, const int (&row)[ROWS], int column, int cols) const {
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            const long long at = static_cast<long long>(row[r]) * cols + column, block = at / SCALED;
-            stage.words[r] = load_run<4>(reinterpret_cast<const unsigned*>(static_cast<const unsigned char*>(part.weight) + at / 2));
-            if (nested) {
-                stage.codes[r] = static_cast<const unsigned char*>(part.absmax)[block];
-                stage.scales[r] = part.nested[block / GROUP];
-            } else {
-                stage.scales[r] = static_cast<const float*>(part.absmax)[block];
-            }
-        }
-    }
-    // A word of each row at a time, in a loop that stays one: unrolled, more time went into fetching instructions than into
-    // executing them.
-    __device__ void add(float (&sums)[ROWS], Stage& stage, const Pack<T>* x, const Tables& tables) const {
-        constexpr int SIZE = Pack<T>::SIZE, CODES = 8, PACKS = CODES / SIZE;
-        float parts[ROWS] = {};
-#pragma unroll 1
-        for (int word = 0; word < EACH / CODES; word++, x += PACKS * WARP) {
-            float values[CODES];
-#pragma unroll
-            for (int pack = 0; pack < PACKS; pack++) {
-                const Pack<T> some = x[pack * WARP];
-#pragma unroll
-                for (int i = 0; i < SIZE; i++) values[pack * SIZE + i] = to_f32(some[i]);
-            }
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) {
-                unsigned(&words)[4] = stage.words[r].values;
-                const unsigned codes = words[0];
-                words[0] = words[1], words[1] = words[2], words[2] = words[3];
-                const float even = tables.level<4>(codes) * values[0] + tables.level<12>(codes) * values[2] +
-                                   tables.level<20>(codes) * values[4] + tables.level<28>(codes) * values[6];
-                const float odd = tables.level<0>(codes) * values[1] + tables.level<8>(codes) * values[3] +
-                                  tables.level<16>(codes) * values[5] + tables.level<24>(codes) * values[7];
-                parts[r] += even + odd;
-            }
-        }
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            const float scale = nested ? __fadd_rn(__fmul_rn(tables.map[stage.codes[r]], stage.scales[r]), offset) : stage.scales[r];
-            sums[r] += parts[r] * scale;
-        }
-    }
-};
+// ---- Plain numbers: a warp does ROWS rows of one part at a time, so that what is read of x serves all of them.
 
 // Which rows a warp does.
 template <int ROWS, typename T>
@@ -280,47 +200,57 @@ struct Unit {
     }
 };
 
-// A warp does ROWS rows of one part at a time: what is read of x serves all of them. Each piece of W is under way while the one
-// before is multiplied; the first is before x is there, and that of the next rows before these are done.
-template <int ROWS, template <int, typename> class Rows, typename T>
-__device__ void row_product(T* y, const T* x, const float* low, const T* add, float scale, const float* levels, int cols,
-                            const Part<T> (&parts)[PARTS]) {
+// What a lane has loaded of ROWS rows.
+template <int ROWS, typename T>
+struct Stage {
+    static constexpr int EACH = Pack<T>::SIZE;
+    Run<T, EACH> numbers[ROWS];
+
+    __device__ void load(const Unit<ROWS, T>& unit, int column, int cols) {
+        const T* matrix = static_cast<const T*>(unit.part.weight);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) numbers[r] = load_run<EACH>(matrix + static_cast<long long>(unit.row[r]) * cols + column);
+    }
+};
+
+// Each piece of W is under way while the one before is multiplied; the first is before x is there, and that of the next rows before
+// these are done.
+template <int ROWS, typename T>
+__device__ void row_product_plain(T* y, const T* x, const float* low, const T* add, float scale, int cols,
+                                  const Part<T> (&parts)[PARTS]) {
     DYNAMIC_SHARED(unsigned char, shared);
-    __shared__ unsigned char copies[2 * Tables::BYTES];
-    __shared__ float map[GROUP];
-    using Kind = Rows<ROWS, T>;
-    constexpr int SIZE = Pack<T>::SIZE, EACH = Kind::EACH, PACKS = EACH / SIZE, CHUNK = EACH * WARP;
-    Pack<T>* packs = reinterpret_cast<Pack<T>*>(shared);  // (chunks, PACKS, lanes): each lane's own at neighbouring places
+    constexpr int EACH = Pack<T>::SIZE, CHUNK = EACH * WARP;
+    Pack<T>* packs = reinterpret_cast<Pack<T>*>(shared);  // (cols / EACH)
     const int lane = threadIdx.x % WARP;
 
+    let_next_kernel_begin();
     int index = blockIdx.x * WARPS + threadIdx.x / WARP;
     Unit<ROWS, T> unit(index, parts);
-    typename Kind::Stage stage, next;
-    if (unit.count > 0 && lane * EACH < cols) Kind(unit.part).load(stage, unit.row, lane * EACH, cols);
-    for (int at = threadIdx.x; at < cols / SIZE; at += BLOCK) {
-        const int chunk = at / (WARP * PACKS), inside = at % (WARP * PACKS);
-        // Through the L1 cache: asynchronous copies pass it by, and all blocks of a processor would ask the L2 for the same lines.
-        packs[(chunk * PACKS + inside % PACKS) * WARP + inside / PACKS] = load_pack(x + at * SIZE);
-    }
-    const Tables tables(copies, map, levels, parts[0].map);
+    Stage<ROWS, T> stage, next;
+    if (unit.count > 0 && lane * EACH < cols) stage.load(unit, lane * EACH, cols);
+    wait_for_kernels_before();
+    for (int at = threadIdx.x; at < cols / EACH; at += BLOCK) packs[at] = load_pack(x + at * EACH);
     __syncthreads();
 
     while (unit.count > 0) {
-        const Kind rows(unit.part);
         float sums[ROWS] = {};
         unit.add_low_rank(sums, low);
-        const Pack<T>* mine = packs + lane;
 #pragma unroll 1
         for (int column = lane * EACH; column < cols; column += CHUNK) {
-            if (column + CHUNK < cols) rows.load(next, unit.row, column + CHUNK, cols);
-            rows.add(sums, stage, mine, tables);
-            mine += PACKS * WARP;
+            if (column + CHUNK < cols) next.load(unit, column + CHUNK, cols);
+            const Pack<T> pack = packs[column / EACH];
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                const float value = to_f32(pack[i]);
+#pragma unroll
+                for (int r = 0; r < ROWS; r++) sums[r] += stage.numbers[r][i] * value;
+            }
             stage = next;
         }
         const Unit<ROWS, T> done = unit;
         index += gridDim.x * WARPS;
         unit = Unit<ROWS, T>(index, parts);
-        if (unit.count > 0 && lane * EACH < cols) Kind(unit.part).load(stage, unit.row, lane * EACH, cols);
+        if (unit.count > 0 && lane * EACH < cols) stage.load(unit, lane * EACH, cols);
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             float sum = warp_sum(sums[r]);
@@ -332,30 +262,310 @@ __device__ void row_product(T* y, const T* x, const float* low, const T* add, fl
     }
 }
 
-// The first of the largest becomes the next token, at the next position.
+// ---- Codes: a block does some rows of one part, each of its warps the same columns of all of them, whose x stays in registers. So
+// few instructions are left for a code that neither they nor the accesses of shared memory hold up what comes from memory.
+
+// A warp's columns of a row: a lane has 32, which are half a block of one absmax.
+constexpr int EACH = 32, CHUNK = EACH * WARP;
+constexpr int CODED_BLOCK = 512;  // threads at most
+constexpr int AHEAD = 4;          // rows that are under way
+
+// The two levels of each byte of codes, copied so that the lanes of a half-warp read different banks.
+constexpr int COPIES = 16, BYTES = 256;
+
+// Of a byte of the word; `mine` is the address of this lane's first copy.
+template <int BYTE>
+__device__ __forceinline__ float2 levels_of(unsigned mine, unsigned word) {
+    return load_shared_pair(mine + __byte_perm(word, 0, 0x4440 + BYTE) * static_cast<unsigned>(COPIES * sizeof(float2)));
+}
+
+__device__ __forceinline__ float dot(const Run<unsigned, 4>& codes, const float (&x)[EACH], unsigned mine) {
+    float sums[4] = {};
+#pragma unroll
+    for (int word = 0; word < 4; word++) {
+        const float2 pairs[4] = {levels_of<0>(mine, codes.values[word]), levels_of<1>(mine, codes.values[word]),
+                                 levels_of<2>(mine, codes.values[word]), levels_of<3>(mine, codes.values[word])};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            sums[i % 2 * 2] += pairs[i].x * x[word * 8 + 2 * i];
+            sums[i % 2 * 2 + 1] += pairs[i].y * x[word * 8 + 2 * i + 1];
+        }
+    }
+    return sums[0] + sums[1] + (sums[2] + sums[3]);
+}
+
+// Rows of one part: those of a block.
 template <typename T>
-__device__ void row_next(unsigned* token, unsigned* position, const T* x, int n) {
+struct Rows {
+    Part<T> part;
+    int first = 0, count = 0;         // in the part
+    int before = 0, rank_before = 0;  // rows and ranks of the parts before
+
+    __device__ Rows(int block, int rows_per_block, const Part<T> (&parts)[PARTS]) {
+        part = parts[0];
+#pragma unroll
+        for (int i = 0; i < PARTS; i++) {
+            if (count > 0) continue;
+            const int blocks = (parts[i].rows + rows_per_block - 1) / rows_per_block;
+            if (block < blocks) {
+                part = parts[i];
+                first = block * rows_per_block;
+                count = min(rows_per_block, part.rows - first);
+            } else {
+                block -= blocks;
+                before += parts[i].rows;
+                rank_before += parts[i].rank;
+            }
+        }
+    }
+};
+
+// A lane's codes of one row of its warp after the other.
+struct Codes {
+    const unsigned* at;
+    long long step;  // words from row to row
+    int left;        // rows
+
+    template <typename T>
+    __device__ Codes(const Part<T>& part, int first, int step, int count, int column, int cols) {
+        column += threadIdx.x % WARP * EACH;
+        const long long code = static_cast<long long>(first) * cols + column;
+        at = static_cast<const unsigned*>(part.weight) + code / 8;
+        this->step = static_cast<long long>(step) * cols / 8;
+        left = column < cols ? count : 0;
+    }
+    // Nothing after the last.
+    __device__ void next(Run<unsigned, 4>& words) {
+        if (left > 0) words = load_run<4>(at);
+        at += step;
+        left--;
+    }
+};
+
+// The absmax of two rows at a time, as they are stored: lanes 0 to 15 have those of the first, the others those of the second.
+struct Scales {
+    const void* absmax;
+    const float* nested;
+    unsigned block, step;  // of absmax
+    int left;
+
+    template <typename T>
+    __device__ Scales(const Part<T>& part, int first, int step, int count, int column, int cols)
+        : absmax(part.absmax), nested(part.nested) {
+        const unsigned of_row = cols / SCALED, second = threadIdx.x % WARP / 16;
+        column += threadIdx.x % 16 * SCALED;
+        block = (first + second * step) * of_row + column / SCALED;
+        this->step = 2 * step * of_row;
+        left = column < cols ? count - static_cast<int>(second) : 0;
+    }
+    __device__ void next(float& scale, unsigned char& code) {
+        if (left > 0) {
+            if (nested != nullptr) {
+                code = static_cast<const unsigned char*>(absmax)[block];
+                scale = nested[block / GROUP];
+            } else {
+                scale = static_cast<const float*>(absmax)[block];
+            }
+        }
+        block += step;
+        left -= 2;
+    }
+};
+
+// The low-rank part of the sum of a row of B. The first packs may be there already.
+template <typename T>
+struct LowRank {
+    static constexpr int SIZE = Pack<T>::SIZE, KEPT = 16 / SIZE;
+    const T* b;  // (rank)
+    int rank;
+    bool whole;
+    Pack<T> kept[KEPT];
+
+    __device__ LowRank(const Rows<T>& rows, int row) : b(nullptr), rank(row < rows.count ? rows.part.rank : 0) {
+        if (rank == 0) return;
+        b = rows.part.b + static_cast<long long>(rows.first + row) * rank;
+        whole = rows_are_aligned_16(rows.part.b, rank);
+#pragma unroll
+        for (int i = 0; i < KEPT; i++) {
+            if (whole && i * SIZE < rank) kept[i] = load_pack(b + i * SIZE);
+        }
+    }
+    __device__ float times(const float* low) const {
+        float sum = 0;
+        if (!(rank > 0)) return sum;
+        if (whole) {
+#pragma unroll
+            for (int i = 0; i < KEPT; i++) {
+                if (i * SIZE < rank) add(sum, kept[i], low + i * SIZE);
+            }
+#pragma unroll 1
+            for (int at = KEPT * SIZE; at < rank; at += SIZE) add(sum, load_pack(b + at), low + at);
+        } else {
+#pragma unroll 1
+            for (int at = 0; at < rank; at++) sum += to_f32(b[at]) * low[at];
+        }
+        return sum;
+    }
+    __device__ static void add(float& sum, const Pack<T>& pack, const float* low) {
+#pragma unroll
+        for (int i = 0; i < SIZE; i++) sum += to_f32(pack[i]) * low[i];
+    }
+};
+
+// `tiles` warps have a row's columns at a time; those beyond are done after all rows have had these.
+template <typename T>
+__device__ void row_product_coded(T* y, const T* x, const float* low, const T* add, float scale, const float* levels, int cols,
+                                  int rows_per_block, int tiles, const Part<T> (&parts)[PARTS]) {
+    DYNAMIC_SHARED(unsigned char, shared);
+    __shared__ float2 pairs[BYTES * COPIES];
+    __shared__ float own_map[GROUP];
+    constexpr int SIZE = Pack<T>::SIZE, PACKS = EACH / SIZE;
+    const int chunks = (cols + CHUNK - 1) / CHUNK;
+    Pack<T>* packs = reinterpret_cast<Pack<T>*>(shared);  // (chunks, PACKS, lanes): each lane's own at neighbouring places
+    float* sums = reinterpret_cast<float*>(packs + chunks * PACKS * WARP);  // (tiles + 1, rows): the last are the low-rank ones
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, threads = blockDim.x;
+
+    let_next_kernel_begin();
+    const Rows<T> rows(blockIdx.x, rows_per_block, parts);
+    const int groups = threads / WARP / tiles, group = warp / tiles, tile = warp % tiles;
+    const int count = max((rows.count - group + groups - 1) / groups, 0);  // rows of this warp
+    Codes codes(rows.part, rows.first + group, groups, count, tile * CHUNK, cols);
+    Scales scales(rows.part, rows.first + group, groups, count, tile * CHUNK, cols);
+    Run<unsigned, 4> ahead[AHEAD];
+    float scale_ahead[AHEAD / 2] = {};
+    unsigned char code_ahead[AHEAD / 2] = {};
+    const auto load_all = [&] {
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) codes.next(ahead[i]);
+#pragma unroll
+        for (int i = 0; i < AHEAD / 2; i++) scales.next(scale_ahead[i], code_ahead[i]);
+    };
+    load_all();
+    const LowRank<T> low_rank(rows, threadIdx.x);
+    const bool nested = rows.part.map != nullptr;
+    const float offset = nested ? *rows.part.offset : 0;
+#pragma unroll 2
+    for (int i = threadIdx.x; i < BYTES * COPIES; i += threads) {
+        pairs[i] = make_float2(levels[i / COPIES / 16], levels[i / COPIES % 16]);
+    }
+    if (nested) {
+#pragma unroll 1
+        for (int i = threadIdx.x; i < GROUP; i += threads) own_map[i] = rows.part.map[i];
+    }
+    // What isn't loaded yet is brought nearer while the kernels before are at work: a lane asks for a line.
+    if (tile == 0) {
+        constexpr int LINE = 256;  // codes of 128 bytes
+        const int lines = (cols + LINE - 1) / LINE;
+        const unsigned char* weight = static_cast<const unsigned char*>(rows.part.weight);
+#pragma unroll 1
+        for (int i = AHEAD * lines + lane; i < count * lines; i += WARP) {
+            const int row = rows.first + group + i / lines * groups;
+            prefetch_to_l2(weight + (static_cast<long long>(row) * cols + i % lines * LINE) / 2);
+        }
+    }
+
+    wait_for_kernels_before();
+#pragma unroll 2
+    for (int at = threadIdx.x; at < chunks * PACKS * WARP; at += threads) {
+        const int chunk = at / (WARP * PACKS), inside = at % (WARP * PACKS);
+        // Through the L1 cache: asynchronous copies pass it by, and all blocks would ask the L2 for the same lines.
+        packs[(chunk * PACKS + inside % PACKS) * WARP + inside / PACKS] = at * SIZE < cols ? load_pack(x + at * SIZE) : Pack<T>();
+    }
+    if (threadIdx.x < rows.count) sums[tiles * rows_per_block + threadIdx.x] = low_rank.times(low + rows.rank_before);
+#pragma unroll 1
+    for (int row = threadIdx.x + threads; row < rows.count; row += threads) {
+        sums[tiles * rows_per_block + row] = LowRank<T>(rows, row).times(low + rows.rank_before);
+    }
+    __syncthreads();
+
+    const unsigned mine = shared_address(pairs + lane % COPIES);
+    for (int chunk = tile; chunk < chunks; chunk += tiles) {
+        float values[EACH];
+#pragma unroll
+        for (int pack = 0; pack < PACKS; pack++) {
+            const Pack<T> some = packs[(chunk * PACKS + pack) * WARP + lane];
+#pragma unroll
+            for (int i = 0; i < SIZE; i++) values[pack * SIZE + i] = to_f32(some[i]);
+        }
+        float* own = sums + tile * rows_per_block + group;
+#pragma unroll 1
+        for (int i = 0; i < count; i += AHEAD) {
+#pragma unroll
+            for (int j = 0; j < AHEAD; j += 2) {
+                if (i + j < count) {
+                    float& scale = scale_ahead[j / 2];
+                    unsigned char& code = code_ahead[j / 2];
+                    const float absmax = nested ? __fadd_rn(__fmul_rn(own_map[code], scale), offset) : scale;
+                    scales.next(scale, code);
+                    const float first = dot(ahead[j], values, mine) * __shfl_sync(FULL_WARP, absmax, lane / 2);
+                    codes.next(ahead[j]);
+                    const float second = dot(ahead[j + 1], values, mine) * __shfl_sync(FULL_WARP, absmax, 16 + lane / 2);
+                    codes.next(ahead[j + 1]);
+                    // Each half of the warp adds up one of the rows.
+                    const float other = __shfl_xor_sync(FULL_WARP, lane < 16 ? second : first, 16);
+                    const float sum = warp_sum<16>((lane < 16 ? first : second) + other);
+                    const int row = i + j + lane / 16;
+                    if (lane % 16 == 0 && row < count) own[row * groups] = chunk == tile ? sum : own[row * groups] + sum;
+                }
+            }
+        }
+        if (chunk + tiles >= chunks) break;
+        codes = Codes(rows.part, rows.first + group, groups, count, (chunk + tiles) * CHUNK, cols);
+        scales = Scales(rows.part, rows.first + group, groups, count, (chunk + tiles) * CHUNK, cols);
+        load_all();
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int row = threadIdx.x; row < rows.count; row += threads) {
+        float sum = sums[tiles * rows_per_block + row];
+#pragma unroll 1
+        for (int i = 0; i < min(tiles, chunks); i++) sum += sums[i * rows_per_block + row];
+        if (rows.part.bias != nullptr) sum += rows.part.bias[rows.first + row];
+        const int at = rows.before + rows.first + row;
+        y[at] = from_f32<T>(add != nullptr ? to_f32(add[at]) + scale * sum : sum);
+    }
+}
+
+struct Largest {
+    template <typename V>
+    __device__ static V identity() { return 0; }
+    template <typename V>
+    __device__ static V apply(V a, V b) { return a > b ? a : b; }
+};
+
+// The first of the largest becomes the next token, at the next position. Blocks meet in `search`: the largest number and its place in
+// one word, of which the largest is the answer in whatever order they come; then the blocks that are done.
+template <typename T>
+__device__ void row_next(unsigned* token, unsigned* position, unsigned long long* search, const T* x, int n) {
     constexpr int SIZE = Pack<T>::SIZE;
+    let_next_kernel_begin();
+    wait_for_kernels_before();
     float best = -INFINITY;
     int at = n;
     const auto take = [&](int i, float value) {
         if (value > best) best = value, at = i;
     };
-    const int whole = n / SIZE * SIZE;
-#pragma unroll 8
-    for (int i = threadIdx.x * SIZE; i < whole; i += NEXT_BLOCK * SIZE) {
+    const int whole = n / SIZE * SIZE, thread = blockIdx.x * NEXT_BLOCK + threadIdx.x, step = gridDim.x * NEXT_BLOCK;
+#pragma unroll 4
+    for (int i = thread * SIZE; i < whole; i += step * SIZE) {
         const Pack<T> pack = load_pack(x + i);
 #pragma unroll
         for (int j = 0; j < SIZE; j++) take(i + j, to_f32(pack[j]));
     }
-    if (whole + threadIdx.x < n) take(whole + threadIdx.x, to_f32(x[whole + threadIdx.x]));
-    const float most = block_max(best);
-    // Indices below 2^24 are exact as floats; vocabularies are.
-    const float first = -block_max(best == most ? -static_cast<float>(at) : -INFINITY);
-    if (threadIdx.x == 0) {
-        *token = first < n ? static_cast<unsigned>(first) : 0;
-        *position += 1;
-    }
+    if (whole + thread < n) take(whole + thread, to_f32(x[whole + thread]));
+    const unsigned bits = __float_as_uint(best);
+    const unsigned ordered = bits >> 31 != 0 ? ~bits : bits | 0x80000000u;  // as the numbers are
+    const unsigned long long mine = at < n ? static_cast<unsigned long long>(ordered) << 32 | ~static_cast<unsigned>(at) : 0;
+    const unsigned long long of_block = block_reduce<Largest>(mine);
+    if (threadIdx.x != 0) return;
+    atomicMax(search, of_block);
+    __threadfence();
+    if (atomicAdd(search + 1, 1ull) != gridDim.x - 1) return;
+    __threadfence();
+    const unsigned long long found = atomicExch(search, 0ull);
+    search[1] = 0;
+    *token = found != 0 ? ~static_cast<unsigned>(found) : 0;
+    *position += 1;
 }
 
 #define PART_ARGUMENTS(i, T)                                                                                                     \
@@ -363,14 +573,7 @@ __device__ void row_next(unsigned* token, unsigned* position, const T* x, int n)
         const float *bias##i, int rows##i, int rank##i
 #define PART(i) {weight##i, absmax##i, nested##i, offset##i, map##i, b##i, bias##i, rows##i, rank##i}
 
-#define DEFINE_PRODUCT(NAME, ROWS, KIND, T)                                                                                      \
-    extern "C" __device__ int NAME##_launch[3] = {ROWS, BLOCK, 0};                                                               \
-    extern "C" __global__ void __launch_bounds__(BLOCK)                                                                          \
-    NAME(T* y, const T* x, const float* low, const T* add, float scale, const float* levels, int cols, PART_ARGUMENTS(0, T),     \
-         PART_ARGUMENTS(1, T), PART_ARGUMENTS(2, T)) {                                                                           \
-        const Part<T> parts[PARTS] = {PART(0), PART(1), PART(2)};                                                                \
-        row_product<ROWS, KIND, T>(y, x, low, add, scale, levels, cols, parts);                                                  \
-    }
+#define PARTS_ARGUMENTS(T) PART_ARGUMENTS(0, T), PART_ARGUMENTS(1, T), PART_ARGUMENTS(2, T)
 
 #define DEFINE(NAME, T)                                                                                                          \
     extern "C" __global__ void __launch_bounds__(PREPARE_BLOCK)                                                                  \
@@ -380,10 +583,22 @@ __device__ void row_next(unsigned* token, unsigned* position, const T* x, int n)
         row_prepare<T>(out, low, x, {source, weight, bias, eps, centered, gated, kind}, cols, scaling,                           \
                        {{a0, a1, a2}, {rank0, rank1, rank2}});                                                                   \
     }                                                                                                                            \
-    extern "C" __global__ void __launch_bounds__(NEXT_BLOCK) row_next_##NAME(unsigned* token, unsigned* position, const T* x, int n) { \
-        row_next(token, position, x, n);                                                                                         \
+    extern "C" __global__ void __launch_bounds__(NEXT_BLOCK)                                                                     \
+    row_next_##NAME(unsigned* token, unsigned* position, unsigned long long* search, const T* x, int n) {                        \
+        row_next(token, position, search, x, n);                                                                                 \
     }                                                                                                                            \
-    DEFINE_PRODUCT(row_product_plain_##NAME, 4, PlainRows, T)                                                                    \
-    DEFINE_PRODUCT(row_product_coded_##NAME, 2, CodedRows, T)
+    extern "C" __device__ int row_product_plain_##NAME##_launch[3] = {PLAIN_ROWS, BLOCK, 0};                                     \
+    extern "C" __global__ void __launch_bounds__(BLOCK)                                                                          \
+    row_product_plain_##NAME(T* y, const T* x, const float* low, const T* add, float scale, int cols, PARTS_ARGUMENTS(T)) {      \
+        const Part<T> parts[PARTS] = {PART(0), PART(1), PART(2)};                                                                \
+        row_product_plain<PLAIN_ROWS, T>(y, x, low, add, scale, cols, parts);                                                    \
+    }                                                                                                                            \
+    extern "C" __device__ int row_product_coded_##NAME##_launch[3] = {CHUNK, CODED_BLOCK, BYTES * COPIES * 8 + GROUP * 4};       \
+    extern "C" __global__ void __launch_bounds__(CODED_BLOCK)                                                                    \
+    row_product_coded_##NAME(T* y, const T* x, const float* low, const T* add, float scale, const float* levels, int cols,       \
+                             int rows_per_block, int tiles, PARTS_ARGUMENTS(T)) {                                                \
+        const Part<T> parts[PARTS] = {PART(0), PART(1), PART(2)};                                                                \
+        row_product_coded<T>(y, x, low, add, scale, levels, cols, rows_per_block, tiles, parts);                                 \
+    }
 
 FOR_NUMBER_TYPES(DEFINE)

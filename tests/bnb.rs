@@ -7,10 +7,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use ferrotune_export::{FolderOptions, write_bnb};
+use ferrotune_model::families;
 use ferrotune_model::source::{ModelFiles, SafetensorsSource, Stored, WeightSource};
 use ferrotune_model::{BuildOptions, PartSpec, build, dense_part};
-use ferrotune_nn::{Context, LanguageModel};
-use ferrotune_tensor::{DType, Device, Precision, bf16, f16};
+use ferrotune_nn::{Context, LanguageModel, Weight};
+use ferrotune_quant::{Absmax, NF4_LEVELS, Nf4Weight, Scales, dynamic_map};
+use ferrotune_tensor::{DType, Device, Precision, Tensor, bf16, f16};
 use serde_json::{Value, json};
 
 use hashed::{Checkpoint, batch, logits_off, numbers, weight};
@@ -254,6 +256,118 @@ fn lies_about_parts_are_refused() {
     });
     let error = ModelFiles::open(&out).unwrap().source.get(Q).unwrap_err().to_string();
     assert!(error.contains("q_proj.weight.nested_absmax` holds NaN or infinity"), "{error}");
+}
+
+/// Tiny mixtures of experts in bf16.
+fn mixtures() -> [Value; 2] {
+    let with = |more: Value| {
+        let mut config = json!({
+            "vocab_size": 40, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "hidden_act": "silu",
+            "rms_norm_eps": 1e-6, "rope_theta": 100.0, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16",
+            "tie_word_embeddings": false, "num_experts_per_tok": 2,
+        });
+        let more = more.as_object().unwrap().clone();
+        config.as_object_mut().unwrap().extend(more);
+        config
+    };
+    [
+        with(json!({ "model_type": "mixtral", "num_local_experts": 3 })),
+        with(
+            json!({ "model_type": "qwen3_moe", "num_experts": 3, "moe_intermediate_size": 64, "head_dim": 16 }),
+        ),
+    ]
+}
+
+fn mixture(name: &str, config: &Value) -> Checkpoint {
+    let spec = families::spec(config, Path::new("config.json")).unwrap();
+    let tensors = spec.checkpoint_tensors().into_iter();
+    let shapes: serde_json::Map<String, Value> =
+        tensors.map(|it| (it.name.clone(), json!(it.shape()))).collect();
+    Checkpoint::new(&format!("{name}-{}", spec.family), config, &shapes.into())
+}
+
+fn logits(files: &ModelFiles) -> Vec<f32> {
+    let options = BuildOptions { precision: Precision::Full, dtype: DType::F32, device: Device::Cpu };
+    let mut make = |spec: &PartSpec, stored: Stored| dense_part(spec, stored, &options);
+    let model = build(&files.spec, files.source.as_ref(), options.clone(), &mut make).unwrap();
+    let batch = batch(files.spec.vocab_size);
+    let ctx = Context::new(batch.sequence_starts.iter().map(|it| *it as usize).collect());
+    model.logits(&model.hidden(&ctx, &batch.tokens).unwrap()).unwrap().to_f32().unwrap()
+}
+
+/// Every expert and the router in 4 bits, as transformers 4 has published them.
+#[test]
+fn experts_that_are_linear_layers_in_4_bits_are_read() {
+    for config in mixtures() {
+        let checkpoint = mixture("bnb-experts", &config);
+        let file = checkpoint.0.join("model.safetensors");
+        let (plain, mut coded) = (read(&file), Tensors::new());
+        let mut dequantised = plain.clone();
+        for (name, (dtype, shape, bytes)) in plain {
+            let sizes: Vec<usize> = hashed::floats(&shape).into_iter().map(|it| it as usize).collect();
+            if sizes.len() != 2 || name.contains("embed") || name.contains("lm_head") {
+                coded.insert(name, (dtype, shape, bytes));
+                continue;
+            }
+            let values: Vec<bf16> =
+                bytes.chunks_exact(2).map(|it| bf16::from_le_bytes([it[0], it[1]])).collect();
+            let value = Tensor::from_vec(sizes[0], sizes[1], values).unwrap();
+            let weight = Nf4Weight::quantize(&value, Scales::Nested, Precision::Full).unwrap();
+            let Absmax::Nested { codes: absmax, nested_absmax, offset } = &weight.absmax else {
+                unreachable!()
+            };
+            let state = json!({
+                "quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": sizes, "nested_blocksize": 256,
+                "nested_dtype": "float32", "nested_offset": offset,
+            });
+            let state = state.to_string().into_bytes();
+            let mut put = |suffix: &str, dtype: &str, count: usize, bytes: Vec<u8>| {
+                coded.insert(format!("{name}{suffix}"), (dtype.into(), json!([count]), bytes));
+            };
+            let floats = |values: &[f32]| bytes_as(values, DType::F32);
+            put("", "U8", weight.codes.len(), weight.codes.clone());
+            put(".absmax", "U8", absmax.len(), absmax.clone());
+            put(".quant_map", "F32", 16, floats(&NF4_LEVELS));
+            put(".nested_absmax", "F32", nested_absmax.len(), floats(nested_absmax));
+            put(".nested_quant_map", "F32", 256, floats(dynamic_map()));
+            put(STATE, "U8", state.len(), state);
+            let exact = bytes_as(&weight.to_dense().unwrap().to_f32().unwrap(), DType::BF16);
+            dequantised.insert(name, (dtype, shape, exact));
+        }
+        write(&file, &dequantised);
+        let expected = logits(&ModelFiles::open(&checkpoint.0).unwrap());
+        write(&file, &coded);
+        let files = ModelFiles::open(&checkpoint.0).unwrap();
+        for (module, _) in files.spec.projections() {
+            let stored = files.source.get(&format!("{module}.weight")).unwrap();
+            assert!(matches!(stored, Stored::FourBit(_)), "{module}");
+        }
+        assert_eq!(logits(&files), expected, "{}", files.spec.family);
+    }
+}
+
+#[test]
+fn experts_leave_in_16_bits() {
+    for config in mixtures() {
+        let checkpoint = mixture("bnb-out", &config);
+        let files = ModelFiles::open(&checkpoint.0).unwrap();
+        let out = checkpoint.0.join("out");
+        write_bnb(&out, &files, OPTIONS, &mut |_, _| {}).unwrap();
+        let again = ModelFiles::open(&out).unwrap();
+        assert_eq!(again.four_bit.as_ref().unwrap().count, 2 * 4, "q, k, v and o of two layers");
+        for (module, it) in again.spec.projections() {
+            let name = format!("{module}.weight");
+            let stored = again.source.stored_dtype(&name).unwrap();
+            assert_eq!(stored, it.expert.map(|_| DType::BF16), "{module}");
+            let values = |files: &ModelFiles| files.source.get_f32(&name).unwrap().to_f32().unwrap();
+            let (whole, got) = (values(&files), values(&again));
+            let off = hashed::largest(whole.iter().zip(&got).map(|(a, b)| f64::from((a - b).abs())));
+            // The widest gap between two levels is 0.3 of the largest.
+            let allowed = if it.expert.is_some() { 0.0 } else { 0.16 / 4.0 };
+            assert!(off <= allowed, "{module}: off by {off:.1e}");
+        }
+    }
 }
 
 /// Files that bitsandbytes and PEFT wrote, with what they computed; beside the checkout where they are.

@@ -8,6 +8,7 @@ use crate::util::Dir;
 const VERBS: &[&[&str]] = &[
     &["train"],
     &["chat"],
+    &["push"],
     &["data"],
     &["model"],
     &["debug", "logits"],

@@ -12,11 +12,11 @@ use ferrotune_nn::{Context, LanguageModel};
 use ferrotune_quant::{Nf4GpuWeight, Nf4Weight, Scales};
 use ferrotune_tensor::{DType, Device, Precision, Result};
 
-const HIDDEN: usize = 96;
-const INNER: usize = 160;
+const HIDDEN: usize = 192;
+const INNER: usize = 1088;
 const VOCAB: usize = 300;
 const LAYERS: usize = 2;
-const HEADS: (usize, usize, usize) = (6, 2, 16); // H, K, D
+const HEADS: (usize, usize, usize) = (6, 2, 32); // H, K, D
 const RANK: usize = 5;
 
 /// How the projections are stored.
@@ -26,7 +26,7 @@ enum Base {
     Nf4(Scales),
 }
 
-/// Random numbers under the names of a checkpoint; every dimension divides by 32, as the kernels for single rows want it.
+/// Random numbers under the names of a checkpoint; every dimension divides by 64, as the kernels for single rows want it.
 fn checkpoint() -> PathBuf {
     let folder = std::env::temp_dir().join(format!("ferrotune-devices-{}", std::process::id()));
     fs::create_dir_all(&folder).unwrap();
@@ -81,7 +81,7 @@ fn decoder(folder: &Path, device: &Device, dtype: DType, base: Base) -> Decoder 
         if let Base::Nf4(scales) = base {
             let stored = Nf4Weight::quantize(&original, scales, Precision::Full)?;
             part.weight = match device.gpu() {
-                Some(gpu) => Box::new(Nf4GpuWeight::from_cpu(&stored, gpu)?),
+                Some(gpu) => Box::new(Nf4GpuWeight::from_cpu(stored, gpu)?),
                 None => Box::new(stored),
             };
         }

@@ -65,6 +65,21 @@ fn experts_in_four_bits_are_adapted_and_merged() {
     dir.ferrotune(&merge).succeeds();
     let with_adapter = dir.logits(&["--model", &model, "--adapter", "out", "--ids", "5,6,7"]);
     let merged = dir.logits(&["--model", "merged", "--ids", "5,6,7"]);
-    let off = with_adapter.iter().zip(&merged).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
-    assert!(off < 1e-3, "merged logits are off by {off}");
+    let off =
+        |logits: &[f64]| with_adapter.iter().zip(logits).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    assert!(off(&merged) < 1e-3, "merged logits are off by {}", off(&merged));
+
+    // What is written is read again and compared, in few bits with the same rounding in memory.
+    for format in ["gguf-f32", "gguf-q8_0", "gguf-adapter", "bnb-4bit"] {
+        let more = ["export", "--model", &model, "--adapter", "out", "--output", format, "--format", format];
+        let ran = dir.ferrotune(&more).succeeds();
+        let verified = format == "gguf-adapter" || ran.stderr.contains("verified");
+        assert!(verified, "{format}: {}", ran.stderr);
+        assert_eq!(ran.stderr.contains("experts stay in 16 bits"), format == "bnb-4bit", "{}", ran.stderr);
+    }
+    let file = fs::read_dir(dir.path().join("gguf-f32")).expect("a folder").flatten();
+    let file =
+        file.map(|it| it.path()).find(|it| it.extension().is_some_and(|it| it == "gguf")).expect("a file");
+    let read = dir.logits(&["--model", &file.display().to_string(), "--ids", "5,6,7"]);
+    assert!(off(&read) < 1e-3, "logits of the GGUF file are off by {}", off(&read));
 }

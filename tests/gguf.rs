@@ -19,77 +19,10 @@ use serde_json::{Value, json};
 
 mod hashed;
 
-use hashed::{Checkpoint, adapter};
+use hashed::{Checkpoint, VOCAB, adapter, llama_cpp_configs};
 
 const RANK: usize = 2;
-const VOCAB: usize = 40;
 const TOKENS: [u32; 12] = [1, 17, 4, 33, 9, 0, 21, 5, 38, 2, 11, 7];
-
-/// Tiny models with all that llama.cpp computes of each family.
-fn configs() -> Vec<(&'static str, Value)> {
-    let base = json!({
-        "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "hidden_act": "silu",
-        "rms_norm_eps": 1e-6, "rope_theta": 100.0, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
-        "tie_word_embeddings": false,
-    });
-    let llama3 = json!({
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-    });
-    let gelu = "gelu_pytorch_tanh";
-    let all = [
-        ("llama", "llama", json!({ "rope_scaling": llama3, "attention_bias": true, "mlp_bias": true })),
-        ("mistral", "mistral", json!({ "head_dim": 32 })),
-        ("qwen2", "qwen2", json!({ "tie_word_embeddings": true })),
-        (
-            "qwen3",
-            "qwen3",
-            json!({ "head_dim": 32, "rope_scaling": { "rope_type": "linear", "factor": 2.0 } }),
-        ),
-        ("smollm3", "smollm3", json!({ "num_hidden_layers": 4 })),
-        ("olmo2", "olmo2", json!({ "rms_norm_eps": 1e-5 })),
-        ("olmo2 tied", "olmo2", json!({ "tie_word_embeddings": true })),
-        (
-            "granite",
-            "granite",
-            json!({
-                "attention_bias": true, "mlp_bias": true, "embedding_multiplier": 3.0, "attention_multiplier": 0.2,
-                "residual_multiplier": 0.6, "logits_scaling": 2.5, "tie_word_embeddings": true,
-            }),
-        ),
-        (
-            "gemma",
-            "gemma",
-            json!({ "head_dim": 32, "hidden_act": "gelu", "tie_word_embeddings": true, "num_key_value_heads": 1 }),
-        ),
-        (
-            "gemma2",
-            "gemma2",
-            json!({
-                "head_dim": 32, "hidden_activation": gelu, "tie_word_embeddings": true, "query_pre_attn_scalar": 32,
-                "sliding_window": 4, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0,
-            }),
-        ),
-        (
-            "gemma3",
-            "gemma3_text",
-            json!({
-                "head_dim": 32, "hidden_activation": gelu, "num_hidden_layers": 3, "tie_word_embeddings": true,
-                "query_pre_attn_scalar": 32, "sliding_window": 4, "sliding_window_pattern": 2,
-                "rope_local_base_freq": 10.0, "rope_scaling": { "rope_type": "linear", "factor": 8.0 },
-            }),
-        ),
-        ("phi3", "phi3", json!({ "partial_rotary_factor": 0.5 })),
-    ];
-    let config = |(name, family, more): (&'static str, &str, Value)| {
-        let mut config = base.as_object().unwrap().clone();
-        config.insert("model_type".into(), family.into());
-        config.extend(more.as_object().unwrap().clone());
-        (name, Value::Object(config))
-    };
-    all.map(config).to_vec()
-}
 
 /// A folder as transformers would write it; gone when dropped.
 struct Model(Checkpoint);
@@ -159,7 +92,7 @@ fn difference(a: &[f32], b: &[f32]) -> f32 {
 
 #[test]
 fn what_is_exported_is_read_back_and_computes_the_same() {
-    for (name, config) in configs() {
+    for (name, config) in llama_cpp_configs() {
         let checkpoint = Model::new(name, &config);
         let (base, merged) = (checkpoint.files(), checkpoint.merged());
         let expected = logits(&merged);
@@ -194,7 +127,7 @@ fn raw(path: &Path) -> (Content, BTreeMap<String, candle_core::Tensor>) {
 
 #[test]
 fn base_and_adapter_files_are_together_the_merged_file() {
-    for (name, config) in configs() {
+    for (name, config) in llama_cpp_configs() {
         let checkpoint = Model::new(&format!("{name}-adapter"), &config);
         let (files, merged) = (checkpoint.files(), checkpoint.merged());
         let path = |it: &str| checkpoint.path(&format!("{it}.gguf"));
@@ -212,7 +145,8 @@ fn base_and_adapter_files_are_together_the_merged_file() {
             if let Some(a) = adapter.get(&format!("{tensor}.lora_a")) {
                 // llama.cpp: alpha by the rank that the file has.
                 let b = &adapter[&format!("{tensor}.lora_b")];
-                let delta = b.matmul(a).unwrap().affine(alpha / b.dims()[1] as f64, 0.0).unwrap();
+                let delta =
+                    b.matmul(a).unwrap().affine(alpha / *b.dims().last().unwrap() as f64, 0.0).unwrap();
                 got = (got + delta).unwrap();
                 changed += 1;
             }
@@ -226,7 +160,7 @@ fn base_and_adapter_files_are_together_the_merged_file() {
 
 #[test]
 fn what_llama_cpp_does_not_compute_is_refused_by_name() {
-    let all: HashMap<&str, Value> = configs().into_iter().collect();
+    let all: HashMap<&str, Value> = llama_cpp_configs().into_iter().collect();
     let check = |name: &str, change: Value, expected: &str| {
         let mut config = all[name].as_object().unwrap().clone();
         config.extend(change.as_object().unwrap().clone());
@@ -246,6 +180,9 @@ fn what_llama_cpp_does_not_compute_is_refused_by_name() {
     check("gemma2", json!({ "final_logit_softcapping": null }), "logits that aren't capped");
     check("gemma", json!({ "tie_word_embeddings": false }), "a head of its own");
     check("qwen2", json!({ "head_dim": 32 }), "heads of another width");
+    check("qwen3_moe", json!({ "norm_topk_prob": false }), "experts whose weights don't add up to 1");
+    check("qwen3_moe", json!({ "mlp_only_layers": [1] }), "layers without experts");
+    check("cohere2", json!({ "head_dim": 32 }), "heads of another width");
     let llama3 = all["llama"]["rope_scaling"].clone();
     check("qwen2", json!({ "rope_scaling": llama3 }), "a rope scaled this way");
 

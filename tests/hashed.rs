@@ -7,13 +7,13 @@ use std::path::PathBuf;
 
 use candle_core::{DType as CandleDType, Device as CandleDevice};
 use ferrotune_data::{Batch, Sample};
-use ferrotune_export::{LoraTensors, Modules, PeftAdapter};
+use ferrotune_export::{LoraTensors, ModulePlace, Modules, PeftAdapter};
 use ferrotune_model::Decoder;
 use ferrotune_model::spec::ModelSpec;
 use ferrotune_nn::Context;
 use ferrotune_tensor::Tensor;
 pub use ferrotune_tests::hashed as numbers;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 pub const LENGTHS: [usize; 2] = [12, 7];
 pub const POSITIONS: [&[usize]; 2] = [&[0, 3, 6, 11], &[2, 6]];
@@ -100,6 +100,7 @@ pub fn adapter(spec: &ModelSpec, r: usize, lora_alpha: f64) -> PeftAdapter {
     });
     PeftAdapter {
         base_model_name_or_path: String::new(),
+        place: ModulePlace::Model,
         revision: None,
         r,
         lora_alpha,
@@ -112,4 +113,99 @@ pub fn adapter(spec: &ModelSpec, r: usize, lora_alpha: f64) -> PeftAdapter {
         saved: BTreeMap::new(),
         tensors: tensors.collect(),
     }
+}
+
+/// Rows of the embedding of those below.
+pub const VOCAB: usize = 40;
+
+/// Tiny models with all that llama.cpp computes of each family.
+pub fn llama_cpp_configs() -> Vec<(&'static str, Value)> {
+    let base = json!({
+        "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "hidden_act": "silu",
+        "rms_norm_eps": 1e-6, "rope_theta": 100.0, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
+        "tie_word_embeddings": false,
+    });
+    let llama3 = json!({
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    });
+    let gelu = "gelu_pytorch_tanh";
+    let all = [
+        ("llama", "llama", json!({ "rope_scaling": llama3, "attention_bias": true, "mlp_bias": true })),
+        ("mistral", "mistral", json!({ "head_dim": 32 })),
+        ("qwen2", "qwen2", json!({ "tie_word_embeddings": true })),
+        (
+            "qwen3",
+            "qwen3",
+            json!({ "head_dim": 32, "rope_scaling": { "rope_type": "linear", "factor": 2.0 } }),
+        ),
+        ("smollm3", "smollm3", json!({ "num_hidden_layers": 4 })),
+        ("olmo2", "olmo2", json!({ "rms_norm_eps": 1e-5 })),
+        ("olmo2 tied", "olmo2", json!({ "tie_word_embeddings": true })),
+        (
+            "granite",
+            "granite",
+            json!({
+                "attention_bias": true, "mlp_bias": true, "embedding_multiplier": 3.0, "attention_multiplier": 0.2,
+                "residual_multiplier": 0.6, "logits_scaling": 2.5, "tie_word_embeddings": true,
+            }),
+        ),
+        (
+            "gemma",
+            "gemma",
+            json!({ "head_dim": 32, "hidden_act": "gelu", "tie_word_embeddings": true, "num_key_value_heads": 1 }),
+        ),
+        (
+            "gemma2",
+            "gemma2",
+            json!({
+                "head_dim": 32, "hidden_activation": gelu, "tie_word_embeddings": true, "query_pre_attn_scalar": 32,
+                "sliding_window": 4, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0,
+            }),
+        ),
+        (
+            "gemma3",
+            "gemma3_text",
+            json!({
+                "head_dim": 32, "hidden_activation": gelu, "num_hidden_layers": 3, "tie_word_embeddings": true,
+                "query_pre_attn_scalar": 32, "sliding_window": 4, "sliding_window_pattern": 2,
+                "rope_local_base_freq": 10.0, "rope_scaling": { "rope_type": "linear", "factor": 8.0 },
+            }),
+        ),
+        ("phi3", "phi3", json!({ "partial_rotary_factor": 0.5 })),
+        (
+            "phi3 long",
+            "phi3",
+            json!({
+                "partial_rotary_factor": 0.5, "original_max_position_embeddings": 8, "rope_scaling": {
+                    "type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.4], "long_factor": [1.0, 2.0, 4.0, 8.0],
+                },
+            }),
+        ),
+        ("mixtral", "mixtral", json!({ "num_local_experts": 5, "num_experts_per_tok": 2 })),
+        (
+            "qwen3_moe",
+            "qwen3_moe",
+            json!({
+                "head_dim": 32, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
+                "norm_topk_prob": true, "tie_word_embeddings": true,
+            }),
+        ),
+        (
+            "cohere2",
+            "cohere2",
+            json!({
+                "num_hidden_layers": 3, "layer_norm_eps": 1e-5, "logit_scale": 0.25, "sliding_window": 4,
+                "sliding_window_pattern": 2, "tie_word_embeddings": true,
+            }),
+        ),
+    ];
+    let config = |(name, family, more): (&'static str, &str, Value)| {
+        let mut config = base.as_object().unwrap().clone();
+        config.insert("model_type".into(), family.into());
+        config.extend(more.as_object().unwrap().clone());
+        (name, Value::Object(config))
+    };
+    all.map(config).to_vec()
 }

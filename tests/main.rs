@@ -12,6 +12,7 @@ mod export;
 mod export_gguf;
 mod further;
 mod llama_factory;
+mod push;
 mod quickstart;
 mod run;
 mod saved_modules;

@@ -106,7 +106,7 @@ fn decoder(device: &Device, folder: &Path, base: Base, adapters: &Adapters) -> D
         if let Base::Bitsandbytes = base {
             let weight = bitsandbytes(&stored, spec);
             part.weight = match device.gpu() {
-                Some(gpu) => Box::new(Nf4GpuWeight::from_cpu(&weight, gpu)?),
+                Some(gpu) => Box::new(Nf4GpuWeight::from_cpu(weight, gpu)?),
                 None => Box::new(weight),
             };
         }

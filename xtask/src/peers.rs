@@ -10,12 +10,15 @@ use crate::{Result, cargo, program, python, root, run};
 /// A script, its environment in target, and what it imports, in the versions of `tests/fixtures/versions.json`.
 struct Peers {
     script: &'static str,
+    /// Names a Python that has it all already.
+    variable: &'static str,
     folder: &'static str,
     packages: &'static [&'static str],
 }
 
 const PYTHON: Peers = Peers {
     script: "tests/peers.py",
+    variable: "FERROTUNE_PEERS_PYTHON",
     folder: "peers",
     packages: &[
         "torch",
@@ -32,22 +35,40 @@ const PYTHON: Peers = Peers {
 /// llama.cpp is built from its source, which takes a C++ compiler and minutes.
 const LLAMA_CPP: Peers = Peers {
     script: "tests/peers_llama_cpp.py",
+    variable: "FERROTUNE_PEERS_LLAMA_CPP_PYTHON",
     folder: "peers-llama-cpp",
     packages: &["llama-cpp-python", "numpy", "gguf"],
 };
 
 /// Builds the program and runs the script, that of llama.cpp where it is named first; words are its options.
 pub fn run_all(words: &[&str]) -> Result<()> {
+    if words == ["outcome"] {
+        return outcome();
+    }
     let (peers, words) = match words {
         ["llama.cpp", words @ ..] => (&LLAMA_CPP, words),
         words => (&PYTHON, words),
     };
     run(&mut cargo(&["build", "--release", "--locked", "--package", "ferrotune-cli"]))?;
-    let python = match env::var_os("FERROTUNE_PEERS_PYTHON") {
-        Some(python) => PathBuf::from(python),
-        None => own_python(peers)?,
-    };
-    run(Command::new(python).arg(peers.script).arg(program()).args(words))
+    run(Command::new(python_of(peers)?).arg(peers.script).arg(program()).args(words))
+}
+
+/// Has the files of `tests/outcome.rs` written, lets the peers compute with them, and records what they agree with.
+fn outcome() -> Result<()> {
+    let folder = root().join("target").join("outcome");
+    let _ = fs::remove_dir_all(&folder);
+    // The whole workspace, as `cargo xtask check` builds it: other packages would be other features, and all built anew.
+    let words = ["test", "--release", "--locked", "--workspace", "--test", "outcome"];
+    run(cargo(&words).env("FERROTUNE_OUTCOME", &folder))?;
+    for peers in [&PYTHON, &LLAMA_CPP] {
+        run(Command::new(python_of(peers)?).arg("tests/peers_outcome.py").arg(&folder))?;
+    }
+    Ok(())
+}
+
+/// The one that is named, or one of our own.
+fn python_of(peers: &Peers) -> Result<PathBuf> {
+    env::var_os(peers.variable).map_or_else(|| own_python(peers), |python| Ok(python.into()))
 }
 
 /// A virtual environment in target; it is made anew when versions change.

@@ -73,6 +73,14 @@ pub enum Command {
     )]
     Export(ExportArgs),
 
+    /// Send a model or an adapter to the hub.
+    #[command(
+        after_help = "Examples:\n  ferrotune push out/bakery me/bakery --private\n  ferrotune push out/bakery-gguf bakery-gguf\n\n\
+        Sent are config, weights, tokenizer, template and card; logs, answers and checkpoints are not. The token is HF_TOKEN's, or\n\
+        the one that `hf auth login` has kept. What the hub has already isn't sent again"
+    )]
+    Push(PushArgs),
+
     /// Show what the model will see: text, what is trained on, token counts.
     #[command(after_help = "Example:\n  ferrotune data examples/quickstart.yaml --samples 3")]
     Data(DataArgs),
@@ -172,6 +180,28 @@ pub struct ExportArgs {
     /// Don't compare what was written with the model (export_verify=false).
     #[arg(long)]
     pub no_verify: bool,
+    /// Send it to the hub by this name (export_hub_model_id).
+    #[arg(long, value_name = "NAME")]
+    pub push_to: Option<String>,
+}
+
+/// `push`
+#[derive(Debug, Args)]
+pub struct PushArgs {
+    /// The folder of a run or an export.
+    #[arg(value_name = "DIR")]
+    pub folder: PathBuf,
+    /// Its name on the hub: owner/name, or name alone for your own.
+    pub name: String,
+    /// Only its owner may see it (hub_private_repo=true).
+    #[arg(long)]
+    pub private: bool,
+    /// First line of the commit.
+    #[arg(long, value_name = "TEXT", default_value = "Sent with Ferrotune")]
+    pub message: String,
+    /// Keys such as `hf_hub_token`.
+    #[arg(value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
 }
 
 /// `data`

@@ -7,6 +7,7 @@ pub mod doctor;
 pub mod export;
 pub mod model;
 pub mod predict;
+pub mod push;
 pub mod runs;
 pub mod train;
 pub mod watch;

@@ -19,8 +19,8 @@ use crate::console::Usage;
 use others::{Fate, other_key, other_names};
 
 pub use choices::{
-    BestMetric, EvalStrategy, ExportFormat, FinetuningType, InferDtype, InitLoraWeights, MixStrategy,
-    OnBadRow, Optimizer, QuantizationBit, Recompute, SaveStrategy, Stage, TemplateName,
+    BestMetric, EvalStrategy, ExportFormat, FinetuningType, HubName, InferDtype, InitLoraWeights,
+    MixStrategy, OnBadRow, Optimizer, QuantizationBit, Recompute, SaveStrategy, Stage, TemplateName,
 };
 pub use kinds::Resume;
 pub use settings::RunConfig;

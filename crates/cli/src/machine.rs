@@ -3,8 +3,9 @@
 use std::fs;
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 
-use ferrotune_tensor::Gpu;
+use ferrotune_tensor::{CardRates, DType, Gpu};
 
 /// Name and version of the system.
 pub fn system() -> String {
@@ -117,14 +118,46 @@ pub fn free_space(_folder: &Path) -> Option<u64> {
     None
 }
 
-/// With `FERROTUNE_PROFILE` set: the time of each kernel since the last call, the longest first.
+/// With `FERROTUNE_PROFILE` set: the time of each kernel since the last call, the longest first, beside what the card can
+/// do, which is given back.
 ///
 /// # Errors
 /// When something that was launched has failed, or nothing can be written.
-pub fn write_kernel_times(gpu: &Gpu, out: &mut impl io::Write) -> anyhow::Result<()> {
-    for it in gpu.kernel_times()? {
-        let each = 1e6 * it.seconds / it.count as f64;
-        writeln!(out, "{:>10.1} ms {:>8} × {each:>9.1} us  {}", 1e3 * it.seconds, it.count, it.name)?;
+pub fn write_kernel_times(
+    gpu: &Arc<Gpu>,
+    dtype: DType,
+    out: &mut impl io::Write,
+) -> anyhow::Result<Option<CardRates>> {
+    let times = gpu.kernel_times()?;
+    if times.is_empty() {
+        return Ok(None);
     }
-    Ok(())
+    let rates = gpu.rates(1 << 27, dtype)?;
+    // Measuring was measured too.
+    gpu.kernel_times()?;
+    let all: f64 = times.iter().map(|it| it.seconds).sum();
+    writeln!(
+        out,
+        "the card: {:.2} TB/s in a copy, {:.0} TFLOP/s in a product; bytes are those of what a kernel is given, each moved once",
+        rates.bytes / 1e12,
+        rates.flops / 1e12
+    )?;
+    for it in times {
+        let each = 1e6 * it.seconds / it.count as f64;
+        let (rate, best, unit) = match it.work.flops > 0.0 {
+            true => (it.work.flops / it.seconds / 1e12, rates.flops / 1e12, "TFLOP/s"),
+            false => (it.work.bytes / it.seconds / 1e9, rates.bytes / 1e9, "GB/s"),
+        };
+        let share = |part: f64, whole: f64| format!("{:.1} %", 100.0 * part / whole);
+        writeln!(
+            out,
+            "{:>10.1} ms {:>7} {:>8} × {each:>9.1} us {rate:>9.0} {unit:<7} {:>8} of the best  {}",
+            1e3 * it.seconds,
+            share(it.seconds, all),
+            it.count,
+            share(rate, best),
+            it.name
+        )?;
+    }
+    Ok(Some(rates))
 }

@@ -39,7 +39,9 @@ fn main() -> ExitCode {
     let program = Program::read();
     let console = Console::new(program.quiet, program.color);
     start_tracing(program.verbose, console.color_err);
-    match run(&program.command, &console) {
+    let outcome = run(&program.command, &console);
+    run::wait_for_writers();
+    match outcome {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
         Ok(Outcome::Interrupted) => ExitCode::from(SAVED),
         // The reader of a pipe went away (`| head`): it has what it wanted.
@@ -56,6 +58,7 @@ fn run(command: &Command, console: &Console) -> anyhow::Result<Outcome> {
         Command::Train(args) => commands::train::run(args, console),
         Command::Chat(args) => commands::chat::run(args, console),
         Command::Export(args) => commands::export::run(args, console),
+        Command::Push(args) => commands::push::run(args, console),
         Command::Data(args) => commands::data::run(args, console),
         Command::Model(args) => commands::model::run(args, console),
         Command::Debug(args) => match &args.command {

@@ -7,6 +7,8 @@ mod adapters;
 mod data;
 mod decoder;
 mod hub;
+mod kept;
+mod kernels;
 mod model;
 mod saved;
 mod trained;
@@ -19,7 +21,7 @@ use ferrotune_data::{BatchSource, Batches, StreamedBatches};
 use ferrotune_export::PeftAdapter;
 use ferrotune_model::BuildOptions;
 use ferrotune_model::source::ModelFiles;
-use ferrotune_model::spec::{BaseWeights, MemoryEstimate, MemoryPlan, ModelSpec, TensorSpec};
+use ferrotune_model::spec::{BaseWeights, MemoryEstimate, MemoryPlan, ModelSpec, TensorSpec, names};
 use ferrotune_tensor::product::bf16_products;
 use ferrotune_tensor::{DType, Device, Precision};
 use ferrotune_trainer::{LOCK_FILE, RunLock, checkpoints, newest_checkpoint, verify_checkpoint};
@@ -32,7 +34,9 @@ use adapters::adapter_to_train;
 
 pub use adapters::{merge_all, read_adapter};
 pub use data::{DataUse, OpenData, mark_options, warn_of_rows};
-pub use decoder::{Adapters, Subtracted, build_decoder, lora_tensors, open_decoder};
+pub use decoder::{Adapters, Subtracted, build_decoder, build_quantised, lora_tensors, open_decoder};
+pub use hub::{download_bar, hub_options};
+pub use kept::wait_for_writers;
 pub use model::{OpenModel, TemplateSource, UntemplatedModel, Vocabulary, model_spec, template_source};
 pub use trained::{check_trained, is_trained, load_trained, prepare, save_trained};
 
@@ -325,7 +329,9 @@ pub fn memory_plan(
         trained_weights: trained_weights(config, &files.spec),
         tokens,
         activation_bytes: computing.dtype.size_in_bytes(),
-        recompute: matches!(config.recompute_policy(), Recompute::All | Recompute::Offload),
+        recompute: matches!(config.recompute_policy(), Recompute::All | Recompute::Lean | Recompute::Offload),
+        host_embedding: computing.device.gpu().is_some()
+            && !is_trained(config, files.spec.layers.len(), names::EMBEDDING),
     }
 }
 

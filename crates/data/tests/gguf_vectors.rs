@@ -196,16 +196,42 @@ fn tokenizers_of_folders_say_what_llama_cpp_reads() {
     let texts =
         "Once upon a time,  there was a   little girl. ünïcode 🙂\n\nShe's 3 or 12345!\t\tEnd <s> </s>";
     for (folder, pre) in folders.iter().filter(|it| it.0.is_dir()) {
-        let tokenizer = Tokenizer::from_folder(folder).unwrap();
-        let (vocabulary, notes) = tokenizer.gguf_vocabulary().unwrap();
-        assert_eq!((vocabulary.pre.as_str(), notes.len()), (*pre, 0), "{}: {notes:?}", folder.display());
-        let again = Tokenizer::from_gguf(&vocabulary).unwrap();
-        for text in texts.split_inclusive(' ').chain([texts]) {
-            assert_eq!(again.encode_plain(text).unwrap(), tokenizer.encode_plain(text).unwrap(), "{text:?}");
-            let control = |it: &Tokenizer| it.encode_with_control(text).unwrap();
-            assert_eq!(control(&again), control(&tokenizer), "{text:?}");
-        }
-        assert_eq!((again.bos(), again.eos()), (tokenizer.bos(), tokenizer.eos()));
-        assert_eq!(again.chat_template(), tokenizer.chat_template());
+        assert_eq!(said_again(folder, &[texts]), (pre.to_string(), Vec::new()), "{}", folder.display());
+    }
+}
+
+/// What llama.cpp reads of a tokenizer cuts texts as the tokenizer does, where nothing is said against it; gives how it cuts them, and
+/// what is said.
+fn said_again(folder: &Path, texts: &[&str]) -> (String, Vec<String>) {
+    let tokenizer = Tokenizer::from_folder(folder).unwrap();
+    let (vocabulary, notes) = tokenizer.gguf_vocabulary().unwrap();
+    let again = Tokenizer::from_gguf(&vocabulary).unwrap();
+    let texts = if notes.is_empty() { texts } else { &[] };
+    for text in texts.iter().flat_map(|text| text.split_inclusive(' ').chain([*text])) {
+        let plain = |it: &Tokenizer| it.encode_plain(text).unwrap();
+        assert_eq!(plain(&again), plain(&tokenizer), "{}: {text:?}", folder.display());
+        let control = |it: &Tokenizer| it.encode_with_control(text).unwrap();
+        assert_eq!(control(&again), control(&tokenizer), "{}: {text:?}", folder.display());
+    }
+    assert_eq!((again.bos(), again.eos()), (tokenizer.bos(), tokenizer.eos()));
+    assert_eq!(again.chat_template(), tokenizer.chat_template());
+    (vocabulary.pre, notes)
+}
+
+/// Of families whose tokenizers aren't beside the checkout: `FERROTUNE_TEST_TOKENIZERS` names a folder with a folder of each.
+#[test]
+fn published_tokenizers_say_what_llama_cpp_reads() {
+    let Some(all) = std::env::var_os("FERROTUNE_TEST_TOKENIZERS") else {
+        eprintln!("skipped: FERROTUNE_TEST_TOKENIZERS names no folder of tokenizers");
+        return;
+    };
+    let vectors = folder().map(|it| std::fs::read_to_string(it.join("ggml-vocab-qwen2.gguf.inp")).unwrap());
+    let vectors = vectors.unwrap_or_default();
+    let texts: Vec<&str> = vectors.split("\n__ggml_vocab_test__\n").collect();
+    let mut folders: Vec<PathBuf> = std::fs::read_dir(all).unwrap().map(|it| it.unwrap().path()).collect();
+    folders.sort();
+    for folder in folders {
+        let (pre, notes) = said_again(&folder, &texts);
+        eprintln!("{}: {pre} {notes:?}", folder.display());
     }
 }

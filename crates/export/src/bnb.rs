@@ -1,5 +1,6 @@
 //! A whole model in 4 bits as bitsandbytes serialises it (`…-bnb-4bit`): NF4 with double quantisation, for
-//! transformers' `from_pretrained` and for vLLM.
+//! transformers' `from_pretrained` and for vLLM. Experts stay in 16 bits: transformers 5 stacks them in tensors of three
+//! dimensions, and bitsandbytes quantises linear layers alone; it reads no others in 4 bits.
 //! Source: bitsandbytes/functional.py (QuantState.as_dict), transformers/quantizers/quantizer_bnb_4bit.py.
 
 use std::collections::HashSet;
@@ -20,22 +21,25 @@ use crate::model::{
 /// Longest text of a number in JSON.
 const NUMBER: usize = 24;
 
-/// Writes a model with its projections in 4 bits; embedding, head, norms and biases are in 16 bits (or what the
+/// Writes a model with its projections in 4 bits; experts, embedding, head, norms and biases are in 16 bits (or what the
 /// options say). Projections are rounded to that type first. `progress` as in [`crate::write_folder`].
 ///
 /// # Errors
-/// When a weight isn't finite, the model has experts, or a file can't be read or written.
+/// When a weight isn't finite, or a file can't be read or written.
 pub fn write_bnb(
     folder: &Path,
     files: &ModelFiles,
     options: FolderOptions,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<()> {
-    check_bnb(files)?;
     let tensors = files.spec.checkpoint_tensors();
     let dtypes = tensors.iter().map(|it| written_dtype(files, options, it)).collect::<Result<Vec<_>>>()?;
-    let projections: HashSet<String> =
-        files.spec.projections().map(|(module, _)| format!("{module}.weight")).collect();
+    let projections: HashSet<String> = files
+        .spec
+        .projections()
+        .filter(|(module, _)| goes_into_bnb(module))
+        .map(|(module, _)| format!("{module}.weight"))
+        .collect();
     let is_projection = |tensor: &CheckpointTensor| projections.contains(&tensor.parts[0]);
     let all = || tensors.iter().zip(&dtypes);
     let groups: Vec<Vec<Entry>> = all()
@@ -63,19 +67,9 @@ pub fn write_bnb(
     write_configs(folder, files, &config)
 }
 
-/// Whether [`write_bnb`] can write a model, before anything is read.
-///
-/// # Errors
-/// When it has experts.
-pub fn check_bnb(files: &ModelFiles) -> Result<()> {
-    match files.spec.layers.iter().any(|it| it.mlp.experts.is_some()) {
-        false => Ok(()),
-        true => {
-            let message = "a mixture of experts can't be written in bitsandbytes' 4 bits: transformers keeps experts \
-                           in another form than linear layers; write 16 bits";
-            Err(Error::file(&files.path, message))
-        }
-    }
+/// Whether [`write_bnb`] puts a projection of this canonical name into 4 bits: all but those of experts.
+pub fn goes_into_bnb(module: &str) -> bool {
+    !module.contains(".mlp.experts.")
 }
 
 /// What a projection becomes.

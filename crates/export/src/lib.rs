@@ -16,7 +16,7 @@ mod rounded;
 #[cfg(test)]
 mod scratch;
 
-pub use bnb::{check_bnb, write_bnb};
+pub use bnb::{goes_into_bnb, write_bnb};
 pub use card::{ModelCard, is_hub_name, merged_card};
 pub use files::write_whole;
 pub use gguf::{
@@ -24,5 +24,5 @@ pub use gguf::{
 };
 pub use merge::{merge, with_saved};
 pub use model::{FolderOptions, SavedAs, write_folder, write_model};
-pub use peft::{LoraTensors, Modules, PeftAdapter, write_tensors};
+pub use peft::{LoraTensors, ModulePlace, Modules, PeftAdapter, write_tensors};
 pub use rounded::rounded;

@@ -10,7 +10,7 @@ use std::fmt;
 use std::fs;
 use std::path::Path;
 
-use ferrotune_model::source::{SafetensorsSource, WeightSource};
+use ferrotune_model::source::{ModelFiles, SafetensorsSource, WeightSource};
 use ferrotune_model::spec::{LinearSpec, ModelSpec, names};
 use ferrotune_tensor::{DType, Error, Result, Tensor};
 use safetensors::tensor::{Dtype, View};
@@ -19,6 +19,9 @@ use crate::{ModelCard, write_whole};
 
 /// What PEFT puts before a module's own name.
 const PREFIX: &str = "base_model.model.";
+/// Where transformers' classes of models of more than text have the part for text, and where they had it before 4.52.
+const LANGUAGE_MODEL: [(&str, &str); 2] =
+    [("model.language_model.", "model."), ("language_model.model.", "model.")];
 const TENSORS: &str = "adapter_model.safetensors";
 const CONFIG: &str = "adapter_config.json";
 
@@ -27,6 +30,8 @@ const CONFIG: &str = "adapter_config.json";
 pub struct PeftAdapter {
     /// The base model, as it was named in training.
     pub base_model_name_or_path: String,
+    /// Which module of the base the adapted ones are in.
+    pub place: ModulePlace,
     /// The base model's revision.
     pub revision: Option<String>,
     /// The rank.
@@ -49,6 +54,31 @@ pub struct PeftAdapter {
     pub saved: BTreeMap<String, Tensor>,
     /// The modules that have an adapter.
     pub tensors: Vec<LoraTensors>,
+}
+
+/// Where a decoder's modules are within transformers' class of the model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ModulePlace {
+    /// `model.layers`: the decoder is the model.
+    #[default]
+    Model,
+    /// `model.language_model.layers`: it is the part for text of a model of more than that.
+    LanguageModel,
+}
+
+impl ModulePlace {
+    /// Where those of a model are.
+    pub fn of(files: &ModelFiles) -> ModulePlace {
+        if files.is_text_part { ModulePlace::LanguageModel } else { ModulePlace::Model }
+    }
+
+    /// A canonical name as transformers has it.
+    fn name(self, canonical: &str) -> String {
+        match (self, canonical.strip_prefix("model.")) {
+            (ModulePlace::LanguageModel, Some(inner)) => format!("{}{inner}", LANGUAGE_MODEL[0].0),
+            _ => canonical.to_string(),
+        }
+    }
 }
 
 /// What one module's adapter is made of.
@@ -97,7 +127,7 @@ impl PeftAdapter {
     pub fn write(&self, folder: &Path, card: &ModelCard) -> Result<()> {
         self.check(folder)?;
         fs::create_dir_all(folder).map_err(|source| Error::io(folder, source))?;
-        write_tensors(&folder.join(TENSORS), &self.tensors, &self.saved)?;
+        write_tensors(&folder.join(TENSORS), self.place, &self.tensors, &self.saved)?;
         write_whole(&folder.join("README.md"), card.markdown(self).as_bytes())?;
         write_whole(&folder.join(CONFIG), config::write(self).as_bytes())
     }
@@ -132,11 +162,18 @@ impl PeftAdapter {
             source.shape(name)?;
             let tensor = source.get(name)?.into_dense()?;
             let short = name.strip_prefix(PREFIX).unwrap_or(name);
+            let inner = LANGUAGE_MODEL
+                .iter()
+                .find_map(|(theirs, ours)| Some(format!("{ours}{}", short.strip_prefix(theirs)?)));
+            if inner.is_some() {
+                adapter.place = ModulePlace::LanguageModel;
+            }
+            let short = inner.as_deref().unwrap_or(short);
             if [names::EMBEDDING, names::HEAD].contains(&short) {
                 adapter.saved.insert(short.to_string(), tensor);
                 continue;
             }
-            let (module, part) = split(name).map_err(|message| Error::file(&path, message))?;
+            let (module, part) = split(short).map_err(|message| Error::file(&path, message))?;
             modules.entry(module.to_string()).or_default()[part] = Some(tensor);
         }
         for (module, parts) in modules {
@@ -228,16 +265,23 @@ impl PeftAdapter {
 ///
 /// # Errors
 /// When the file can't be written.
-pub fn write_tensors(path: &Path, modules: &[LoraTensors], saved: &BTreeMap<String, Tensor>) -> Result<()> {
+pub fn write_tensors(
+    path: &Path,
+    place: ModulePlace,
+    modules: &[LoraTensors],
+    saved: &BTreeMap<String, Tensor>,
+) -> Result<()> {
     let named = modules.iter().flat_map(|it| {
-        let name = |part| format!("{PREFIX}{}.lora_{part}.weight", it.module);
-        let magnitude = it.magnitude.as_ref().map(|magnitude| {
-            (format!("{PREFIX}{}.lora_magnitude_vector", it.module), Stacked::vector(magnitude))
-        });
+        let module = place.name(&it.module);
+        let name = |part| format!("{PREFIX}{module}.lora_{part}.weight");
+        let magnitude = it
+            .magnitude
+            .as_ref()
+            .map(|magnitude| (format!("{PREFIX}{module}.lora_magnitude_vector"), Stacked::vector(magnitude)));
         let matrices = [(name("A"), Stacked::new(&it.a)), (name("B"), Stacked::new(&it.b))];
         matrices.into_iter().chain(magnitude)
     });
-    let saved = saved.iter().map(|(name, it)| (format!("{PREFIX}{name}"), Stacked::new(it)));
+    let saved = saved.iter().map(|(name, it)| (format!("{PREFIX}{}", place.name(name)), Stacked::new(it)));
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
     let bytes = safetensors::serialize(named.chain(saved), Some(metadata))
         .map_err(|error| Error::file(path, format!("can't be put together: {error}")))?;
@@ -245,8 +289,7 @@ pub fn write_tensors(path: &Path, modules: &[LoraTensors], saved: &BTreeMap<Stri
 }
 
 /// The module that a tensor's name means, and whether it is A (0), B (1) or a magnitude (2).
-fn split(name: &str) -> Result<(&str, usize), String> {
-    let module = name.strip_prefix(PREFIX).unwrap_or(name);
+fn split(module: &str) -> Result<(&str, usize), String> {
     let magnitude = ".lora_magnitude_vector";
     let named = module.strip_suffix(".weight").filter(|it| it.ends_with(magnitude)).unwrap_or(module);
     for (part, suffix) in [".lora_A.weight", ".lora_B.weight", magnitude].into_iter().enumerate() {
@@ -254,13 +297,13 @@ fn split(name: &str) -> Result<(&str, usize), String> {
             return Ok((module, part));
         }
     }
-    let what = match name {
-        _ if name.ends_with("lora_B.bias") => "a bias beside B",
-        _ if name.contains("lora_embedding_") => "an adapter on the embedding",
-        _ if name.contains("lora_") => "another kind of adapter",
+    let what = match module {
+        _ if module.ends_with("lora_B.bias") => "a bias beside B",
+        _ if module.contains("lora_embedding_") => "an adapter on the embedding",
+        _ if module.contains("lora_") => "another kind of adapter",
         _ => "a whole module saved beside the adapter",
     };
-    Err(format!("tensor `{name}` is {what}, which is not there yet"))
+    Err(format!("tensor `{module}` is {what}, which is not there yet"))
 }
 
 /// A tensor as safetensors takes it.

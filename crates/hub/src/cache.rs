@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::name::{Name, is_safe_path};
 use crate::options::{home, set};
-use crate::{Error, HubOptions, Result};
+use crate::{Error, Hub, HubOptions, Result};
 
 /// Ferrotune's own cache: `$FERROTUNE_HOME`, `$XDG_CACHE_HOME/ferrotune` or `~/.cache/ferrotune`.
 /// Models are in `models/<organisation>--<model>` there.
@@ -54,7 +54,7 @@ pub(crate) fn import_into(models: &Path, name: &str, file: &Path) -> Result<Path
 /// The folder of a model or data set and a revision.
 pub(crate) fn folder(parent: &Path, name: &Name, options: &HubOptions) -> PathBuf {
     let mut folder = name.model.replace('/', "--");
-    if options.revision() != "main" {
+    if options.revision() != options.hub.branch() {
         folder += "@";
         folder += &options.revision().replace(['/', '\\'], "--");
     }
@@ -95,7 +95,28 @@ pub(crate) fn shards(index: &[u8]) -> Option<Vec<String>> {
 
 /// A whole model in Python's cache.
 pub(crate) fn found_in_python(name: &Name, options: &HubOptions) -> Option<PathBuf> {
-    found(&python_snapshot("models", name, options)?, name.file.as_deref())
+    match options.hub {
+        Hub::HuggingFace => found(&python_snapshot("models", name, options)?, name.file.as_deref()),
+        Hub::ModelScope => {
+            modelscope_folders(name, options).iter().find_map(|it| found(it, name.file.as_deref()))
+        }
+    }
+}
+
+/// Where ModelScope's library keeps a model: `models/<organisation>--<model>/snapshots/<revision>`, and its older versions
+/// `[hub/]models/<organisation>/<model>`, with `___` for each dot. These know of no revision.
+fn modelscope_folders(name: &Name, options: &HubOptions) -> Vec<PathBuf> {
+    let (Some(cache), revision) = (&options.python_cache, options.revision()) else { return Vec::new() };
+    if !is_safe_path(revision) {
+        return Vec::new();
+    }
+    let new = cache.join("models").join(name.model.replace('/', "--")).join("snapshots").join(revision);
+    let mut folders = vec![new];
+    if let (Some((owner, model)), true) = (name.model.split_once('/'), revision == options.hub.branch()) {
+        let old = |parent: PathBuf| parent.join("models").join(owner).join(model.replace('.', "___"));
+        folders.extend([old(cache.clone()), old(cache.join("hub"))]);
+    }
+    folders
 }
 
 /// What Python's cache has of a revision: `models--<organisation>--<model>/snapshots/<commit>`, or `datasets--…`.

@@ -11,7 +11,7 @@ use crate::download;
 use crate::http::{Client, Repository};
 use crate::name::{Name, is_plain, parse};
 use crate::plan::{RemoteFile, listed};
-use crate::{Error, HubOptions, Progress, Result, cache};
+use crate::{Error, Hub, HubOptions, Progress, Result, cache};
 
 /// The list, as the hub gave it.
 const LISTING: &str = ".listing.json";
@@ -35,8 +35,14 @@ pub struct DataSetFiles {
 /// When there is no such data set, or the hub can't be asked; the message says what to do.
 pub fn data_set(name: &str, options: &HubOptions) -> Result<DataSetFiles> {
     let name = parse(name)?;
+    if options.hub == Hub::ModelScope {
+        return Err(Error::new(format!(
+            "data set `{name}`: data sets of ModelScope can't be fetched: take it from another hub, or give the path of a \
+             file or folder that holds it"
+        )));
+    }
     let folder = cache::folder(&options.data_sets_dir()?, &name, options);
-    if let Some(set) = cached(&name, &folder) {
+    if let Some(set) = cached(&name, options, &folder) {
         return Ok(set);
     }
     if let Some(snapshot) = cache::python_snapshot("datasets", &name, options) {
@@ -56,14 +62,14 @@ pub fn data_set(name: &str, options: &HubOptions) -> Result<DataSetFiles> {
     }
     let client = Client::new(Repository::DataSet, &name, options)?;
     let answer = download::listing(&client, &name, options)?;
-    let (commit, files) = listed(&name, &answer)?;
+    let (commit, files) = listed(&name, options, &answer)?;
     keep(&folder, &answer)?;
     Ok(DataSetFiles { name, commit, files, folder, foreign: false })
 }
 
-fn cached(name: &Name, folder: &Path) -> Option<DataSetFiles> {
+fn cached(name: &Name, options: &HubOptions, folder: &Path) -> Option<DataSetFiles> {
     let text = fs::read(folder.join(LISTING)).ok()?;
-    let (commit, files) = listed(name, &serde_json::from_slice(&text).ok()?).ok()?;
+    let (commit, files) = listed(name, options, &serde_json::from_slice(&text).ok()?).ok()?;
     Some(DataSetFiles { name: name.clone(), commit, files, folder: folder.to_path_buf(), foreign: false })
 }
 

@@ -3,8 +3,9 @@
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use std::thread::sleep;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc;
+use std::thread;
 
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -12,13 +13,14 @@ use ureq::http::HeaderMap;
 
 use crate::http::{Client, Failure, Repository, text};
 use crate::name::Name;
+use crate::patience::Patience;
 use crate::plan::{RemoteFile, plan};
 use crate::{Error, HubOptions, Progress, Result, cache};
 
+/// Files that are fetched at once.
+const AT_ONCE: usize = 4;
 /// The longest answer about a model that is read.
 const LONGEST_LISTING: u64 = 64 << 20;
-/// The longest that a server's wish to wait is obeyed.
-const LONGEST_WAIT: Duration = Duration::from_secs(60);
 
 /// Fetches a model into its folder and gives what [`crate::resolve`] does.
 pub(crate) fn model(
@@ -28,7 +30,7 @@ pub(crate) fn model(
     progress: &mut dyn FnMut(&Progress),
 ) -> Result<PathBuf> {
     let client = Client::new(Repository::Model, name, options)?;
-    let plan = plan(name, &listing(&client, name, options)?)?;
+    let plan = plan(name, options, &listing(&client, name, options)?)?;
     files(&client, &plan.commit, &plan.files, folder, options, progress)?;
     let there = cache::found(folder, plan.gguf.as_deref());
     there.ok_or_else(|| {
@@ -36,7 +38,8 @@ pub(crate) fn model(
     })
 }
 
-/// Fetches those of `files` into `folder` that aren't there.
+/// Fetches those of `files` into `folder` that aren't there, several at once. The last one comes when all others are there: it may
+/// stand for them.
 pub(crate) fn files(
     client: &Client,
     commit: &str,
@@ -45,17 +48,69 @@ pub(crate) fn files(
     options: &HubOptions,
     progress: &mut dyn FnMut(&Progress),
 ) -> Result<()> {
-    let missing = |it: &&RemoteFile| !it.is_in(folder);
+    let (there, missing): (Vec<&RemoteFile>, Vec<&RemoteFile>) =
+        files.iter().partition(|it| it.is_in(folder));
+    let Some((last, others)) = missing.split_last() else { return Ok(()) };
     let total = files.iter().filter_map(|it| it.size).sum();
-    let mut done: u64 = files.iter().filter(|it| !missing(it)).filter_map(|it| it.size).sum();
-    for file in files.iter().filter(missing) {
-        let url = client.file(commit, &file.path);
-        let id = file.sha256.as_deref().unwrap_or(commit);
-        let mut report = |bytes| progress(&Progress { file: &file.path, done: done + bytes, total });
-        let fetch = Fetch { client, url, file, options };
-        done += fetch.run(&folder.join(&file.path), &id[..id.len().min(16)], &mut report)?;
+    let mut done: u64 = there.iter().filter_map(|it| it.size).sum();
+    let stopped = AtomicBool::new(false);
+    for group in [others, &[last]] {
+        let fetch = |file: &RemoteFile, report: &mut dyn FnMut(u64)| {
+            let url = client.file(commit, &file.path);
+            let id = file.sha256.as_deref().unwrap_or(commit);
+            let fetch = Fetch { client, url, file, options, stopped: &stopped };
+            fetch.run(&folder.join(&file.path), &id[..id.len().min(16)], report)
+        };
+        let mut came = vec![0; group.len()];
+        side_by_side(group, &stopped, &fetch, &mut |index, bytes| {
+            came[index] = bytes;
+            let done = done + came.iter().sum::<u64>();
+            progress(&Progress { file: &group[index].path, done, total });
+        })?;
+        done += came.iter().sum::<u64>();
     }
     Ok(())
+}
+
+/// Fetches a file, telling how much of it has come; gives its length.
+type FetchOne<'a> = dyn Fn(&RemoteFile, &mut dyn FnMut(u64)) -> Result<u64> + Sync + 'a;
+
+/// Fetches files on several threads, and tells on this one how much of each has come. After an error, the others stop.
+fn side_by_side(
+    files: &[&RemoteFile],
+    stopped: &AtomicBool,
+    fetch: &FetchOne,
+    report: &mut dyn FnMut(usize, u64),
+) -> Result<()> {
+    let (next, (sender, receiver)) = (AtomicUsize::new(0), mpsc::channel());
+    thread::scope(|scope| {
+        for _ in 0..files.len().min(AT_ONCE) {
+            let (sender, next) = (sender.clone(), &next);
+            scope.spawn(move || {
+                loop {
+                    let index = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(file) = files.get(index).filter(|_| !stopped.load(Ordering::Relaxed)) else {
+                        break;
+                    };
+                    // Who listens does so until all senders are gone.
+                    let fetched = fetch(file, &mut |bytes| drop(sender.send((index, Ok(bytes)))));
+                    let _ = sender.send((index, fetched));
+                }
+            });
+        }
+        drop(sender);
+        let mut failed = None;
+        for (index, came) in receiver {
+            match came {
+                Ok(bytes) => report(index, bytes),
+                Err(error) => {
+                    stopped.store(true, Ordering::Relaxed);
+                    failed.get_or_insert(error);
+                }
+            }
+        }
+        failed.map_or(Ok(()), Err)
+    })
 }
 
 /// What the hub tells of a model or a data set.
@@ -74,32 +129,10 @@ pub(crate) fn listing(client: &Client, name: &Name, options: &HubOptions) -> Res
         .map_err(|error| Error::new(format!("`{name}`: the hub's answer broke off ({error}): try again")))?;
     serde_json::from_slice(&text).map_err(|_| {
         Error::new(format!(
-            "`{name}`: the hub's answer is no JSON: is HF_ENDPOINT a model hub and no login page?"
+            "`{name}`: the hub's answer is no JSON: is {} a model hub and no login page?",
+            options.hub.endpoint_variable()
         ))
     })
-}
-
-/// How often, and after what time, something is tried again.
-struct Patience<'a> {
-    options: &'a HubOptions,
-    tried: u32,
-}
-
-impl<'a> Patience<'a> {
-    fn new(options: &'a HubOptions) -> Patience<'a> {
-        Patience { options, tried: 0 }
-    }
-
-    /// Waits, or gives the error back when it has been tried often enough.
-    fn wait(&mut self, failure: Failure) -> Result<()> {
-        let Some(wish) = failure.again.filter(|_| self.tried < self.options.retries) else {
-            return Err(failure.error);
-        };
-        let own = self.options.retry_wait.saturating_mul(1 << self.tried.min(6));
-        sleep(wish.unwrap_or(own).min(LONGEST_WAIT));
-        self.tried += 1;
-        Ok(())
-    }
 }
 
 /// One file on its way.
@@ -108,6 +141,8 @@ struct Fetch<'a> {
     url: String,
     file: &'a RemoteFile,
     options: &'a HubOptions,
+    /// Another file couldn't be fetched.
+    stopped: &'a AtomicBool,
 }
 
 impl Fetch<'_> {
@@ -174,6 +209,9 @@ impl Fetch<'_> {
         let mut body = response.into_body().into_reader();
         let mut buffer = vec![0; 256 * 1024];
         loop {
+            if self.stopped.load(Ordering::Relaxed) {
+                return Err(Error::new(format!("{}: another file can't be fetched", self.url)));
+            }
             match body.read(&mut buffer) {
                 Ok(0) => break,
                 Ok(count) => part.append(&buffer[..count])?,
@@ -194,7 +232,7 @@ impl Fetch<'_> {
     fn again(&self, part: &mut Part, why: &str) -> Result<Option<Failure>> {
         part.restart()?;
         let error =
-            Error::new(format!("{}: {why}: try again later or set HF_ENDPOINT to a mirror", self.url));
+            Error::new(format!("{}: {why}: try again later or set {} to a mirror", self.url, self.mirror()));
         Ok(Some(Failure { error, again: Some(None) }))
     }
 
@@ -207,7 +245,15 @@ impl Fetch<'_> {
     /// What came is not what the hub's list says. The part is of no use.
     fn wrong(&self, part: &Part, what: String) -> Error {
         let _ = fs::remove_file(&part.path);
-        Error::new(format!("{}: the file {what}: try again, or set HF_ENDPOINT to another mirror", self.url))
+        Error::new(format!(
+            "{}: the file {what}: try again, or set {} to another mirror",
+            self.url,
+            self.mirror()
+        ))
+    }
+
+    fn mirror(&self) -> &'static str {
+        self.options.hub.endpoint_variable()
     }
 
     fn check(&self, part: &Part) -> Result<()> {

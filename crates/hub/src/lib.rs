@@ -1,24 +1,27 @@
 //! A model's or a data set's name to local files: folders, the cache, hub downloads.
 //!
 //! ```no_run
-//! use ferrotune_hub::{HubOptions, resolve};
+//! use ferrotune_hub::{Hub, HubOptions, resolve};
 //!
-//! let options = HubOptions::from_env();
+//! let options = HubOptions::from_env(Hub::HuggingFace);
 //! let path = resolve("HuggingFaceTB/SmolLM2-135M-Instruct", &options, &mut |_| {})?;
 //! # Ok::<(), ferrotune_hub::Error>(())
 //! ```
 //!
-//! A name is looked for as a path, in Ferrotune's model cache, in Python's (huggingface_hub's, which is
-//! only read), and on the hub, in this order.
+//! A name is looked for as a path, in Ferrotune's model cache, in Python's (huggingface_hub's or modelscope's, which are
+//! only read), and on the hub, in this order. [`push()`] is the way back.
 
 mod cache;
 mod data_set;
 mod download;
 mod error;
 mod http;
+mod modelscope;
 mod name;
 mod options;
+mod patience;
 mod plan;
+mod push;
 #[cfg(test)]
 mod tests;
 
@@ -27,7 +30,8 @@ use std::path::{Path, PathBuf};
 pub use cache::{cache_dir, import};
 pub use data_set::{DataSetFiles, data_set};
 pub use error::{Error, Result};
-pub use options::{HubOptions, Progress};
+pub use options::{Hub, HubOptions, Progress};
+pub use push::{Push, Pushed, check_push, model_files, push};
 
 /// The local folder or GGUF file of a model that is named by path or as on the hub
 /// (`organisation/model`, or `organisation/model/file.gguf` where there are several files).

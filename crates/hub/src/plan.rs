@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::name::{Name, is_safe_path};
-use crate::{Error, Result};
+use crate::{Error, Hub, HubOptions, Result, modelscope};
 
 /// A file on the hub.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,7 +53,10 @@ impl RemoteFile {
 
 /// Reads the hub's answer about a model or a data set: the commit and its files. What would lie outside of the
 /// folder isn't among them.
-pub(crate) fn listed(name: &Name, answer: &Value) -> Result<(String, Vec<RemoteFile>)> {
+pub(crate) fn listed(name: &Name, options: &HubOptions, answer: &Value) -> Result<(String, Vec<RemoteFile>)> {
+    if options.hub == Hub::ModelScope {
+        return modelscope::listed(name, options.revision(), answer);
+    }
     let commit = answer.get("sha").and_then(Value::as_str).filter(|it| is_safe_path(it));
     let siblings = answer.get("siblings").and_then(Value::as_array);
     let (Some(commit), Some(siblings)) = (commit, siblings) else {
@@ -66,8 +69,8 @@ pub(crate) fn listed(name: &Name, answer: &Value) -> Result<(String, Vec<RemoteF
 }
 
 /// Reads the hub's answer about a model and chooses.
-pub(crate) fn plan(name: &Name, answer: &Value) -> Result<Plan> {
-    let (commit, all) = listed(name, answer)?;
+pub(crate) fn plan(name: &Name, options: &HubOptions, answer: &Value) -> Result<Plan> {
+    let (commit, all) = listed(name, options, answer)?;
     let find = |path: &str| all.iter().find(|it| it.path == path).cloned();
     let plan = |files, gguf| Ok(Plan { commit: commit.clone(), files, gguf });
     if let Some(wanted) = &name.file {
@@ -127,11 +130,13 @@ fn among(all: &[RemoteFile]) -> String {
 fn remote_file(sibling: &Value) -> Option<RemoteFile> {
     let lfs = sibling.get("lfs").filter(|it| it.is_object());
     let size = lfs.and_then(|it| it.get("size")).or(sibling.get("size")).and_then(Value::as_u64);
-    let sha256 = lfs.and_then(|it| it.get("sha256").or(it.get("oid"))).and_then(Value::as_str);
+    let sha256 = lfs.and_then(|it| it.get("sha256").or(it.get("oid")));
+    let path = sibling.get("rfilename")?.as_str()?.to_string();
+    Some(RemoteFile { path, size, sha256: sha256.and_then(hexadecimal) })
+}
+
+/// A SHA-256 as the hub writes it.
+pub(crate) fn hexadecimal(text: &Value) -> Option<String> {
     let hex = |it: &&str| it.len() == 64 && it.bytes().all(|it| it.is_ascii_hexdigit());
-    Some(RemoteFile {
-        path: sibling.get("rfilename")?.as_str()?.to_string(),
-        size,
-        sha256: sha256.filter(hex).map(str::to_lowercase),
-    })
+    text.as_str().filter(hex).map(str::to_lowercase)
 }

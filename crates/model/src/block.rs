@@ -33,6 +33,36 @@ impl<Saved: SavedTensors> SavedTensors for SublayerSaved<Saved> {
 }
 
 impl<Body: Layer> Sublayer<Body> {
+    /// dy + dx on a GPU, with `room` columns to spare. dy has the room that the body wants.
+    fn backward_joined(
+        &mut self,
+        ctx: &Context,
+        x: &Tensor,
+        saved: SublayerSaved<Body::Saved>,
+        dy: &Tensor,
+        room: usize,
+    ) -> Result<Tensor> {
+        let dx = self.body_backward(ctx, x, saved, dy.shared_rows(0..dy.rows())?)?;
+        let norm =
+            self.norm_in.as_mut().ok_or_else(|| Error::msg("a sublayer without the norm before it"))?;
+        norm.backward_joined(x, dx, dy, room)
+    }
+
+    /// The gradient of what the body reads.
+    fn body_backward(
+        &mut self,
+        ctx: &Context,
+        x: &Tensor,
+        saved: SublayerSaved<Body::Saved>,
+        mut dy: Tensor,
+    ) -> Result<Tensor> {
+        if let (Some(norm), Some(body_out)) = (&mut self.norm_out, &saved.body_out) {
+            dy = norm.backward(body_out, dy)?;
+        }
+        let normed = self.normed(ctx, x)?;
+        self.body.backward(ctx, normed.as_ref().unwrap_or(x), saved.body, dy)
+    }
+
     /// norm_in(x); none when that is x itself.
     fn normed(&self, ctx: &Context, x: &Tensor) -> Result<Option<Tensor>> {
         let room = self.body.room(ctx, x);
@@ -59,12 +89,8 @@ impl<Body: Layer> Layer for Sublayer<Body> {
         Ok(SublayerSaved { body, body_out: None })
     }
 
-    fn backward(&mut self, ctx: &Context, x: &Tensor, saved: Self::Saved, mut dy: Tensor) -> Result<Tensor> {
-        if let (Some(norm), Some(body_out)) = (&mut self.norm_out, &saved.body_out) {
-            dy = norm.backward(body_out, dy)?;
-        }
-        let normed = self.normed(ctx, x)?;
-        let dx = self.body.backward(ctx, normed.as_ref().unwrap_or(x), saved.body, dy)?;
+    fn backward(&mut self, ctx: &Context, x: &Tensor, saved: Self::Saved, dy: Tensor) -> Result<Tensor> {
+        let dx = self.body_backward(ctx, x, saved, dy)?;
         match &mut self.norm_in {
             Some(norm) => norm.backward(x, dx),
             None => Ok(dx),
@@ -76,6 +102,16 @@ impl<Body: Layer> Layer for Sublayer<Body> {
         let after = self.norm_out.iter_mut().flat_map(Norm::parameters);
         before.chain(self.body.parameters()).chain(after).collect()
     }
+}
+
+/// The first `cols` columns, copied if there are more.
+pub(crate) fn without_room(dy: Tensor, cols: usize) -> Result<Tensor> {
+    if dy.cols() == cols {
+        return Ok(dy);
+    }
+    let mut own = dy.empty_like(dy.rows(), cols)?;
+    own.write_block((0, 0), &dy, (0..dy.rows(), 0..cols))?;
+    Ok(own)
 }
 
 /// One layer of a decoder.
@@ -136,6 +172,17 @@ impl Block {
             branch.scale(self.residual_scale)?;
         }
         Ok(branch)
+    }
+
+    /// Columns that gradients have beside their own where kernels join a branch with the residual stream; else none.
+    fn joined_room(&self, ctx: &Context, x: &Tensor) -> Option<usize> {
+        let (attention, mlp) = (&self.attention, &self.mlp);
+        let room = (attention.body.gradient_room(ctx, x), mlp.body.gradient_room(ctx, x));
+        let between = [(&attention.norm_in, &attention.norm_out), (&mlp.norm_in, &mlp.norm_out)]
+            .map(|(before, after)| before.is_some() && after.is_none());
+        let plain =
+            self.residual == Residual::Sequential && self.residual_scale == 1.0 && between == [true, true];
+        (x.gpu().is_some() && plain && room.0 > 0 && room.1 > 0).then(|| room.0.max(room.1))
     }
 
     fn parallel_backward(
@@ -230,6 +277,14 @@ impl Layer for Block {
     }
 
     fn backward(&mut self, ctx: &Context, x: &Tensor, saved: BlockSaved, dy: Tensor) -> Result<Tensor> {
+        if let Some(room) = self.joined_room(ctx, x) {
+            let dy = if dy.cols() < x.cols() + room { self.branch_gradient(&dy, room)? } else { dy };
+            let mid = saved.mid.as_ref().unwrap_or(x);
+            let dmid = self.mlp.backward_joined(ctx, mid, saved.mlp, &dy, room)?;
+            drop(dy);
+            return self.attention.backward_joined(ctx, x, saved.attention, &dmid, room);
+        }
+        let dy = without_room(dy, x.cols())?;
         if self.residual == Residual::Parallel {
             return self.parallel_backward(ctx, x, saved, dy);
         }

@@ -51,7 +51,7 @@ pub fn build(
     let layers = spec.layers.iter().enumerate();
     let blocks = layers.map(|(index, layer)| builder.block(index, layer)).collect::<Result<Vec<_>>>()?;
     Ok(Decoder {
-        embedding: Embedding { table: embedding, scale: spec.embedding_scale },
+        embedding: Embedding { table: embedding, scale: spec.embedding_scale, vectors_to: None },
         neftune_noise_alpha: 0.0,
         recompute: vec![Recompute::Keep; blocks.len()],
         blocks,
@@ -167,21 +167,20 @@ impl Builder<'_, '_> {
         let Some(experts) = it.experts else {
             return Ok(FeedForward::Dense(self.mlp(index, it, linears, |part| part.to_string())?));
         };
-        if let Device::Cuda(_) = self.options.device {
-            let message = "experts are only computed on the CPU; set `device: cpu`";
-            return Err(Error::file(self.weights.path(), message));
-        }
         let router = names::weight(index, names::ROUTER);
         self.check(&router, (experts.num_experts, self.spec.hidden_size))?;
-        let value = self.weights.get(&router)?.into_dense()?;
+        let mut value = self.weights.get(&router)?.into_dense()?;
+        if let Device::Cuda(_) = self.options.device {
+            value = value.to_device_as(&self.options.device, self.options.dtype)?;
+        }
         let one = |expert| self.mlp(index, it, linears, |part| names::of_expert(expert, part));
-        Ok(FeedForward::Experts(Experts {
+        Ok(FeedForward::Experts(Box::new(Experts {
             experts: (0..experts.num_experts).map(one).collect::<Result<_>>()?,
             // A token's experts hang on it: rounding could change them.
             router: DenseWeight { value: value.into(), precision: Precision::Full },
             num_experts_per_tok: experts.num_experts_per_tok,
             normalised: experts.normalised,
-        }))
+        })))
     }
 
     fn mlp(

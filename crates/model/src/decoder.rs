@@ -6,7 +6,7 @@ use ferrotune_nn::{
 };
 use ferrotune_tensor::{DType, Error, Result, Tensor};
 
-use crate::block::{Block, BlockSaved};
+use crate::block::{Block, BlockSaved, without_room};
 use crate::spec::{ModelSpec, names};
 
 /// What is kept of a block for its backward.
@@ -16,6 +16,8 @@ pub enum Recompute {
     Keep,
     /// Only the block's input; the rest is computed again.
     Recompute,
+    /// Only the block's input, in the host's memory until then (on a GPU; else as `Recompute`).
+    Lean,
     /// All that backward reads, in the host's memory until then (on a GPU; else as `Keep`).
     Offload,
 }
@@ -110,6 +112,15 @@ impl Decoder {
         self.head_weight.as_ref().unwrap_or(&self.embedding.table)
     }
 
+    /// Moves the embedding's table to the host, unless it is the head's too or is trained: a gigabyte of a large model,
+    /// of which a batch needs a few rows. False where it stays.
+    ///
+    /// # Errors
+    /// When the device can't be read.
+    pub fn embedding_to_host(&mut self) -> Result<bool> {
+        Ok(self.head_weight.is_some() && self.embedding.to_host(self.dtype)?)
+    }
+
     /// Makes weights trained, those that are wanted by their canonical names.
     ///
     /// # Errors
@@ -189,7 +200,11 @@ impl LanguageModel for Decoder {
             if *recompute == Recompute::Offload {
                 saved.tensors().into_iter().try_for_each(Tensor::offload)?;
             }
-            blocks.push((x, (*recompute != Recompute::Recompute).then_some(saved)));
+            if *recompute == Recompute::Lean {
+                x.offload()?;
+            }
+            let kept = matches!(recompute, Recompute::Keep | Recompute::Offload);
+            blocks.push((x, kept.then_some(saved)));
             x = y;
         }
         Ok((self.norm.forward(&x)?, DecoderSaved { tokens: tokens.to_vec(), blocks, last: x }))
@@ -223,7 +238,12 @@ impl LanguageModel for Decoder {
             true => 0,
             false => self.blocks.iter_mut().map(|it| it.parameters().is_empty()).take_while(|it| *it).count(),
         };
-        for (block, (x, saved)) in self.blocks.iter_mut().zip(saved.blocks).skip(first).rev() {
+        let mut left = saved.blocks;
+        for (index, block) in self.blocks.iter_mut().enumerate().skip(first).rev() {
+            let Some((mut x, saved)) = left.pop() else { break };
+            x.restore()?;
+            // The input of the block below comes meanwhile.
+            left.last_mut().filter(|_| index > first).map_or(Ok(()), |(x, _)| x.fetch())?;
             let saved = match saved {
                 Some(mut saved) => {
                     saved.tensors().into_iter().try_for_each(Tensor::restore)?;
@@ -233,7 +253,10 @@ impl LanguageModel for Decoder {
             };
             dy = block.backward(ctx, &x, saved, dy)?;
         }
-        if down_to_embedding { self.embedding.backward(&saved.tokens, &dy) } else { Ok(()) }
+        if !down_to_embedding {
+            return Ok(());
+        }
+        self.embedding.backward(&saved.tokens, &without_room(dy, saved.last.cols())?)
     }
 
     fn parameters(&mut self) -> Vec<&mut Parameter> {

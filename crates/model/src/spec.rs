@@ -4,10 +4,12 @@ pub use ferrotune_nn::{Activation, NormKind, Rope};
 use ferrotune_tensor::{Error, Result};
 
 mod checkpoint;
+mod long_rope;
 mod memory;
 
-pub(crate) use checkpoint::from_mixtral;
 pub use checkpoint::{CheckpointTensor, FUSED};
+pub(crate) use checkpoint::{from_language_model, from_mixtral};
+pub use long_rope::LongRope;
 pub use memory::{BaseWeights, MemoryEstimate, MemoryPlan};
 
 /// Experts of a layer, at most: far above any model.
@@ -42,6 +44,8 @@ pub struct ModelSpec {
     pub pad_token_id: Option<u32>,
     /// One each, so that patterns such as "every sixth is global" end here.
     pub layers: Vec<LayerSpec>,
+    /// Another rope for long sequences, where there is one.
+    pub long_rope: Option<LongRope>,
     /// How a Hugging Face folder holds the weights.
     pub checkpoint: CheckpointForm,
 }
@@ -201,6 +205,12 @@ pub mod names {
     /// `mlp.experts.{expert}.up_proj` for `mlp.up_proj`
     pub fn of_expert(expert: usize, part: &str) -> String {
         format!("mlp.experts.{expert}.{}", part.trim_start_matches("mlp."))
+    }
+
+    /// `(7, "mlp.up_proj")` for `mlp.experts.7.up_proj`
+    pub fn expert_of(part: &str) -> Option<(usize, String)> {
+        let (expert, part) = part.strip_prefix("mlp.experts.")?.split_once('.')?;
+        Some((expert.parse().ok()?, format!("mlp.{part}")))
     }
 
     /// `model.layers.{layer}.{part}`: the module's name, as adapters and checkpoints use it.

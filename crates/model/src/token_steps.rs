@@ -1,7 +1,7 @@
 //! Decoding on a GPU: what is launched for a token is the same for each, so it is recorded once and repeated.
 
 use ferrotune_nn::{Context, KeyValues, RowState, Weight as _};
-use ferrotune_tensor::{Error, Graph, Result, Tensor};
+use ferrotune_tensor::{Error, Graph, Rehearsal, Result, Tensor};
 
 use crate::decoder::{Decoder, KvCache};
 
@@ -19,10 +19,10 @@ pub struct TokenSteps<'a> {
 
 /// How far the pass has come.
 enum Pass {
-    /// Nothing has run yet: kernels have to be loaded before they are recorded.
+    /// Nothing has run over the cache as it lies in memory now.
     Cold,
-    /// Its kernels are loaded.
-    Warm,
+    /// It has run once, which is what recording takes.
+    Warm(Rehearsal),
     /// It is recorded, over the cache as it lies in memory now.
     Recorded(Graph),
 }
@@ -33,14 +33,15 @@ impl<'a> TokenSteps<'a> {
     /// # Errors
     /// When the device has no room.
     pub fn are_for(model: &Decoder, adapters: bool) -> Result<bool> {
-        let device = model.embedding.table.value.device();
+        let device = model.norm.weight.device();
         if device.gpu().is_none() {
             return Ok(false);
         }
         let ctx = Context { adapters, ..Context::new(vec![0, 1]) };
         let hidden = Tensor::empty(1, model.norm.weight.cols(), model.dtype, &device)?;
         let head = model.head.takes_row(model.output_weight(), &hidden);
-        Ok(head && model.blocks.iter().all(|block| block.takes_row(&ctx, &hidden)))
+        let table = model.embedding.table.value.gpu().is_some();
+        Ok(table && head && model.blocks.iter().all(|block| block.takes_row(&ctx, &hidden)))
     }
 
     /// Over a cache, for a model that [`TokenSteps::are_for`].
@@ -48,10 +49,8 @@ impl<'a> TokenSteps<'a> {
     /// # Errors
     /// When the device has no room.
     pub fn new(model: &'a Decoder, cache: &'a mut KvCache, adapters: bool) -> Result<TokenSteps<'a>> {
-        let device = model.embedding.table.value.device();
-        let word = || Tensor::from_vec(1, 1, vec![0u32])?.to_device(&device);
-        let row = RowState { token: word()?, position: word()? };
-        let ctx = Context { adapters, row: Some(row), ..Context::new(vec![0, 1]) };
+        let device = model.norm.weight.device();
+        let ctx = Context { adapters, row: Some(RowState::new(&device)?), ..Context::new(vec![0, 1]) };
         let logits = Tensor::empty(1, model.output_weight().rows(), model.dtype, &device)?;
         Ok(TokenSteps { model, cache, ctx, logits, there: None, pass: Pass::Cold })
     }
@@ -79,8 +78,8 @@ impl<'a> TokenSteps<'a> {
         for (block, layer) in self.model.blocks.iter().zip(self.cache.layers_mut()) {
             moved |= layer.make_room(&block.attention.body, &self.logits, tokens)?;
         }
-        if moved && matches!(self.pass, Pass::Recorded(_)) {
-            self.pass = Pass::Warm;
+        if moved {
+            self.pass = Pass::Cold;
         }
         Ok(())
     }
@@ -102,10 +101,11 @@ impl<'a> TokenSteps<'a> {
         let gpu = self.logits.gpu().cloned().ok_or_else(without_state)?;
         let graph = match pass {
             Pass::Recorded(graph) => graph,
-            Pass::Warm => gpu.record(|| self.launch())?,
+            Pass::Warm(rehearsal) => gpu.record(rehearsal, || self.launch())?,
+            Pass::Cold if gpu.can_record() => return Ok(Pass::Warm(gpu.rehearse(|| self.launch())?)),
             Pass::Cold => {
                 self.launch()?;
-                return Ok(if gpu.can_record() { Pass::Warm } else { Pass::Cold });
+                return Ok(Pass::Cold);
             }
         };
         // SAFETY: model and cache are borrowed, and `make_room` sees to it that the cache lies where it did.
@@ -119,7 +119,7 @@ impl<'a> TokenSteps<'a> {
         for (block, layer) in self.model.blocks.iter().zip(self.cache.layers()) {
             x = block.step_row(&self.ctx, &x, layer)?;
         }
-        let logits = self.model.head.row(self.model.output_weight(), &self.model.norm.forward(&x)?)?;
+        let logits = self.model.head.row(self.model.output_weight(), &x, &self.model.norm)?;
         row.go_on(&logits)?;
         self.logits.copy_from(&logits)?;
         // What belongs to this pass is freed in it.

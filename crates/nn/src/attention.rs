@@ -91,10 +91,15 @@ impl Attention {
     /// Projects, norms and turns; also what was projected, where it is normed.
     fn project(&self, ctx: &Context, x: &Tensor) -> Result<(Option<Tensor>, Tensor)> {
         let mut qkv = self.qkv.forward(ctx, x)?;
-        Ok((self.norm_and_turn(ctx, &mut qkv)?, qkv))
+        let projected = self.norm_heads(&mut qkv)?;
+        if let Some(rope) = &self.rope {
+            rope.turn(ctx, &mut qkv, 0..self.k_columns().end, self.head_dim, Direction::Forward)?;
+        }
+        Ok((projected, qkv))
     }
 
-    fn norm_and_turn(&self, ctx: &Context, qkv: &mut Tensor) -> Result<Option<Tensor>> {
+    /// What was there before, if there are norms.
+    fn norm_heads(&self, qkv: &mut Tensor) -> Result<Option<Tensor>> {
         let normed = self.q_norm.is_some() || self.k_norm.is_some();
         let projected = normed.then(|| qkv.try_clone()).transpose()?;
         if let Some(projected) = &projected {
@@ -104,9 +109,6 @@ impl Attention {
             if let Some(norm) = &self.k_norm {
                 norm.forward_into(projected, self.k_columns(), qkv)?;
             }
-        }
-        if let Some(rope) = &self.rope {
-            rope.turn(ctx, qkv, 0..self.k_columns().end, self.head_dim, Direction::Forward)?;
         }
         Ok(projected)
     }

@@ -225,7 +225,7 @@ mod tests {
         let value = seeded(9, 12, 4).cast(DType::F32).unwrap().into();
         let mut table = DenseWeight { value, precision: Precision::Full };
         table.train("model.embed_tokens.weight").unwrap();
-        check("embedding", Tokens(crate::Embedding { table, scale: 3.0 }));
+        check("embedding", Tokens(crate::Embedding { table, scale: 3.0, vectors_to: None }));
     }
 
     #[test]

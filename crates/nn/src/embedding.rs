@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use ferrotune_tensor::{DType, Error, Real, Result, Tensor, Tiles, for_real};
+use ferrotune_tensor::{DType, Device, Element, Error, Real, Result, Tensor, Tiles, bf16, f16, for_real};
 use rayon::prelude::*;
 
-use crate::DenseWeight;
 use crate::numbers::on_host;
+use crate::{DenseWeight, Numbers};
 
 /// The table of token vectors.
 pub struct Embedding {
@@ -14,6 +14,8 @@ pub struct Embedding {
     pub table: DenseWeight,
     /// What vectors are multiplied by (Gemma: √C; else 1).
     pub scale: f64,
+    /// Where vectors are given, if the table stays on the host: a batch needs few of its rows.
+    pub vectors_to: Option<Device>,
 }
 
 impl Embedding {
@@ -28,6 +30,15 @@ impl Embedding {
                 "token {token} at row {row} is outside the vocabulary of {vocab_size}; does the tokenizer belong to this model?"
             );
             return Err(Error::msg(message));
+        }
+        if let Some(device) = &self.vectors_to {
+            let table: &Tensor = &self.table.value;
+            let rows = match dtype {
+                DType::BF16 => rows_of::<bf16>(table, tokens),
+                DType::F16 => rows_of::<f16>(table, tokens),
+                _ => rows_of::<f32>(table, tokens),
+            };
+            return rows?.to_device(device);
         }
         let device = self.table.value.device();
         if device.gpu().is_some() {
@@ -44,6 +55,21 @@ impl Embedding {
             Ok(())
         })?;
         Ok(x)
+    }
+
+    /// Moves the table to the host. False where it stays: it is trained, or vectors are more than its rows.
+    ///
+    /// # Errors
+    /// When the device can't be read.
+    pub fn to_host(&mut self, dtype: DType) -> Result<bool> {
+        let Numbers::Frozen(table) = &mut self.table.value else { return Ok(false) };
+        if table.gpu().is_none() || table.dtype() != dtype || self.scale != 1.0 {
+            return Ok(false);
+        }
+        let device = table.device();
+        *table = table.to_cpu()?;
+        self.vectors_to = Some(device);
+        Ok(true)
     }
 
     /// (1, N) tokens, which are inside the vocabulary, on a GPU → (N, C) in this type.
@@ -101,4 +127,14 @@ impl Embedding {
         // SAFETY: scatter_rows(out, x, rows, n, width), as above; no row is there twice.
         unsafe { launch.run() }
     }
+}
+
+/// Rows of a table on the host, (tokens, C).
+fn rows_of<T: Element + Copy + Default>(table: &Tensor, tokens: &[u32]) -> Result<Tensor> {
+    let (width, values) = (table.cols(), table.values::<T>()?);
+    let mut rows = vec![T::default(); tokens.len() * width];
+    rows.par_chunks_mut(width.max(1)).zip(tokens).for_each(|(row, token)| {
+        row.copy_from_slice(&values[*token as usize * width..][..width]);
+    });
+    Tensor::from_vec(tokens.len(), width, rows)
 }

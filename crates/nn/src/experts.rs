@@ -3,13 +3,15 @@
 //!   backward, g = dy·mlpₑ(x) for the k and 0 for others:  ds = p·(g − Σ p·g),  dx = Σ dmlpₑ(pₑ·dy) + ds·W
 //! Shazeer et al. 2017, "Outrageously Large Neural Networks"; Jiang et al. 2024, "Mixtral of Experts".
 
+mod gpu;
+
 use ferrotune_tensor::{Real, Result, Tensor, for_real};
 
 use crate::head::gather;
 use crate::mlp::{Mlp, MlpSaved};
 use crate::{Context, DenseWeight, Layer, Parameter, SavedTensors, Weight};
 
-/// Mlps of which each token uses some; on the CPU.
+/// Mlps of which each token uses some.
 pub struct Experts {
     /// (E, C): scores of the experts.
     pub router: DenseWeight,
@@ -22,7 +24,15 @@ pub struct Experts {
 }
 
 /// What [`Experts`]' backward reads.
-pub struct ExpertsSaved {
+pub struct ExpertsSaved(Saved);
+
+enum Saved {
+    Host(HostSaved),
+    Gpu(Box<gpu::GpuSaved>),
+}
+
+/// On the CPU each expert keeps its own.
+struct HostSaved {
     /// (N, E): p; where it is normalised, 0 but for the k.
     probabilities: Tensor,
     /// Of each expert: the rows that use it, in order, and what it kept of them.
@@ -37,8 +47,12 @@ struct ExpertSaved {
 
 impl SavedTensors for ExpertsSaved {
     fn tensors(&mut self) -> Vec<&mut Tensor> {
-        let mut all = vec![&mut self.probabilities];
-        for ExpertSaved { mlp, out } in self.experts.iter_mut().filter_map(|(_, saved)| saved.as_mut()) {
+        let host = match &mut self.0 {
+            Saved::Host(host) => host,
+            Saved::Gpu(gpu) => return gpu.tensors(),
+        };
+        let mut all = vec![&mut host.probabilities];
+        for ExpertSaved { mlp, out } in host.experts.iter_mut().filter_map(|(_, saved)| saved.as_mut()) {
             all.extend(mlp.tensors());
             all.push(out);
         }
@@ -104,6 +118,10 @@ impl Layer for Experts {
     type Saved = ExpertsSaved;
 
     fn forward(&self, ctx: &Context, x: &Tensor) -> Result<(Tensor, ExpertsSaved)> {
+        if let Some(gpu) = x.gpu() {
+            let (y, saved) = self.forward_on_gpu(gpu, ctx, x)?;
+            return Ok((y, ExpertsSaved(Saved::Gpu(Box::new(saved)))));
+        }
         let (probabilities, rows) = self.route(x)?;
         let mut y = x.zeros_like(x.rows(), x.cols())?;
         let mut experts = Vec::with_capacity(rows.len());
@@ -119,11 +137,21 @@ impl Layer for Experts {
             }
             experts.push((rows, saved));
         }
-        Ok((y, ExpertsSaved { probabilities, experts }))
+        Ok((y, ExpertsSaved(Saved::Host(HostSaved { probabilities, experts }))))
+    }
+
+    fn recompute(&self, ctx: &Context, x: &Tensor) -> Result<ExpertsSaved> {
+        match x.gpu() {
+            Some(gpu) => Ok(ExpertsSaved(Saved::Gpu(Box::new(self.recompute_on_gpu(gpu, ctx, x)?)))),
+            None => Ok(self.forward(ctx, x)?.1),
+        }
     }
 
     fn backward(&mut self, ctx: &Context, x: &Tensor, saved: ExpertsSaved, dy: Tensor) -> Result<Tensor> {
-        let ExpertsSaved { probabilities: mut p, experts } = saved;
+        let HostSaved { probabilities: mut p, experts } = match saved.0 {
+            Saved::Host(saved) => saved,
+            Saved::Gpu(saved) => return self.backward_on_gpu(ctx, x, *saved, dy),
+        };
         let (count, width) = (p.cols(), x.cols());
         let mut dx = x.zeros_like(x.rows(), width)?;
         for_real!("experts", x.dtype(), T => {

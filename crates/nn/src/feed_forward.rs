@@ -11,7 +11,7 @@ pub enum FeedForward {
     /// The same for every token.
     Dense(Mlp),
     /// Some of many for each token.
-    Experts(Experts),
+    Experts(Box<Experts>),
 }
 
 /// What [`FeedForward`]'s backward reads.

@@ -6,9 +6,9 @@
 use ferrotune_tensor::{DType, Error, Gpu, Real, Result, Tensor, for_real};
 use rayon::prelude::*;
 
-use crate::Weight;
 use crate::lanes::{exp, max_of, sum_of, tanh, vectorised};
 use crate::row::{plain_row, takes_plain};
+use crate::{Norm, Weight};
 
 /// Bytes of logits that exist at once.
 const CHUNK_BYTES: usize = 48 << 20;
@@ -77,12 +77,12 @@ impl Head {
         takes_plain(weight, like)
     }
 
-    /// (1, C) → (1, V) on a GPU.
+    /// norm(x) of a row (1, C) → (1, V) on a GPU.
     ///
     /// # Errors
     /// When [`Head::takes_row`] says no.
-    pub fn row(&self, weight: &dyn Weight, hidden: &Tensor) -> Result<Tensor> {
-        self.bend(plain_row(weight, hidden)?)
+    pub fn row(&self, weight: &dyn Weight, x: &Tensor, norm: &Norm) -> Result<Tensor> {
+        self.bend(plain_row(weight, x, Some(norm))?)
     }
 
     fn bend(&self, mut logits: Tensor) -> Result<Tensor> {

@@ -118,9 +118,6 @@ impl Linear {
     /// # Errors
     /// When shapes or types don't fit.
     pub fn forward_with_room(&self, ctx: &Context, x: &Tensor, room: usize) -> Result<Tensor> {
-        if let Some(fused) = self.fused(ctx, x) {
-            return fused.forward(x, room);
-        }
         let mut y = x.empty_like(x.rows(), self.rows() + room)?;
         self.forward_into(ctx, x, &mut y)?;
         Ok(y)
@@ -134,7 +131,13 @@ impl Linear {
         self.forward_with_room(ctx, x, 0)
     }
 
-    fn forward_into(&self, ctx: &Context, x: &Tensor, y: &mut Tensor) -> Result<()> {
+    /// The same into the first columns of y.
+    pub(crate) fn forward_into(&self, ctx: &Context, x: &Tensor, y: &mut Tensor) -> Result<()> {
+        if let Some(fused) = self.fused(ctx, x) {
+            return fused.forward(x, y);
+        }
+        let own = self.without_room(x)?;
+        let x = own.as_ref().unwrap_or(x);
         let mut at = 0;
         for part in &self.parts {
             match &part.adapter {
@@ -168,25 +171,49 @@ impl Linear {
         holds: Room,
         dy: &Tensor,
     ) -> Result<Tensor> {
+        let mut dx = x.empty_like(x.rows(), self.cols())?;
+        self.backward_into(ctx, x, holds, dy, &mut dx)?;
+        Ok(dx)
+    }
+
+    /// The same into dx (N, input).
+    pub(crate) fn backward_into(
+        &mut self,
+        ctx: &Context,
+        x: &Tensor,
+        holds: Room,
+        dy: &Tensor,
+        dx: &mut Tensor,
+    ) -> Result<()> {
         self.add_bias_gradients(dy)?;
         if let Some(fused) = self.fused(ctx, x) {
-            let (dx, low) = fused.backward(x, holds, dy)?;
-            low.add_gradients(&mut self.parts, x, dy)?;
-            return Ok(dx);
+            let low = fused.backward(x, holds, dy, dx)?;
+            return low.add_gradients(&mut self.parts, x, dy);
         }
-        let mut dx = x.empty_like(x.rows(), x.cols())?;
+        let own = self.without_room(x)?;
+        let x = own.as_ref().unwrap_or(x);
         let mut at = 0;
         for part in &mut self.parts {
             let beta = if at == 0 { 0.0 } else { 1.0 };
             let weight = part.weight.as_ref();
             match &mut part.adapter {
-                Some(adapter) if ctx.adapters => adapter.backward(ctx, x, weight, dy, at, beta, &mut dx)?,
-                _ => weight.backward(dy, at, beta, &mut dx)?,
+                Some(adapter) if ctx.adapters => adapter.backward(ctx, x, weight, dy, at, beta, dx)?,
+                _ => weight.backward(dy, at, beta, dx)?,
             }
             part.weight.accumulate_grad(x, dy, at)?;
             at += part.weight.rows();
         }
-        Ok(dx)
+        Ok(())
+    }
+
+    /// A copy of an input on a GPU that has room which nothing here fills.
+    fn without_room(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        if x.gpu().is_none() || x.cols() <= self.cols() {
+            return Ok(None);
+        }
+        let mut own = x.empty_like(x.rows(), self.cols())?;
+        own.write_block((0, 0), x, (0..x.rows(), 0..self.cols()))?;
+        Ok(Some(own))
     }
 
     /// dbias += Σ dy

@@ -12,7 +12,7 @@ use crate::{Context, Layer, Linear, Norm, Parameter, Room, SavedTensors};
 const BLOCK: u32 = 256;
 
 /// Blocks for this many outputs, which then stride.
-fn blocks(n: usize) -> usize {
+pub(crate) fn blocks(n: usize) -> usize {
     n.div_ceil(8 * BLOCK as usize).min(8192)
 }
 
@@ -88,7 +88,7 @@ impl Mlp {
         self.down.row(ctx, &gate_up, RowSource::Activated(self), Some((x, scale)))
     }
 
-    fn gelu(&self) -> bool {
+    pub(crate) fn gelu(&self) -> bool {
         self.activation == Activation::GeluTanh
     }
 

@@ -4,7 +4,7 @@
 //! Where they are trained, dw = Σ dy·x̂ and dbias = Σ dy. A weight narrower than a row norms each group of it by itself (Qwen3's q and k).
 //! Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
 
-use ferrotune_tensor::{Gpu, Launch, Real, Result, Tensor, for_real};
+use ferrotune_tensor::{Error, Gpu, Launch, Real, Result, Tensor, for_real};
 use rayon::prelude::*;
 
 use crate::lanes::{sum_of, sum_of_pairs, vectorised};
@@ -134,6 +134,30 @@ impl Norm {
         Ok(gpu.kernel("norm", kernel, x.dtype())?.grid(groups.div_ceil(per_block), BLOCK))
     }
 
+    /// Columns of dx, which may be dy, out of the same columns of the others.
+    fn launch_backward(
+        &self,
+        dx: &Tensor,
+        dy: &Tensor,
+        x: &Tensor,
+        add: Option<&Tensor>,
+        columns: &std::ops::Range<usize>,
+    ) -> Result<()> {
+        let gpu = x.gpu().ok_or_else(|| Error::msg("norm: the numbers are not on a GPU"))?;
+        let at = columns.start;
+        let launch = self.launch(gpu, "norm_backward", x, columns)?;
+        let launch = launch.tensor_at(dx, at).tensor_at(dy, at).tensor_at(x, at);
+        let launch = match add {
+            Some(add) => launch.tensor_at(add, at),
+            None => launch.word(0),
+        };
+        let launch = launch.tensor(&self.weight);
+        let launch = launch.int(x.rows()).int(columns.len() / self.weight.cols()).int(self.weight.cols());
+        let launch = launch.int(dx.cols()).int(dy.cols()).int(x.cols()).int(add.map_or(0, Tensor::cols));
+        // SAFETY: norm_backward(dx, dy, x, add, weight, rows, groups, group, strides of dx, dy, x, add, eps, centered)
+        unsafe { launch.float(self.eps).flag(self.kind == NormKind::Layer).run() }
+    }
+
     /// dx, written over dy. Needs only x: a row's statistics are recomputed.
     ///
     /// # Errors
@@ -141,6 +165,32 @@ impl Norm {
     pub fn backward(&mut self, x: &Tensor, mut dy: Tensor) -> Result<Tensor> {
         self.backward_columns(x, 0..x.cols(), &mut dy)?;
         Ok(dy)
+    }
+
+    /// dx + residual, with some columns to spare: what goes on up the residual stream.
+    ///
+    /// # Errors
+    /// When the type is not a real one, or shapes don't fit.
+    pub fn backward_joined(
+        &mut self,
+        x: &Tensor,
+        dy: Tensor,
+        residual: &Tensor,
+        room: usize,
+    ) -> Result<Tensor> {
+        if x.gpu().is_none() {
+            let mut dx = self.backward(x, dy)?;
+            dx.add_scaled(1.0, residual)?;
+            return Ok(dx);
+        }
+        if residual.rows() != x.rows() || residual.cols() < x.cols() {
+            Error::check_shape("the residual's gradient", x.shape(), residual.shape())?;
+        }
+        let columns = 0..x.cols();
+        self.add_gradients(x, columns.clone(), &dy)?;
+        let dx = x.empty_like(x.rows(), x.cols() + room)?;
+        self.launch_backward(&dx, &dy, x, Some(residual), &columns)?;
+        Ok(dx)
     }
 
     /// The same for some of the columns.
@@ -154,14 +204,8 @@ impl Norm {
         dy: &mut Tensor,
     ) -> Result<()> {
         self.add_gradients(x, columns.clone(), dy)?;
-        if let Some(gpu) = x.gpu() {
-            let launch = self.launch(gpu, "norm_backward", x, &columns)?;
-            let launch = launch.tensor_at(dy, columns.start).tensor_at(dy, columns.start);
-            let launch = launch.tensor_at(x, columns.start).tensor(&self.weight).int(x.rows());
-            let launch = launch.int(columns.len() / self.weight.cols()).int(self.weight.cols());
-            let launch = launch.int(dy.cols()).int(dy.cols()).int(x.cols()).float(self.eps);
-            // SAFETY: norm_backward(dx, dy, x, weight, rows, groups, group, strides of dx, dy, x, eps, centered)
-            return unsafe { launch.flag(self.kind == NormKind::Layer).run() };
+        if x.gpu().is_some() {
+            return self.launch_backward(dy, dy, x, None, &columns);
         }
         let (weight, width) = (self.weight.values::<f32>()?, x.cols());
         for_real!("norm", x.dtype(), T => {

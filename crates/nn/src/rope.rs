@@ -53,7 +53,7 @@ impl Rope {
             let table = self.table_on_gpu(ctx, gpu)?;
             let (half, heads) = (self.inverse_frequencies.len(), columns.len() / head_dim);
             let pairs = x.rows() * heads * half;
-            let launch = gpu.kernel("rope", "rope", x.dtype())?.grid(pairs.div_ceil(BLOCK as usize), BLOCK);
+            let launch = gpu.kernel("rope", "rope", x.dtype())?.grid(pairs.div_ceil(4096), BLOCK);
             let launch =
                 launch.tensor_at(x, columns.start).tensor(&table).int(x.rows()).int(width).int(heads);
             let launch = launch.int(head_dim).int(half).flag(self.interleaved);
@@ -74,7 +74,7 @@ impl Rope {
     }
 
     /// (N, rotary width) in f32: cosines and sines.
-    fn table_on_gpu(&self, ctx: &Context, gpu: &Arc<Gpu>) -> Result<Arc<Tensor>> {
+    pub(crate) fn table_on_gpu(&self, ctx: &Context, gpu: &Arc<Gpu>) -> Result<Arc<Tensor>> {
         let mut tables = ctx.shared.rope.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if let Some((.., table)) = tables.iter().find(|(rope, ..)| rope == self) {
             return Ok(table.clone());

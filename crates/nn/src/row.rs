@@ -2,7 +2,7 @@
 //! stored. Two launches: what comes before the product (a norm, an activation) and the low-rank half of the
 //! adapters; then the product, the other half, and the sum with the residual stream.
 
-use ferrotune_tensor::{DType, Error, Gpu, Launch, Result, Tensor};
+use ferrotune_tensor::{DType, Device, Error, Gpu, Launch, Result, Tensor};
 
 use crate::linear::Part;
 use crate::mlp::{Activation, Mlp};
@@ -11,18 +11,22 @@ use crate::{Context, Linear, LowRank, Norm, Weight};
 
 /// The kernels' file.
 const MODULE: &str = "row";
+/// Its products, by how a matrix is stored.
+const PLAIN: &str = "row_product_plain";
+const CODED: &str = "row_product_coded";
 /// Parts that the kernels take: q, k and v.
 const PARTS: usize = 3;
-/// Rows are multiples of this, so that all accesses are whole.
+/// Rows are multiples of this, so that all accesses are whole; those of codes of that.
 const COLUMNS: usize = 32;
-/// The row is copied to shared memory in pieces of so many numbers, up to so many bytes.
-const PIECE: usize = 1024;
-const SHARED_BYTES: usize = 60 << 10;
-/// Blocks of a product that a multiprocessor holds at once: more would copy the row again.
+const CODED_COLUMNS: usize = 64;
+/// Blocks of a product of plain numbers that a multiprocessor holds at once: more would copy the row again.
 const BLOCKS_AT_ONCE: usize = 6;
-/// Threads of a block of `row_prepare` and `row_next`.
+/// Rows that a block of a product of codes does, at most: their sums are in shared memory.
+const MOST_ROWS: usize = 512;
+/// Threads of a block of `row_prepare` and `row_next`, and blocks of the latter.
 const PREPARE_BLOCK: u32 = 512;
-const NEXT_BLOCK: u32 = 1024;
+const NEXT_BLOCK: u32 = 256;
+const NEXT_BLOCKS: usize = 64;
 
 /// A matrix as a GPU reads it, row by row.
 pub enum StoredRows<'a> {
@@ -105,10 +109,13 @@ pub(crate) fn takes_plain(weight: &dyn Weight, like: &Tensor) -> bool {
     plain_part(weight).is_some_and(|part| takes(&[part], weight.cols(), like))
 }
 
-/// x·Wᵀ (1, output), without adapters.
-pub(crate) fn plain_row(weight: &dyn Weight, x: &Tensor) -> Result<Tensor> {
+/// norm(x)·Wᵀ (1, output), without adapters.
+pub(crate) fn plain_row(weight: &dyn Weight, x: &Tensor, norm: Option<&Norm>) -> Result<Tensor> {
     let part = plain_part(weight).ok_or_else(|| Error::msg("no kernel takes this weight row by row"))?;
-    product(x, weight.cols(), None, None, &[part])
+    let cols = weight.cols();
+    let prepared = norm.map(|norm| prepare(x, RowSource::Normed(norm), cols, &[])).transpose()?;
+    let prepared = prepared.and_then(|(prepared, _)| prepared);
+    product(prepared.as_ref().unwrap_or(x), cols, None, None, &[part])
 }
 
 fn plain_part(weight: &dyn Weight) -> Option<RowPart<'_>> {
@@ -123,17 +130,29 @@ pub struct RowState {
     pub token: Tensor,
     /// (1, 1), u32: its position.
     pub position: Tensor,
+    /// (1, 4), u32: zeros, where the search for the next token is.
+    search: Tensor,
 }
 
 impl RowState {
+    /// Of a token at a position that are written later.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn new(device: &Device) -> Result<RowState> {
+        let words = |count| Tensor::from_vec(1, count, vec![0u32; count])?.to_device(device);
+        Ok(RowState { token: words(1)?, position: words(1)?, search: words(4)? })
+    }
+
     /// The first of the largest logits (1, V) becomes the token, at the next position.
     ///
     /// # Errors
     /// When the launch fails.
     pub fn go_on(&self, logits: &Tensor) -> Result<()> {
-        let launch = on_gpu(logits)?.kernel(MODULE, "row_next", logits.dtype())?.grid(1, NEXT_BLOCK);
-        // SAFETY: row_next(token, position, x, n)
-        unsafe { launch.tensor(&self.token).tensor(&self.position).tensor(logits).int(logits.cols()).run() }
+        let launch = on_gpu(logits)?.kernel(MODULE, "row_next", logits.dtype())?.early();
+        let launch = launch.grid(NEXT_BLOCKS, NEXT_BLOCK).tensor(&self.token).tensor(&self.position);
+        // SAFETY: row_next(token, position, search, x, n)
+        unsafe { launch.tensor(&self.search).tensor(logits).int(logits.cols()).run() }
     }
 }
 
@@ -148,8 +167,16 @@ fn row_part<'a>(ctx: &Context, part: &'a Part) -> Option<RowPart<'a>> {
 
 /// Whether the kernels take these parts for activations of this kind.
 fn takes(parts: &[RowPart<'_>], cols: usize, like: &Tensor) -> bool {
-    let shared = cols.next_multiple_of(PIECE) * like.dtype().size_in_bytes();
-    if like.gpu().is_none() || cols == 0 || !cols.is_multiple_of(COLUMNS) || shared > SHARED_BYTES {
+    let Some(gpu) = like.gpu() else { return false };
+    let (coded, columns) = match parts.first().map(|it| &it.weight) {
+        Some(StoredRows::Coded(_)) => (true, CODED_COLUMNS),
+        _ => (false, COLUMNS),
+    };
+    let fits = match coded {
+        true => CodedGrid::new(gpu, like.dtype(), cols, parts).is_ok_and(|it| it.is_some()),
+        false => cols * like.dtype().size_in_bytes() <= gpu.shared_of_block,
+    };
+    if cols == 0 || !cols.is_multiple_of(columns) || !fits {
         return false;
     }
     let form = |part: &RowPart<'_>| match &part.weight {
@@ -188,7 +215,8 @@ fn prepare(
         RowSource::Plain => None,
         _ => Some(x.empty_like(1, cols)?),
     };
-    let launch = on_gpu(x)?.kernel(MODULE, "row_prepare", x.dtype())?.grid(all.max(1), PREPARE_BLOCK);
+    let launch = on_gpu(x)?.kernel(MODULE, "row_prepare", x.dtype())?.early();
+    let launch = launch.grid(all.max(1), PREPARE_BLOCK);
     let launch = launch.optional(prepared.as_ref()).optional(low.as_ref()).tensor(x);
     let launch = match source {
         RowSource::Plain => launch.int(0).word(0).word(0).float(0.0).flag(false).flag(false).int(0),
@@ -228,20 +256,72 @@ fn product(
         Some(StoredRows::Coded(coded)) => Some(coded.tables),
         _ => None,
     };
-    let kernel = if tables.is_some() { "row_product_coded" } else { "row_product_plain" };
     let (gpu, y) = (on_gpu(x)?, x.empty_like(1, rows)?);
-    let facts = gpu.launch_facts(MODULE, kernel, x.dtype())?;
-    let units: usize = parts.iter().map(|it| it.rows.div_ceil(facts.rows)).sum();
-    let shared = cols.next_multiple_of(PIECE) * x.dtype().size_in_bytes();
-    let launch = gpu.kernel(MODULE, kernel, x.dtype())?.shared(shared);
-    let blocks = units.div_ceil(facts.threads as usize / 32).min(gpu.multiprocessors * BLOCKS_AT_ONCE);
-    let launch = launch.grid(blocks, facts.threads);
-    let launch = launch.tensor(&y).tensor(x).optional(low).optional(join.map(|it| it.0));
-    let launch = launch.float(join.map_or(1.0, |it| it.1)).optional(tables).int(cols);
-    // SAFETY: row_product(y, x, low, add, scale, levels, cols, then for each part weight, absmax, nested, offset, map,
-    // b, bias, rows, rank); `takes` has seen that the shapes fit.
+    let (add, scale) = join.map_or((None, 1.0), |(row, scale)| (Some(row), scale));
+    let launch = match tables {
+        Some(tables) => {
+            let none = || Error::msg("no kernel takes a row of this length");
+            let grid = CodedGrid::new(gpu, x.dtype(), cols, parts)?.ok_or_else(none)?;
+            let launch = gpu.kernel(MODULE, CODED, x.dtype())?.early().grid(grid.blocks, grid.threads);
+            let launch =
+                launch.shared(grid.shared).tensor(&y).tensor(x).optional(low).optional(add).float(scale);
+            launch.tensor(tables).int(cols).int(grid.rows_per_block).int(grid.tiles)
+        }
+        None => {
+            let facts = gpu.launch_facts(MODULE, PLAIN, x.dtype())?;
+            let units: usize = parts.iter().map(|it| it.rows.div_ceil(facts.rows)).sum();
+            let blocks = units.div_ceil(facts.threads as usize / 32);
+            let launch = gpu.kernel(MODULE, PLAIN, x.dtype())?.early();
+            let launch = launch.grid(blocks.min(gpu.multiprocessors * BLOCKS_AT_ONCE), facts.threads);
+            let launch = launch.shared(cols * x.dtype().size_in_bytes()).tensor(&y).tensor(x);
+            launch.optional(low).optional(add).float(scale).int(cols)
+        }
+    };
+    // SAFETY: row_product_coded(y, x, low, add, scale, levels, cols, rows_per_block, tiles, parts) or
+    // row_product_plain(y, x, low, add, scale, cols, parts), and for each part weight, absmax, nested, offset, map,
+    // b, bias, rows, rank; `takes` has seen that the shapes fit.
     unsafe { (0..PARTS).fold(launch, |launch, i| part_arguments(launch, parts.get(i))).run() }?;
     Ok(y)
+}
+
+/// How a product of codes is spread over a card.
+struct CodedGrid {
+    blocks: usize,
+    threads: u32,
+    shared: usize,
+    rows_per_block: usize,
+    /// Warps that have a row's columns.
+    tiles: usize,
+}
+
+impl CodedGrid {
+    /// None where a row doesn't fit into shared memory.
+    fn new(gpu: &Gpu, dtype: DType, cols: usize, parts: &[RowPart<'_>]) -> Result<Option<CodedGrid>> {
+        // Its rows are the columns that a warp has of a row, its bytes those that the kernel declares.
+        let facts = gpu.launch_facts(MODULE, CODED, dtype)?;
+        let (warps, chunks) = (facts.threads as usize / 32, cols.div_ceil(facts.rows).max(1));
+        let tiles = chunks.div_ceil(chunks.div_ceil(warps));
+        let groups = warps / tiles;
+        let row = chunks * facts.rows * dtype.size_in_bytes();
+        let sums = (tiles + 1) * size_of::<f32>();
+        let most = gpu.shared_of_block.saturating_sub(facts.shared + row) / sums;
+        if most < groups {
+            return Ok(None);
+        }
+        let blocks = |rows: usize| parts.iter().map(|it| it.rows.div_ceil(rows)).sum::<usize>();
+        // As few as let all blocks run at once, one on each multiprocessor.
+        let all: usize = parts.iter().map(|it| it.rows).sum();
+        let even = all.div_ceil(gpu.multiprocessors).max(1);
+        let fitting = (even..=2 * even).find(|rows| blocks(*rows) <= gpu.multiprocessors);
+        let rows_per_block = fitting.unwrap_or(even).min(most).min(MOST_ROWS);
+        Ok(Some(CodedGrid {
+            blocks: blocks(rows_per_block),
+            threads: (groups * tiles * 32) as u32,
+            shared: row + sums * rows_per_block,
+            rows_per_block,
+            tiles,
+        }))
+    }
 }
 
 fn part_arguments<'a>(launch: Launch<'a>, part: Option<&RowPart<'_>>) -> Launch<'a> {

@@ -4,8 +4,8 @@
 
 use ferrotune_nn::check::seeded;
 use ferrotune_nn::{
-    Activation, Attention, Context, DenseWeight, Embedding, Head, Layer, Linear, Mlp, Norm, NormKind, Part,
-    Rope,
+    Activation, Attention, Context, DenseWeight, Embedding, Experts, Head, Layer, Linear, Mlp, Norm,
+    NormKind, Part, Rope, Weight,
 };
 use ferrotune_tensor::{DType, Device, Operand, Precision, Tensor, multiply};
 
@@ -210,6 +210,70 @@ fn mlps() {
     }
 }
 
+/// The fourth of the experts is never used.
+#[test]
+fn experts() {
+    for arm in arms() {
+        for (rows, width, inner, count, k, normalised) in sizes(
+            3,
+            &[
+                (1, 16, 24, 5, 2, true),
+                (67, 64, 96, 9, 3, false),
+                (130, 40, 100, 70, 8, true),
+                (300, 33, 7, 4, 1, false),
+            ],
+        ) {
+            let mut scores = seeded(count, width, 5);
+            scores.scale(2.0).unwrap();
+            scores.values_mut::<f64>().unwrap()[3 * width] = -100.0;
+            let (mut there, mut here) = (Vec::new(), Vec::new());
+            for expert in 0..count as u64 {
+                let random = |rows: usize, cols: usize, part: u64| {
+                    let mut values = seeded(rows, cols, 10 * expert + part);
+                    values.scale(4.0 / (cols as f64).sqrt()).unwrap();
+                    arm.linears(&values)
+                };
+                let ((mut gate_up, mut gate_up_here), up, down) =
+                    (random(inner, width, 6), random(inner, width, 7), random(width, inner, 8));
+                gate_up.parts.extend(up.0.parts);
+                gate_up_here.parts.extend(up.1.parts);
+                there.push(Mlp { gate_up, down: down.0, activation: Activation::Silu });
+                here.push(Mlp { gate_up: gate_up_here, down: down.1, activation: Activation::Silu });
+            }
+            let layer = |value: Tensor, experts: Vec<Mlp>| {
+                let mut router = DenseWeight { value: value.into(), precision: Precision::Full };
+                router.train("router").unwrap();
+                Experts { router, experts, num_experts_per_tok: k, normalised }
+            };
+            let (router, router_here) = arm.both(&scores);
+            let (mut there, mut here) = (layer(router, there), layer(router_here, here));
+            let what = format!("{k} of {count} experts {rows}×{width}×{inner}");
+            let mut x = seeded(rows, width, 3);
+            x.values_mut::<f64>().unwrap().iter_mut().step_by(width).for_each(|it| *it = 1.0);
+            check_layer(&arm, &what, &mut there, &mut here, &x, vec![0, rows]);
+            // Made of differences of what was rounded.
+            let loose = Arm { tolerance: 4.0 * arm.tolerance, gpu: arm.gpu.clone(), dtype: arm.dtype };
+            let (got, expected) =
+                (there.router.value.grad_mut().unwrap(), here.router.value.grad_mut().unwrap());
+            loose.check(&format!("{what}, router"), got, expected);
+
+            // Again, and with less kept: the same bits.
+            let (ctx, (x, _)) = (Context::new(vec![0, rows]), arm.both(&x));
+            let (y, kept) = there.forward(&ctx, &x).unwrap();
+            let (y_again, _) = there.forward(&ctx, &x).unwrap();
+            assert_eq!(y.to_f32().unwrap(), y_again.to_f32().unwrap(), "{what}");
+            let recomputed = there.recompute(&ctx, &x).unwrap();
+            let gradients = [kept, recomputed].map(|saved| {
+                there.router.value.grad_mut().unwrap().set_zero().unwrap();
+                let (dy, _) = arm.both(&seeded(rows, width, 77));
+                let dx = there.backward(&ctx, &x, saved, dy).unwrap();
+                [dx.to_f32().unwrap(), there.router.value.grad_mut().unwrap().to_f32().unwrap()]
+            });
+            assert_eq!(gradients[0], gradients[1], "{what}");
+        }
+    }
+}
+
 fn identity(n: usize) -> Tensor {
     let values = (0..n * n).map(|i| f64::from(u8::from(i / n == i % n))).collect();
     Tensor::from_vec(n, n, values).unwrap()
@@ -367,8 +431,8 @@ fn embedding_and_head() {
         ) {
             let (table, table_here) = arm.weights(&seeded(vocab, width, 1));
             let tokens: Vec<u32> = (0..rows as u32).map(|i| i * 7919 % vocab as u32).collect();
-            let mut embedding = Embedding { table, scale: 2.0 };
-            let mut embedding_here = Embedding { table: table_here, scale: 2.0 };
+            let mut embedding = Embedding { table, scale: 2.0, vectors_to: None };
+            let mut embedding_here = Embedding { table: table_here, scale: 2.0, vectors_to: None };
             let what = format!("embedding {rows}×{width} of {vocab}");
             let x = embedding.forward(&tokens, arm.dtype).unwrap();
             arm.check(&what, &x, &embedding_here.forward(&tokens, DType::F64).unwrap());

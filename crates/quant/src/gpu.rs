@@ -90,21 +90,21 @@ impl Nf4GpuWeight {
     ///
     /// # Errors
     /// When there is no room.
-    pub fn from_cpu(weight: &Nf4Weight, gpu: &Arc<Gpu>) -> Result<Nf4GpuWeight> {
+    pub fn from_cpu(weight: Nf4Weight, gpu: &Arc<Gpu>) -> Result<Nf4GpuWeight> {
         let device = Device::Cuda(gpu.clone());
-        let bytes = |bytes: &[u8]| Tensor::from_vec(1, bytes.len(), bytes.to_vec())?.to_device(&device);
-        let floats = |floats: &[f32]| Tensor::from_vec(1, floats.len(), floats.to_vec())?.to_device(&device);
-        let scales = match &weight.absmax {
+        let bytes = |bytes: Vec<u8>| Tensor::from_vec(1, bytes.len(), bytes)?.to_device(&device);
+        let floats = |floats: Vec<f32>| Tensor::from_vec(1, floats.len(), floats)?.to_device(&device);
+        let (rows, cols, dtype) = (weight.rows(), weight.cols(), weight.dtype);
+        let scales = match weight.absmax {
             Absmax::Plain(values) => GpuScales::Plain(floats(values)?),
             Absmax::Nested { codes, nested_absmax, offset } => GpuScales::Nested {
                 codes: bytes(codes)?,
                 nested_absmax: floats(nested_absmax)?,
-                offset: floats(&[*offset])?,
+                offset: floats(vec![offset])?,
             },
         };
-        let (rows, cols) = (weight.rows(), weight.cols());
-        let (codes, tables) = (bytes(&weight.codes)?, tables_on(&device)?);
-        Ok(Nf4GpuWeight { rows, cols, codes, scales, tables, dtype: weight.dtype })
+        let (codes, tables) = (bytes(weight.codes)?, tables_on(&device)?);
+        Ok(Nf4GpuWeight { rows, cols, codes, scales, tables, dtype })
     }
 
     /// The same bits on the CPU.

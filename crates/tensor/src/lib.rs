@@ -17,8 +17,8 @@ mod tensor;
 
 pub use candle_core::DType;
 pub use cuda::{
-    CudaCard, CudaLibrary, CudaStatus, DeviceMemory, Gpu, Graph, KernelTime, Launch, LaunchFacts,
-    MINIMUM_CUDA, MINIMUM_DRIVER, cuda_status,
+    CardRates, CudaCard, CudaLibrary, CudaStatus, DeviceMemory, Gpu, Graph, KernelTime, Launch, LaunchFacts,
+    Loading, MINIMUM_CUDA, MINIMUM_DRIVER, Rehearsal, Work, cuda_status,
 };
 pub use device::Device;
 pub use dynamic_map::{dynamic_map, unsigned_dynamic_map};

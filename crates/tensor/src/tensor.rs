@@ -271,6 +271,24 @@ impl Tensor {
         })
     }
 
+    /// Some rows as a tensor of their own in the same memory, on a GPU: whose work runs in order, so that what is
+    /// written to one is read from the other.
+    ///
+    /// # Errors
+    /// When there are no such rows, or the numbers are not on a GPU.
+    pub fn shared_rows(&self, rows: Range<usize>) -> Result<Tensor> {
+        if rows.start > rows.end || rows.end > self.rows {
+            return Err(Error::msg(format!("rows {rows:?} of a tensor of {} rows", self.rows)));
+        }
+        let Storage::Cuda { buffer, dtype } = &self.storage else {
+            return Err(Error::msg("rows are only shared on a GPU"));
+        };
+        let row = self.cols * dtype.size_in_bytes();
+        let storage =
+            Storage::Cuda { buffer: buffer.part(rows.start * row, rows.len() * row), dtype: *dtype };
+        Ok(Tensor { rows: rows.len(), cols: self.cols, storage })
+    }
+
     /// Takes over `rows · cols` numbers, row after row, on the CPU.
     ///
     /// # Errors
@@ -327,18 +345,26 @@ impl Tensor {
         Ok(copy)
     }
 
-    /// Moves the numbers from the card into page-locked memory of the host, in the stream's order;
-    /// nothing happens on the CPU.
+    /// Moves the numbers from the card into page-locked memory of the host, beside what the card computes
+    /// meanwhile; nothing happens on the CPU.
     ///
     /// # Errors
     /// When the host has no room.
     pub fn offload(&mut self) -> Result<()> {
-        if let Storage::Cuda { buffer, dtype } = &self.storage {
-            let mut pinned = PinnedBuffer::new(buffer.gpu(), buffer.bytes())?;
-            pinned.take(buffer)?;
-            self.storage = Storage::Offloaded { buffer: pinned, dtype: *dtype };
+        if let Storage::Cuda { buffer, dtype } = &mut self.storage {
+            let (none, dtype) = (Buffer::new(buffer.gpu(), 0)?, *dtype);
+            let buffer = PinnedBuffer::take(std::mem::replace(buffer, none))?;
+            self.storage = Storage::Offloaded { buffer, dtype };
         }
         Ok(())
+    }
+
+    /// Begins what [`Tensor::restore`] ends, beside what the card computes meanwhile.
+    ///
+    /// # Errors
+    /// When the card has no room.
+    pub fn fetch(&mut self) -> Result<()> {
+        if let Storage::Offloaded { buffer, .. } = &mut self.storage { buffer.fetch() } else { Ok(()) }
     }
 
     /// Undoes [`Tensor::offload`].
@@ -346,10 +372,8 @@ impl Tensor {
     /// # Errors
     /// When the card has no room.
     pub fn restore(&mut self) -> Result<()> {
-        if let Storage::Offloaded { buffer: pinned, dtype } = &self.storage {
-            let mut buffer = Buffer::new(pinned.gpu(), pinned.bytes())?;
-            pinned.give(&mut buffer)?;
-            self.storage = Storage::Cuda { buffer, dtype: *dtype };
+        if let Storage::Offloaded { buffer, dtype } = &mut self.storage {
+            self.storage = Storage::Cuda { buffer: buffer.give()?, dtype: *dtype };
         }
         Ok(())
     }

@@ -5,8 +5,11 @@
 //!
 //! ```text
 //! // compile: HEAD_DIM = 64, 128
-//! // archs: 75, 80, 90a
+//! // archs: 75, 80
+//! // compile: HEAD_DIM = 128 for 90a
 //! ```
+//!
+//! where `for` names further architectures, which get these values alone.
 //!
 //! The files are `<source>[.<value>].sm_<arch>.ptx`: `norm.sm_75.ptx`, `attention.64.sm_80.ptx`. The first line
 //! of each has the hash of everything it was made of, so that a stale one is found without a compiler.

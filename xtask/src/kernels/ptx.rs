@@ -53,7 +53,9 @@ pub fn tidy(text: &str) -> String {
     let mut tidy = String::with_capacity(text.len());
     for line in text.lines() {
         let line = without_comment(line).trim().replace(" \t", " ");
-        if !line.is_empty() && !line.starts_with(".version ") {
+        // A hint of which bytes of a load are used would ask for PTX 8.3, and so for new drivers.
+        let hint = line.starts_with(".pragma \"used_bytes_mask");
+        if !line.is_empty() && !line.starts_with(".version ") && !hint {
             tidy.push_str(&line);
             tidy.push('\n');
         }

@@ -56,8 +56,7 @@ pub fn units(folder: &Path) -> Result<Vec<Unit>> {
     let mut units = Vec::new();
     for (source, text) in texts(folder, "cu")? {
         let name = source.trim_end_matches(".cu");
-        let Directives { archs, values } = directives(&source, &text)?;
-        for (arch, (define, value)) in archs.iter().flat_map(|arch| values.iter().map(move |it| (arch, it))) {
+        for (arch, (define, value)) in directives(&source, &text)?.units() {
             let mut module = name.to_string();
             let mut flags: Vec<String> = FLAGS.map(String::from).into();
             flags.push(format!("-arch=compute_{arch}"));
@@ -85,27 +84,50 @@ struct Directives {
     archs: Vec<String>,
     /// The macro and a value of it; both are empty where the source is compiled once.
     values: Vec<(String, String)>,
+    /// Values for further architectures, which have no others.
+    further: Vec<(String, (String, String))>,
+}
+
+impl Directives {
+    /// Each architecture with each of its values.
+    fn units(&self) -> impl Iterator<Item = (&String, &(String, String))> {
+        let all = self.archs.iter().flat_map(|arch| self.values.iter().map(move |it| (arch, it)));
+        all.chain(self.further.iter().map(|(arch, value)| (arch, value)))
+    }
 }
 
 fn directives(source: &str, text: &str) -> Result<Directives> {
     let list = |text: &str| text.split(',').map(|it| it.trim().to_string()).collect::<Vec<_>>();
     let is_word = |it: &str| !it.is_empty() && it.chars().all(|it| it.is_ascii_alphanumeric() || it == '_');
-    let mut found = Directives { archs: list(ARCHS), values: vec![(String::new(), String::new())] };
+    let none = vec![(String::new(), String::new())];
+    let mut found = Directives { archs: list(ARCHS), values: none, further: Vec::new() };
     for line in text.lines().map_while(|line| line.strip_prefix("//")).map(str::trim) {
-        if let Some(archs) = line.strip_prefix("archs:") {
-            found.archs = list(archs);
+        let archs = |text: &str| {
+            let archs = list(text);
             let known =
                 |it: &String| it.strip_suffix('a').unwrap_or(it).parse::<u32>().is_ok_and(|it| it >= 75);
-            if !found.archs.iter().all(known) {
-                return Err(format!(
-                    "{source}: `// {line}`: expected numbers from 75 on, as in `// archs: 75, 90a`"
-                ));
+            if archs.iter().all(known) {
+                return Ok(archs);
             }
-        } else if let Some(values) = line.strip_prefix("compile:") {
-            let (define, values) = values.split_once('=').unwrap_or_default();
-            found.values = list(values).into_iter().map(|value| (define.trim().to_string(), value)).collect();
-            if !found.values.iter().all(|(define, value)| is_word(define) && is_word(value)) {
+            Err(format!("{source}: `// {line}`: expected numbers from 75 on, as in `// archs: 75, 90a`"))
+        };
+        if let Some(text) = line.strip_prefix("archs:") {
+            found.archs = archs(text)?;
+        } else if let Some(text) = line.strip_prefix("compile:") {
+            let (text, of) = text.split_once(" for ").map_or((text, None), |(text, of)| (text, Some(of)));
+            let (define, values) = text.split_once('=').unwrap_or_default();
+            let values: Vec<(String, String)> =
+                list(values).into_iter().map(|value| (define.trim().to_string(), value)).collect();
+            if !values.iter().all(|(define, value)| is_word(define) && is_word(value)) {
                 return Err(format!("{source}: `// {line}`: expected `// compile: MACRO = value, value`"));
+            }
+            match of {
+                None => found.values = values,
+                Some(of) => {
+                    for arch in archs(of)? {
+                        found.further.extend(values.iter().map(|value| (arch.clone(), value.clone())));
+                    }
+                }
             }
         }
     }
@@ -140,6 +162,11 @@ mod tests {
         check("// Attention.\n//archs: 80,90a\n", &["80", "90a"], &[("", "")]);
         check("// compile: HEAD_DIM = 64, 128\n", &["75", "80"], &[("HEAD_DIM", "64"), ("HEAD_DIM", "128")]);
         check("// compile: D = 1\n// archs: 80\nint x;\n", &["80"], &[("D", "1")]);
+        let text = "// compile: D = 1, 2\n// compile: D = 2 for 90a\n";
+        check(text, &["75", "80"], &[("D", "1"), ("D", "2")]);
+        let found = directives("x.cu", text).unwrap();
+        let units: Vec<_> = found.units().map(|(arch, (_, value))| format!("{value}.{arch}")).collect();
+        assert_eq!(units, ["1.75", "2.75", "1.80", "2.80", "2.90a"]);
         // Only the comment that a file begins with.
         check("int x;\n// archs: 80\n", &["75", "80"], &[("", "")]);
     }
@@ -153,6 +180,7 @@ mod tests {
             "// compile: 64",
             "// compile: D = 64,",
             "// compile: = 1",
+            "// compile: D = 1 for sm_90",
         ] {
             let error = directives("x.cu", line).unwrap_err();
             assert!(error.contains("x.cu") && error.contains("expected"), "{error}");

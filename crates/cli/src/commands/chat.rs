@@ -46,8 +46,8 @@ pub fn run(args: &ChatArgs, console: &Console) -> anyhow::Result<Outcome> {
         }
         (None, None) => chat.talk(console)?,
     }
-    if let Some(gpu) = decoder.embedding.table.value.gpu() {
-        write_kernel_times(gpu, &mut console.out())?;
+    if let Some(gpu) = decoder.norm.weight.gpu() {
+        write_kernel_times(gpu, decoder.dtype, &mut console.out())?;
     }
     Ok(Outcome::Done)
 }

@@ -10,7 +10,7 @@ use ferrotune_data::{
     Batch, Ending, Error, MarkOptions, Now, Place, Row, Sample, Template, encode_conversation, formats,
     mark_conversation, render_conversation,
 };
-use ferrotune_export::write_tensors;
+use ferrotune_export::{ModulePlace, write_tensors};
 use ferrotune_nn::{Context, LanguageModel as _};
 use ferrotune_tensor::DType;
 use ferrotune_trainer::LossScale;
@@ -56,7 +56,7 @@ pub fn gradients(args: &GradientsArgs, console: &Console) -> anyhow::Result<Outc
     let mut config = RunConfig::load(None, &args.overrides)?;
     config.model_name_or_path = Some(args.model.clone());
     config.adapter_name_or_path = vec![args.adapter.clone()];
-    let (_, mut decoder) = open_decoder(&config, console)?;
+    let (model, mut decoder) = open_decoder(&config, console)?;
 
     let ctx = Context::new(batch.sequence_starts.iter().map(|it| *it as usize).collect());
     let (hidden, saved) = decoder.forward(&ctx, &batch.tokens)?;
@@ -71,7 +71,8 @@ pub fn gradients(args: &GradientsArgs, console: &Console) -> anyhow::Result<Outc
     for parameter in decoder.parameters() {
         parameter.grad.scale(1.0 / scale)?;
     }
-    write_tensors(&args.output, &lora_tensors(&mut decoder, |it| &it.grad)?, &BTreeMap::new())?;
+    let gradients = lora_tensors(&mut decoder, |it| &it.grad)?;
+    write_tensors(&args.output, ModulePlace::of(&model.files), &gradients, &BTreeMap::new())?;
     let loss: f64 = pass.logp.iter().zip(&dlogp).map(|(logp, dlogp)| logp * dlogp / scale).sum();
     print(console, &json!({ "loss": loss, "trained_tokens": batch.trained_tokens() }))
 }

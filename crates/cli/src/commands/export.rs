@@ -9,14 +9,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use ferrotune_export::{
-    FolderOptions, check_bnb, merge, merged_card, rounded, rounded_as_gguf, write_bnb, write_folder,
-    write_whole,
+    FolderOptions, merge, merged_card, rounded, rounded_as_gguf, write_bnb, write_folder, write_whole,
 };
 use ferrotune_model::source::ModelFiles;
 use ferrotune_model::spec::names;
 use ferrotune_tensor::DType;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use super::push::Destination;
 use crate::Outcome;
 use crate::args::ExportArgs;
 use crate::config::{ExportFormat, InferDtype, RunConfig};
@@ -26,17 +26,38 @@ use verify::Logits;
 
 /// Merges, writes, and compares what was written with what it was made of.
 pub fn run(args: &ExportArgs, console: &Console) -> anyhow::Result<Outcome> {
-    let mut config = args.chosen.config([
+    let config = args.chosen.config([
         ("export_dir", args.output.as_ref().map(|path| path.display().to_string())),
         ("export_format", args.format.clone()),
         ("export_verify", args.no_verify.then(|| "false".to_string())),
+        ("export_hub_model_id", args.push_to.clone()),
     ])?;
     config.notes.iter().for_each(|note| console.note(note));
     set_threads(&config);
-    let mut model = UntemplatedModel::open(&config, console)?;
+    let model = UntemplatedModel::open(&config, console)?;
     let folder = folder(&config, &model)?;
-    if config.export_format == ExportFormat::BnbFourBit {
-        check_bnb(&model.files)?;
+    let hub = config.export_hub_model_id.as_ref();
+    let hub = hub.map(|name| Destination::known(&config, name, "Exported with Ferrotune")).transpose()?;
+    export(config, model, &folder, console)?;
+    if let Some(hub) = hub {
+        hub.send(&folder, console)?;
+    }
+    Ok(Outcome::Done)
+}
+
+/// Writes what the config says into a folder.
+fn export(
+    mut config: RunConfig,
+    mut model: UntemplatedModel,
+    folder: &Path,
+    console: &Console,
+) -> anyhow::Result<()> {
+    let experts = model.files.spec.layers.iter().any(|it| it.mlp.experts.is_some());
+    if experts && config.export_format == ExportFormat::BnbFourBit {
+        console.note(
+            "experts stay in 16 bits: transformers stacks them in tensors that bitsandbytes doesn't quantise; \
+             GGUF has them in few bits",
+        );
     }
     // One that is another model's is named before anything is computed.
     let read = |folder: &PathBuf| read_adapter(folder, &model.files.spec);
@@ -51,8 +72,8 @@ pub fn run(args: &ExportArgs, console: &Console) -> anyhow::Result<Outcome> {
             let message = "`gguf-adapter` needs one adapter; give `adapter_name_or_path`, or --adapter";
             return Err(mistake(&config, "export_format", message));
         };
-        gguf::write_adapter(&folder, name, files, tokenizer, adapter, console)?;
-        return Ok(Outcome::Done);
+        gguf::write_adapter(folder, name, files, tokenizer, adapter, console)?;
+        return Ok(());
     }
 
     let UntemplatedModel { name, files, tokenizer } = model;
@@ -66,12 +87,12 @@ pub fn run(args: &ExportArgs, console: &Console) -> anyhow::Result<Outcome> {
     let files = adapters.into_iter().try_fold(files, merge)?;
     tracing::info!("{name}: {} tensors", files.spec.tensors().len());
     if let Some(mix) = gguf::mix(config.export_format) {
-        let path = gguf::write_model(&folder, &name, &files, &tokenizer, mix, console)?;
+        let path = gguf::write_model(folder, &name, &files, &tokenizer, mix, console)?;
         if let Some(expected) = expected {
             let rounded = rounded_as_gguf(files, mix)?;
             expected.rounded_as(&rounded, &config)?.compare(&config, &path, console)?;
         }
-        return Ok(Outcome::Done);
+        return Ok(());
     }
     // What rounding to few bits comes to is no fault: formats of few bits are compared with the same in memory.
     let (files, expected) = match (expected, config.export_format) {
@@ -82,8 +103,8 @@ pub fn run(args: &ExportArgs, console: &Console) -> anyhow::Result<Outcome> {
         }
         (expected, _) => (files, expected),
     };
-    write(&config, &folder, &files, console)?;
-    tokenizer.save(&folder)?;
+    write(&config, folder, &files, console)?;
+    tokenizer.save(folder)?;
     // Older converters read the model of SentencePiece itself.
     let pieces = files.path.join("tokenizer.model");
     if pieces.is_file() && tokenizer.new_tokens().is_empty() {
@@ -91,11 +112,11 @@ pub fn run(args: &ExportArgs, console: &Console) -> anyhow::Result<Outcome> {
     }
     write_whole(&folder.join("README.md"), card.as_bytes())?;
     drop(files);
-    console.plain(format!("wrote {} ({})", folder.display(), bytes(size_of(&folder))));
+    console.plain(format!("wrote {} ({})", folder.display(), bytes(size_of(folder))));
     if let Some(expected) = expected {
-        expected.compare(&config, &folder, console)?;
+        expected.compare(&config, folder, console)?;
     }
-    Ok(Outcome::Done)
+    Ok(())
 }
 
 /// The folder to write into: a new or an empty one, unless all in it may go.

@@ -95,6 +95,7 @@ pub fn run(args: &ModelArgs, console: &Console) -> anyhow::Result<Outcome> {
             tokens,
             activation_bytes,
             recompute,
+            host_embedding: card.is_some(),
         };
         let estimate = spec.memory(&plan);
         let columns = [

@@ -12,7 +12,7 @@ use anyhow::Context as _;
 use ferrotune_data::BatchSource as _;
 use ferrotune_export::PeftAdapter;
 use ferrotune_model::spec::MemoryPlan;
-use ferrotune_model::{BuildOptions, Decoder};
+use ferrotune_model::{BuildOptions, Decoder, Recompute};
 use ferrotune_nn::LanguageModel as _;
 use ferrotune_tensor::{Error, peak_resident_bytes};
 use ferrotune_trainer::{
@@ -21,6 +21,7 @@ use ferrotune_trainer::{
 };
 
 use super::predict;
+use super::push::Destination;
 use crate::Outcome;
 use crate::args::TrainArgs;
 use crate::config::{FinetuningType, Resume, RunConfig};
@@ -28,7 +29,9 @@ use crate::console::{Console, Usage, bytes, clock, thousands};
 use crate::machine::write_kernel_times;
 use crate::plot::plot_losses;
 use crate::results::{forget_results, has_results, train_results, write_results};
-use crate::run::{Adapters, Run, RunBatches, build_decoder, load_trained, memory_plan, warn_of_rows};
+use crate::run::{
+    Adapters, Run, RunBatches, build_decoder, load_trained, memory_plan, mistake, warn_of_rows,
+};
 use hooks::{Hooks, interrupted};
 use live::LiveLine;
 use settings::{optimizer, recompute, settings};
@@ -42,6 +45,7 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
     if !config.trains() {
         return predict::run(&config, console);
     }
+    let hub = destination(&config)?;
     let mut run = Run::open(config, console)?;
     let longest_batch = run.data.longest_batch(&run.config);
     let mut batches = run.batches()?;
@@ -79,6 +83,9 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
     }
     model.neftune_noise_alpha = run.config.neftune_noise_alpha.unwrap_or(0.0);
     model.recompute = recompute(&run, longest_batch);
+    if !model.recompute.contains(&Recompute::Keep) {
+        model.embedding_to_host()?;
+    }
     describe(&run, &mut model, &batches, total_steps, console)?;
     let mut optimizer = optimizer(&run.config);
     clear_leftovers(&run.output_dir)?;
@@ -86,6 +93,14 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
     if done.is_none_or(|done| (done as u64) < total_steps) {
         forget_results(&run.output_dir)?;
     }
+    // The length of the sequence that a token is in, on average.
+    let sequence = match &batches {
+        RunBatches::InMemory(batches) => {
+            let lengths = || batches.samples().iter().map(|it| it.tokens.len() as f64);
+            lengths().map(|it| it * it).sum::<f64>() / lengths().sum::<f64>().max(1.0)
+        }
+        RunBatches::Streamed(_) => run.config.cutoff_len as f64,
+    };
     let mut hooks = Hooks {
         run: &run,
         subtracted,
@@ -142,7 +157,28 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
             predict::predict(&run.config, &run.model, &model, data, &run.output_dir, console)?;
         }
     }
-    finish(&run, &summary, console)
+    let outcome = finish(&run, &summary, sequence, console)?;
+    if let Some(hub) = hub {
+        hub.send(&run.output_dir, console)?;
+    }
+    Ok(outcome)
+}
+
+/// Where the run's result is sent to, known before the first step.
+fn destination(config: &RunConfig) -> anyhow::Result<Option<Destination>> {
+    if !config.push_to_hub {
+        return Ok(None);
+    }
+    let folder = config.output_dir.as_ref().and_then(|it| it.file_name());
+    let named = config.hub_model_id.clone().or_else(|| Some(folder?.to_string_lossy().into_owned()));
+    let Some(name) = named else {
+        return Err(mistake(
+            config,
+            "push_to_hub",
+            "there is no name to send the model by; set `hub_model_id`",
+        ));
+    };
+    Destination::known(config, &name, "Trained with Ferrotune").map(Some)
 }
 
 /// Where memory ran out, says with what the whole was reckoned and which keys change it.
@@ -218,7 +254,7 @@ fn device_name(computing: &BuildOptions) -> String {
 }
 
 /// Time, pace, memory, and what was written where.
-fn finish(run: &Run, summary: &Summary, console: &Console) -> anyhow::Result<Outcome> {
+fn finish(run: &Run, summary: &Summary, sequence: f64, console: &Console) -> anyhow::Result<Outcome> {
     let mut out = console.out();
     let of = match summary.sitting_steps {
         all if all == summary.steps => String::new(),
@@ -238,7 +274,17 @@ fn finish(run: &Run, summary: &Summary, console: &Console) -> anyhow::Result<Out
         writeln!(out, "peak memory {}", bytes(peak))?;
     }
     if let Some(gpu) = run.computing.device.gpu() {
-        write_kernel_times(gpu, &mut out)?;
+        if let Some(rates) = write_kernel_times(gpu, run.computing.dtype, &mut out)? {
+            let flops = run.model.files.spec.flops_of_a_token(run.config.lora_rank, sequence);
+            let reached = flops * summary.tokens_per_second;
+            writeln!(
+                out,
+                "adapters on frozen weights: {:.2} TFLOP for 1000 tokens, {:.0} TFLOP/s reached, {:.1} % of the card's products",
+                flops / 1e9,
+                reached / 1e12,
+                100.0 * reached / rates.flops
+            )?;
+        }
         let memory = gpu.memory();
         writeln!(
             out,

@@ -167,7 +167,8 @@ impl RunConfig {
         check(self.top_p > 0.0 && self.top_p <= 1.0, "top_p", "expected a share, over 0 and up to 1");
         check((0.0..=1.0).contains(&self.min_p), "min_p", "expected a share, from 0 to 1");
         check(
-            !(self.disable_gradient_checkpointing && self.recompute == Recompute::All),
+            !(self.disable_gradient_checkpointing
+                && matches!(self.recompute, Recompute::All | Recompute::Lean)),
             "recompute",
             "`recompute: all` and `disable_gradient_checkpointing: true` exclude each other; choose one",
         );

@@ -209,6 +209,8 @@ choice! {
         Keep = "keep",
         /// Computes every block's activations again in the backward pass: leanest.
         All = "all",
+        /// The same, and what each block begins with waits in the host's memory (on a GPU): a little leaner still.
+        Lean = "lean",
         /// Keeps every block's activations in the host's memory (on a GPU).
         Offload = "offload",
     }
@@ -252,6 +254,19 @@ choice! {
         No = "no" | "false" | "off",
     }
     later { "best" } wrong {}
+}
+
+choice! {
+    /// `hub`
+    HubName {
+        /// What `USE_MODELSCOPE_HUB` says, as in LLaMA-Factory; else Hugging Face's.
+        Auto = "auto",
+        /// Hugging Face's, or a mirror of it.
+        HuggingFace = "huggingface" | "hf",
+        /// ModelScope's.
+        ModelScope = "modelscope" | "ms",
+    }
+    later { "openmind", "om" } wrong {}
 }
 
 choice! {

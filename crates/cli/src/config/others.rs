@@ -87,8 +87,7 @@ const LATER: &[&str] = &[
     "fsdp_transformer_layer_cls_to_wrap", "parallelism_config", "tensor_parallel", "use_ray", "ray_run_name",
     "ray_num_workers", "ray_storage_path", "tpu_num_cores", "mp_parameters",
     // Hubs, reports and doors out.
-    "ms_hub_token", "om_hub_token", "push_to_hub", "hub_model_id", "use_swanlab",
-    "export_hub_model_id",
+    "om_hub_token", "use_swanlab",
     // Generation.
     "num_return_sequences", "no_repeat_ngram_size", "max_length", "stop", "presence_penalty",
     "frequency_penalty",
@@ -122,6 +121,8 @@ const IGNORED: &[(&str, &str)] = &[
     ("pissa_convert", "an adapter that began by PiSSA is always saved for the unchanged base model"),
     ("compute_accuracy", "evaluation always counts the accuracy of tokens"),
     ("loraplus_lr_embedding", "the embedding has no adapter"),
+    ("hub_strategy", "what is sent is sent once, when the run has ended"),
+    ("hub_always_push", "what is sent is sent once, when the run has ended"),
     ("run_name", "nothing is sent anywhere yet"),
     ("logging_dir", "the log is in output_dir"),
     ("trust_remote_code", "no code of a model is ever run"),
@@ -222,6 +223,9 @@ const INSTEAD: &[(&str, &str)] = &[
     ("adapter", "use `adapter_name_or_path`, or `finetuning_type: lora`"),
     ("revision", "use `model_revision`"),
     ("token", "use `hf_hub_token`"),
+    ("hub_token", "use `hf_hub_token`"),
+    ("push_to_hub_token", "use `hf_hub_token`"),
+    ("push_to_hub_model_id", "use `hub_model_id`"),
     ("max_seq_length", "use `cutoff_len`"),
     ("max_seq_len", "use `cutoff_len`"),
     ("sequence_len", "use `cutoff_len`"),

@@ -65,7 +65,7 @@ macro_rules! settings {
             /// Every key with its value, as one would type it; secrets are left out.
             pub fn values(&self) -> Vec<(&'static str, String)> {
                 let values = vec![$($((stringify!($name), self.$name.shown()),)*)*];
-                values.into_iter().filter(|(name, _)| *name != "hf_hub_token").collect()
+                values.into_iter().filter(|(name, _)| !name.ends_with("_token")).collect()
             }
         }
     };
@@ -83,8 +83,12 @@ settings! {
         cache_dir: Option<PathBuf> = None,
         /// Branch, tag or commit of the model on the hub.
         model_revision: String = "main".to_string(),
-        /// Token for models that need one.
+        /// Where models are looked for by name: huggingface, modelscope, or auto (USE_MODELSCOPE_HUB=1 says modelscope).
+        hub: HubName = HubName::Auto,
+        /// Token for models that need one, and for what is sent; HF_TOKEN else.
         hf_hub_token: Option<String> = None,
+        /// The same for ModelScope; MODELSCOPE_API_TOKEN else.
+        ms_hub_token: Option<String> = None,
         /// Chat template: auto (the model's own), a name such as llama3, qwen or chatml, or a file.
         template: TemplateName = TemplateName::Auto,
         /// Tokens to add to the vocabulary, unless it has them.
@@ -205,6 +209,12 @@ settings! {
         save_steps: Steps = Steps::Count(500),
         /// Keep only so many checkpoints.
         save_total_limit: Option<usize> = None,
+        /// Send what was trained to the hub when the run has ended.
+        push_to_hub: bool = false,
+        /// Its name there: owner/name, or name alone for one's own; output_dir's name when null.
+        hub_model_id: Option<String> = None,
+        /// Who may see it there: true (its owner) or false (all); null leaves it to the hub.
+        hub_private_repo: Option<bool> = None,
     }
     "Training" {
         /// Samples (packed: rows) of a micro-batch.
@@ -283,7 +293,7 @@ settings! {
         bf16: bool = false,
         /// Compute in f16 with loss scaling, on a GPU. One without bf16 does so by itself, unless this is false.
         fp16: bool = false,
-        /// Activations in the backward pass: keep, all (computed again), offload (to the host) or auto.
+        /// Activations in the backward pass: keep, all (computed again), lean (the same, inputs on the host), offload (to the host) or auto.
         recompute: Recompute = Recompute::Auto,
         /// The same as `recompute: keep`.
         disable_gradient_checkpointing: bool = false,
@@ -315,6 +325,8 @@ settings! {
         infer_dtype: InferDtype = InferDtype::Auto,
         /// Read what was written and compare its logits with those of base and adapter.
         export_verify: bool = true,
+        /// Send it to the hub by this name.
+        export_hub_model_id: Option<String> = None,
     }
 }
 

@@ -7,7 +7,7 @@ use ferrotune_export::{LoraTensors, PeftAdapter};
 use ferrotune_lora::{
     DoraAdapter, Initial, Iterations, LoraAdapter, LoraConfig, Target, loftq, magnitudes, pissa, residual,
 };
-use ferrotune_model::source::{FourBit, FourBitScales, ModelFiles, Stored};
+use ferrotune_model::source::{FourBit, FourBitScales, ModelFiles, Stored, WeightSource, WithKept};
 use ferrotune_model::{BuildOptions, Decoder, PartSpec, build, dense_part};
 use ferrotune_nn::{Adapter, LanguageModel, Parameter, Part, Weight};
 use ferrotune_quant::{
@@ -16,6 +16,8 @@ use ferrotune_quant::{
 use ferrotune_tensor::{DType, Device, Error, Result, Tensor};
 
 use super::adapters::{OnTop, take_adapters};
+use super::kept::Kept;
+use super::kernels::{Purpose, load_kernels};
 use super::saved::split_pissa;
 use super::{OpenModel, is_trained, open_device, set_threads};
 use crate::config::{FinetuningType, InitLoraWeights, RunConfig};
@@ -46,28 +48,91 @@ pub fn build_decoder(
     computing: &BuildOptions,
     adapters: Adapters,
 ) -> anyhow::Result<(Decoder, Subtracted)> {
+    build_with(config, files, computing, adapters, &|_| true)
+}
+
+/// The same without adapters; only projections of these names are quantised where the config says so.
+///
+/// # Errors
+/// As [`build_decoder`].
+pub fn build_quantised(
+    config: &RunConfig,
+    files: &ModelFiles,
+    computing: &BuildOptions,
+    quantised: &dyn Fn(&str) -> bool,
+) -> anyhow::Result<Decoder> {
+    build_with(config, files, computing, Adapters::None, quantised).map(|it| it.0)
+}
+
+fn build_with(
+    config: &RunConfig,
+    files: &ModelFiles,
+    computing: &BuildOptions,
+    adapters: Adapters,
+    quantised: &dyn Fn(&str) -> bool,
+) -> anyhow::Result<(Decoder, Subtracted)> {
     let start = Instant::now();
     let training = matches!(adapters, Adapters::ToTrain(_) | Adapters::Resumed(_));
+    let purpose = if training { Purpose::Training } else { Purpose::Generation };
+    let loading = load_kernels(&files.spec, computing, purpose);
     let mut adapters = Maker::new(config, adapters, files, computing)?;
     // What is in 4 bits already is left as it is, and so is what its maker left out.
     let quantization_bit = config.quantization_bit.filter(|_| files.four_bit.is_none());
     let scales = if config.double_quantization { Scales::Nested } else { Scales::Plain };
+    // What adapters begin with a part of is needed whole.
+    let kept = quantization_bit.filter(|_| adapters.leaves_weights());
+    let kept = kept.filter(|_| files.spec.projections().all(|(name, _)| quantised(&name)));
+    let kept = kept.and_then(|_| Kept::of(files, computing, scales));
+    let (source, mut keeper, damaged) = match kept.map(|it| (it.open(), it)) {
+        Some((Some(kept), file)) => {
+            let source = WithKept { base: files.source.as_ref(), kept };
+            (Some(source), None, Some(file))
+        }
+        Some((None, file)) => (None, Some(file.keep()), None),
+        None => (None, None, None),
+    };
+    let source: &dyn WeightSource = source.as_ref().map_or(files.source.as_ref(), |it| it);
+    let mut fresh = 0;
     let mut make = |spec: &PartSpec, stored: Stored| -> Result<Part> {
         let Start { stored, before, lora } = adapters.start(spec, stored)?;
+        let quantization_bit = quantization_bit.filter(|_| quantised(&spec.name));
         let mut part = match (stored, quantization_bit, &computing.device) {
             (Stored::FourBit(matrix), ..) => four_bit_part(spec, matrix, computing)?,
-            (Stored::Dense(value), Some(_), Device::Cpu) => {
-                quantised_part(spec, Nf4Weight::quantize(&value, scales, computing.precision)?)
-            }
-            (Stored::Dense(value), Some(_), gpu) => {
-                quantised_part(spec, Nf4GpuWeight::quantize(&value.to_device(gpu)?, scales)?)
+            (Stored::Dense(value), Some(_), device) => {
+                let tensor = format!("{}.weight", spec.name);
+                let as_stored = source.is_as_stored(&tensor);
+                fresh += usize::from(as_stored);
+                let keeper = keeper.as_mut().filter(|it| it.wants() && as_stored);
+                match device {
+                    Device::Cpu => {
+                        let weight = Nf4Weight::quantize(&value, scales, computing.precision)?;
+                        if let Some(keeper) = keeper {
+                            keeper.add(tensor, weight.clone());
+                        }
+                        quantised_part(spec, weight)
+                    }
+                    gpu => {
+                        let weight = Nf4GpuWeight::quantize(&value.to_device(gpu)?, scales)?;
+                        if let Some(keeper) = keeper {
+                            keeper.add(tensor, weight.to_cpu()?);
+                        }
+                        quantised_part(spec, weight)
+                    }
+                }
             }
             (stored, ..) => dense_part(spec, stored, computing)?,
         };
         part.adapter = adapters.make(spec, part.weight.as_ref(), before, lora)?;
         Ok(part)
     };
-    let mut decoder = build(&files.spec, files.source.as_ref(), computing.clone(), &mut make)?;
+    let mut decoder = build(&files.spec, source, computing.clone(), &mut make)?;
+    if let Some(keeper) = keeper {
+        keeper.finish();
+    }
+    // Of what is kept, all is taken.
+    if let Some(file) = damaged.filter(|_| fresh > 0) {
+        file.remove();
+    }
     if training {
         let layers = files.spec.layers.len();
         decoder.train(&files.spec, &|name| is_trained(config, layers, name))?;
@@ -75,6 +140,7 @@ pub fn build_decoder(
     if let Some(gpu) = computing.device.gpu() {
         gpu.synchronize()?;
     }
+    drop(loading);
     tracing::info!("weights read in {:.2} s", start.elapsed().as_secs_f64());
     Ok((decoder, adapters.subtracted))
 }
@@ -99,7 +165,7 @@ fn four_bit_part(spec: &PartSpec, matrix: FourBit<'static>, computing: &BuildOpt
     };
     let weight = Nf4Weight::from_parts((rows, cols), codes.into_owned(), absmax, dtype, computing.precision)?;
     Ok(match computing.device.gpu() {
-        Some(gpu) => quantised_part(spec, Nf4GpuWeight::from_cpu(&weight, gpu)?),
+        Some(gpu) => quantised_part(spec, Nf4GpuWeight::from_cpu(weight, gpu)?),
         None => quantised_part(spec, weight),
     })
 }
@@ -177,6 +243,11 @@ impl Maker<'_> {
             config.check(&projections(files))?;
         }
         Ok(Maker { kind, computing, subtracted: Subtracted::new() })
+    }
+
+    /// Adapters begin beside the weights as they are.
+    fn leaves_weights(&self) -> bool {
+        !matches!(&self.kind, Kind::New(config, _) if config.initial != Initial::Zero)
     }
 
     fn start(&mut self, spec: &PartSpec, stored: Stored) -> Result<Start> {

@@ -1,6 +1,6 @@
-//! Data sets on the hub: which of their files are read.
+//! The hub, by the config; and data sets there: which of their files are read.
 //!
-//! As `datasets` does: by the `configs` at the head of README.md, else by names, where `name-00000-of-00002` is a part
+//! This is chosen as `datasets` does: by the `configs` at the head of README.md, else by names, where `name-00000-of-00002` is a part
 //! of split `name`, and words such as `train` and `validation` name splits. Code of a data set is never run.
 
 use std::collections::BTreeMap;
@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use ferrotune_data::{HubSet, readers};
-use ferrotune_hub::{DataSetFiles, HubOptions, Progress, data_set};
+use ferrotune_hub::{DataSetFiles, Hub, HubOptions, Progress, data_set};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::config::{Data, Node, RunConfig, parse_yaml};
+use crate::config::{Data, HubName, Node, RunConfig, parse_yaml};
 use crate::console::Console;
 
 /// Words that name a split, as `datasets` takes them.
@@ -30,13 +30,7 @@ pub fn fetch_data_set(
     wanted: &HubSet,
     console: &Console,
 ) -> anyhow::Result<Vec<PathBuf>> {
-    let from_env = HubOptions::from_env();
-    let options = HubOptions {
-        cache_dir: config.cache_dir.clone(),
-        revision: wanted.revision.clone(),
-        token: config.hf_hub_token.clone().or(from_env.token.clone()),
-        ..from_env
-    };
+    let options = HubOptions { revision: wanted.revision.clone(), ..options_of(config, Hub::HuggingFace) };
     if wanted.split.as_ref().is_some_and(|split| split.contains(['[', '+'])) {
         bail!(
             "data set `{}`: parts of a split are not there yet; name a split, and use `max_samples`",
@@ -54,8 +48,31 @@ pub fn fetch_data_set(
     Ok(set.fetch(&chosen, &options, &mut progress)?)
 }
 
-/// Shows how far a download is, on a terminal.
-fn download_bar(console: &Console) -> impl FnMut(&Progress) {
+/// The hub that models are looked for on and sent to, and who asks.
+pub fn hub_options(config: &RunConfig) -> HubOptions {
+    let hub = match config.hub {
+        HubName::Auto => HubOptions::hub_from_env(),
+        HubName::HuggingFace => Hub::HuggingFace,
+        HubName::ModelScope => Hub::ModelScope,
+    };
+    options_of(config, hub)
+}
+
+fn options_of(config: &RunConfig, hub: Hub) -> HubOptions {
+    let from_env = HubOptions::from_env(hub);
+    let token = match hub {
+        Hub::HuggingFace => &config.hf_hub_token,
+        Hub::ModelScope => &config.ms_hub_token,
+    };
+    HubOptions {
+        cache_dir: config.cache_dir.clone(),
+        token: token.clone().or(from_env.token.clone()),
+        ..from_env
+    }
+}
+
+/// Shows how far a download is, or what is sent, on a terminal.
+pub fn download_bar(console: &Console) -> impl FnMut(&Progress) {
     let bar = ProgressBar::hidden();
     let style = ProgressStyle::with_template(
         "{msg} [{bar:30}] {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left",

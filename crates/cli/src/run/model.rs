@@ -10,11 +10,11 @@ use ferrotune_hub::{HubOptions, resolve};
 use ferrotune_model::families;
 use ferrotune_model::source::ModelFiles;
 use ferrotune_model::spec::ModelSpec;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::Value;
 
 use crate::config::{RunConfig, TemplateName};
 use crate::console::{Console, Usage};
+use crate::run::hub::{download_bar, hub_options};
 
 /// A model's files with what turns text into its tokens.
 pub struct OpenModel {
@@ -65,7 +65,12 @@ impl UntemplatedModel {
         let name = name(config)?;
         let path = find(config, &name, console)?;
         tracing::info!("model files: {}", path.display());
-        let files = ModelFiles::open(&path)?;
+        let mut files = ModelFiles::open(&path)?;
+        files.spec.settle_rope(config.cutoff_len);
+        if files.is_text_part {
+            console
+                .note(format!("{name}: of this model, the part for text is used; the others are left out"));
+        }
         let tokenizer = match saved_tokenizer(config) {
             Some(folder) => Tokenizer::from_folder(folder)?,
             None => tokenizer(&files)?,
@@ -244,26 +249,9 @@ fn name(config: &RunConfig) -> anyhow::Result<String> {
 
 /// The local folder or file of a model; one that is not here yet is fetched.
 fn find(config: &RunConfig, name: &str, console: &Console) -> anyhow::Result<PathBuf> {
-    let from_env = HubOptions::from_env();
     let options = HubOptions {
-        cache_dir: config.cache_dir.clone(),
         revision: Some(config.model_revision.clone()).filter(|it| it != "main"),
-        token: config.hf_hub_token.clone().or(from_env.token.clone()),
-        ..from_env
+        ..hub_options(config)
     };
-    let bar = ProgressBar::hidden();
-    let style = ProgressStyle::with_template(
-        "{msg} [{bar:30}] {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left",
-    );
-    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> "));
-    let path = resolve(name, &options, &mut |progress| {
-        if bar.is_hidden() && console.shows_progress() {
-            bar.set_draw_target(ProgressDrawTarget::stderr());
-        }
-        bar.set_length(progress.total);
-        bar.set_position(progress.done);
-        bar.set_message(progress.file.to_string());
-    });
-    bar.finish_and_clear();
-    Ok(path?)
+    Ok(resolve(name, &options, &mut download_bar(console))?)
 }

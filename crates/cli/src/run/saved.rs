@@ -3,11 +3,12 @@
 //! One that began by PiSSA is for a base that lost s·B₀·A₀; it is stored for the whole one, as PEFT converts it:
 //! s·(B·A − B₀·A₀) = s·[B −B₀]·[A; A₀], of twice the rank.
 
-use ferrotune_export::{LoraTensors, Modules, PeftAdapter};
+use ferrotune_export::{LoraTensors, ModulePlace, Modules, PeftAdapter};
 use ferrotune_model::Decoder;
 use ferrotune_nn::LanguageModel as _;
 use ferrotune_tensor::{Error, Result, Tensor};
 
+use super::OpenModel;
 use super::decoder::{Subtracted, lora_tensors};
 use crate::config::RunConfig;
 
@@ -17,7 +18,7 @@ use crate::config::RunConfig;
 /// When a tensor can't be read.
 pub fn peft_adapter(
     config: &RunConfig,
-    base: &str,
+    base: &OpenModel,
     model: &mut Decoder,
     subtracted: &Subtracted,
 ) -> Result<PeftAdapter> {
@@ -40,7 +41,8 @@ pub fn peft_adapter(
         lora_alpha *= if config.use_rslora { 2f64.sqrt() } else { 2.0 };
     }
     Ok(PeftAdapter {
-        base_model_name_or_path: base.to_string(),
+        base_model_name_or_path: base.name.clone(),
+        place: ModulePlace::of(&base.files),
         revision: None,
         r,
         lora_alpha,

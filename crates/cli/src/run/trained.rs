@@ -160,7 +160,7 @@ pub fn save_trained(
     card: &ModelCard,
 ) -> Result<()> {
     if config.finetuning_type == FinetuningType::Lora {
-        return peft_adapter(config, &base.name, model, subtracted)?.write(folder, card);
+        return peft_adapter(config, base, model, subtracted)?.write(folder, card);
     }
     let trained = model.parameters().into_iter().map(|it| Ok((it.name.clone(), it.value.to_cpu()?)));
     write_model(folder, &base.files, &trained.collect::<Result<BTreeMap<_, _>>>()?, saved_as)

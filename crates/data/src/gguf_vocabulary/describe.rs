@@ -126,8 +126,9 @@ fn byte_level_form(
 ) -> Result<Vec<String>, String> {
     vocabulary.model = "gpt2".into();
     // Bringing characters into their usual form is what most typing does; llama.cpp doesn't.
-    let normalizer = json["normalizer"]["type"].as_str();
-    if let Some(other) = normalizer.filter(|it| *it != "NFC") {
+    let normalizer = &json["normalizer"];
+    let steps = normalizer["normalizers"].as_array().map_or(std::slice::from_ref(normalizer), Vec::as_slice);
+    if let Some(other) = steps.iter().filter_map(|it| it["type"].as_str()).find(|it| *it != "NFC") {
         return Err(format!("its normalizer `{other}` has no form in GGUF"));
     }
     // A space within a part is written as bytes are, so that the one between the parts is the only one.

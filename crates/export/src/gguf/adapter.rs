@@ -1,5 +1,5 @@
 //! A LoRA adapter by itself, as llama.cpp's `convert_lora_to_gguf.py` writes it: for each adapted tensor `.lora_a` (R, in)
-//! and `.lora_b` (out, R), in f32. llama.cpp adds adapter.lora.alpha / R · B·A.
+//! and `.lora_b` (out, R), in f32; of a tensor of all experts, those of all experts. llama.cpp adds adapter.lora.alpha / R · B·A.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,6 +16,8 @@ use crate::{LoraTensors, PeftAdapter};
 struct Matrix {
     name: String,
     rows: usize,
+    /// Experts that the rows belong to, or 1.
+    matrices: usize,
     values: Vec<f32>,
 }
 
@@ -74,6 +76,7 @@ fn planned(matrix: &Matrix) -> Planned<'_> {
         name: matrix.name.clone(),
         kind: GgufType::F32,
         rows: Some(matrix.rows),
+        matrices: matrix.matrices,
         cols,
         together: 1,
         parts: Vec::new(),
@@ -100,31 +103,77 @@ fn matrices(
             }
         }
     }
+    all.extend(of_experts(spec, &mut modules)?);
     for (module, tensors) in modules {
         let mut b = numbers(&tensors.b)?;
         let weight = format!("{module}.weight");
         if let Some(width) = head_width(spec, &weight).filter(|_| architecture.pairs_are_neighbours) {
             weave(&mut b, width, tensors.b.cols());
         }
-        let ((rank, _), rows) = ((tensors.a.rows(), tensors.a.cols()), tensors.b.rows());
-        all.push((module.to_string(), Pair { rank, a: numbers(&tensors.a)?, rows, b }));
+        let (rank, rows) = (tensors.a.rows(), tensors.b.rows());
+        all.push((module.to_string(), Pair { rank, a: numbers(&tensors.a)?, rows, b, matrices: 1 }));
     }
     let mut matrices = Vec::new();
     for (module, pair) in all {
         let name = architecture
             .tensor(&format!("{module}.weight"))
             .ok_or_else(|| format!("llama.cpp has no adapter on `{module}`; export the merged model"))?;
-        matrices.push(Matrix { name: format!("{name}.lora_a"), rows: pair.rank, values: pair.a });
-        matrices.push(Matrix { name: format!("{name}.lora_b"), rows: pair.rows, values: pair.b });
+        let Pair { rank, a, rows, b, matrices: count } = pair;
+        let mut push = |kind: &str, rows: usize, values: Vec<f32>| {
+            let name = format!("{name}.lora_{kind}");
+            matrices.push(Matrix { name, rows: rows * count, matrices: count, values });
+        };
+        push("a", rank, a);
+        push("b", rows, b);
     }
     Ok(matrices)
 }
 
+/// A and B of a tensor of the file: of one matrix, or of one for each expert.
 struct Pair {
     rank: usize,
     a: Vec<f32>,
     rows: usize,
     b: Vec<f32>,
+    matrices: usize,
+}
+
+/// Adapters of a projection of all experts, expert after expert; an expert without one has zeros. They are called as the
+/// first expert's.
+fn of_experts(
+    spec: &ModelSpec,
+    modules: &mut BTreeMap<&str, &LoraTensors>,
+) -> Result<Vec<(String, Pair)>, String> {
+    let mut all = Vec::new();
+    for (index, layer) in spec.layers.iter().enumerate() {
+        let Some(experts) = layer.mlp.experts else { continue };
+        let linears = layer.linears(spec.hidden_size);
+        for first in linears.iter().filter(|it| it.expert == Some(0)) {
+            let Some((_, part)) = names::expert_of(&first.part) else { continue };
+            let module = |expert: usize| names::module(index, &names::of_expert(expert, &part));
+            let there: Vec<_> =
+                (0..experts.num_experts).map(|expert| modules.remove(module(expert).as_str())).collect();
+            let Some(rank) = there.iter().flatten().map(|it| it.a.rows()).next() else { continue };
+            if there.iter().flatten().any(|it| it.a.rows() != rank) {
+                return Err(format!(
+                    "the experts' adapters on `{part}` have several ranks, and llama.cpp has one; export the merged model"
+                ));
+            }
+            let (rows, matrices) = (first.out_features, there.len());
+            let mut pair = Pair { rank, a: Vec::new(), rows, b: Vec::new(), matrices };
+            for tensors in there {
+                let Some(tensors) = tensors else {
+                    pair.a.resize(pair.a.len() + rank * first.in_features, 0.0);
+                    pair.b.resize(pair.b.len() + rows * rank, 0.0);
+                    continue;
+                };
+                pair.a.extend(numbers(&tensors.a)?);
+                pair.b.extend(numbers(&tensors.b)?);
+            }
+            all.push((module(0), pair));
+        }
+    }
+    Ok(all)
 }
 
 /// Adapters of projections that are one in the file: their A stand one above the other, their B along a diagonal. The
@@ -137,7 +186,7 @@ fn fused(spec: &ModelSpec, parts: &[String], there: &[Option<&LoraTensors>]) -> 
     let rows_of =
         |part: &String| linears.iter().find(|it| part.ends_with(&it.part)).map_or(0, |it| it.out_features);
     let rows: usize = parts.iter().map(rows_of).sum();
-    let mut pair = Pair { rank, a: Vec::new(), rows, b: vec![0.0; rows * rank] };
+    let mut pair = Pair { rank, a: Vec::new(), rows, b: vec![0.0; rows * rank], matrices: 1 };
     let (mut row, mut col) = (0, 0);
     for (part, tensors) in parts.iter().zip(there) {
         let count = rows_of(part);

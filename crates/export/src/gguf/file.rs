@@ -44,6 +44,8 @@ pub(super) struct Planned<'a> {
     pub(super) kind: GgufType,
     /// None for a vector.
     pub(super) rows: Option<usize>,
+    /// Matrices that the rows belong to, one after the other: more than one makes a third dimension.
+    pub(super) matrices: usize,
     pub(super) cols: usize,
     /// Rows are asked for in multiples of this.
     pub(super) together: usize,
@@ -162,7 +164,10 @@ fn header(out: &mut Counted, metadata: &Metadata, tensors: &[Planned]) -> std::i
     for tensor in tensors {
         out.string(&tensor.name)?;
         // The innermost dimension first.
-        let shape: Vec<u64> = [tensor.cols].into_iter().chain(tensor.rows).map(|it| it as u64).collect();
+        let rows = tensor.rows.map(|it| it / tensor.matrices);
+        let matrices = Some(tensor.matrices).filter(|it| *it > 1);
+        let shape = [tensor.cols].into_iter().chain(rows).chain(matrices);
+        let shape: Vec<u64> = shape.map(|it| it as u64).collect();
         out.put(&(shape.len() as u32).to_le_bytes())?;
         shape.iter().try_for_each(|size| out.put(&size.to_le_bytes()))?;
         out.put(&tensor.kind.id().to_le_bytes())?;

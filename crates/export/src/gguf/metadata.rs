@@ -30,9 +30,25 @@ struct Computes {
     window_pattern: Option<usize>,
     /// Every so many layers one doesn't know positions.
     unturned_pattern: Option<usize>,
+    /// Layers without a window don't know positions.
+    windows_turn: bool,
+    /// Channels are turned with their neighbours, as they lie.
+    interleaved: bool,
+    norm: NormKind,
+    residual: Residual,
+    /// Logits are multiplied by a number in the file.
+    logit_scale: bool,
+    experts: Experts,
     /// Scores and logits are capped.
     caps: Caps,
     head: Head,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Experts {
+    Never,
+    Maybe,
+    Always,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -62,15 +78,22 @@ fn computes(architecture: &str) -> Computes {
         plain_heads: false,
         window_pattern: None,
         unturned_pattern: None,
+        windows_turn: false,
+        interleaved: false,
+        norm: NormKind::Rms,
+        residual: Residual::Sequential,
+        logit_scale: false,
+        experts: Experts::Never,
         caps: Caps::None,
         head: Head::Any,
     };
     let gemma = Computes { activation: Activation::GeluTanh, root_scale: true, head: Head::Tied, ..plain };
     match architecture {
-        "llama" => Computes { biases: true, factors: true, ..plain },
+        "llama" => Computes { biases: true, factors: true, experts: Experts::Maybe, ..plain },
         "granite" => Computes { biases: true, factors: true, scales: true, ..plain },
         "qwen2" => Computes { plain_heads: true, ..plain },
         "qwen3" => Computes { qk_norm: QkNorm::PerHead, ..plain },
+        "qwen3moe" => Computes { qk_norm: QkNorm::PerHead, experts: Experts::Always, ..plain },
         "smollm3" => Computes { unturned_pattern: Some(4), ..plain },
         "olmo2" => Computes {
             norms: NormPlaces::After,
@@ -92,6 +115,18 @@ fn computes(architecture: &str) -> Computes {
             ..gemma
         },
         "phi3" => Computes { partial: true, plain_heads: true, ..plain },
+        "cohere2" => Computes {
+            norms: NormPlaces::Shared,
+            norm: NormKind::Layer,
+            residual: Residual::Parallel,
+            interleaved: true,
+            logit_scale: true,
+            plain_heads: true,
+            window_pattern: Some(4),
+            windows_turn: true,
+            head: Head::Tied,
+            ..plain
+        },
         _ => plain,
     }
 }
@@ -142,21 +177,30 @@ pub(super) fn check(spec: &ModelSpec, architecture: &GgufArchitecture) -> Result
     let root = (spec.hidden_size as f64).sqrt();
     let scaled = if can.root_scale { root } else { 1.0 };
     is(can.scales || near(spec.embedding_scale, scaled), "a scale of the embeddings")?;
-    is(can.scales || near(spec.logit_scale, 1.0), "a scale of the logits")?;
-    is(spec.norm.kind == NormKind::Rms, "norms with a mean")?;
+    is(can.scales || can.logit_scale || near(spec.logit_scale, 1.0), "a scale of the logits")?;
+    is(spec.norm.kind == can.norm && !spec.norm.bias, "norms of this kind")?;
     is(
         can.caps == Caps::None || can.caps == Caps::Logits || spec.logit_softcap.is_some(),
         "logits that aren't capped",
     )?;
     is(can.caps != Caps::None || spec.logit_softcap.is_none(), "capped logits")?;
     is(can.head != Head::Tied || spec.tie_word_embeddings, "a head of its own")?;
+    // llama.cpp takes one by the length of its own context.
+    let two_ropes = spec.long_rope.is_some();
+    is(architecture.fused || !two_ropes, "second rope for long contexts")?;
     let first = &spec.layers[0];
     for (index, layer) in spec.layers.iter().enumerate() {
         let attention = &layer.attention;
         is(layer.norms == can.norms && attention.qk_norm == can.qk_norm, "norms in these places")?;
-        is(layer.residual == Residual::Sequential, "sublayers side by side")?;
+        is(layer.residual == can.residual, "sublayers joined this way")?;
         is(can.scales || near(layer.residual_scale, 1.0), "a scale of the sublayers")?;
-        is(layer.mlp.experts.is_none(), "experts")?;
+        match layer.mlp.experts {
+            None => is(can.experts != Experts::Always, "layers without experts")?,
+            Some(experts) => {
+                is(can.experts != Experts::Never && !layer.mlp.bias, "such experts")?;
+                is(experts.normalised, "experts whose weights don't add up to 1 (`norm_topk_prob`)")?;
+            }
+        }
         is(layer.mlp.gated && layer.mlp.activation == can.activation, "this activation")?;
         is(
             can.biases || !(attention.out_bias || layer.mlp.bias),
@@ -167,13 +211,20 @@ pub(super) fn check(spec: &ModelSpec, architecture: &GgufArchitecture) -> Result
         is(near(attention.scale, scale), "a scale of the scores")?;
         let shared = attention.num_attention_heads * attention.head_dim == spec.hidden_size;
         is(!can.plain_heads || shared, "heads of another width than they share of `hidden_size`")?;
-        let turned = can.unturned_pattern.is_none_or(|every| (index + 1) % every != 0);
+        let turned = match can.windows_turn {
+            true => attention.window.is_some(),
+            false => can.unturned_pattern.is_none_or(|every| (index + 1) % every != 0),
+        };
         is(attention.rope.is_some() == turned, "positions in these layers")?;
         if let Some(rope) = &attention.rope {
             let whole = 2 * rope.inverse_frequencies.len() == attention.head_dim;
-            is(!rope.interleaved && near(rope.attention_factor, 1.0), "this kind of rope")?;
+            is(
+                rope.interleaved == can.interleaved && (two_ropes || near(rope.attention_factor, 1.0)),
+                "this kind of rope",
+            )?;
             is(can.partial || whole, "heads turned in a part of their width")?;
-            is(can.factors || rope_parts(rope).factors.is_none(), "a rope scaled this way")?;
+            let factors = !two_ropes && rope_parts(rope).factors.is_some();
+            is(can.factors || !factors, "a rope scaled this way")?;
         }
         // Without a window of its own, a layer may only differ by its window and positions.
         let plain = |it: &LayerSpec| LayerSpec {
@@ -242,13 +293,18 @@ pub(super) fn model(spec: &ModelSpec, architecture: &GgufArchitecture, metadata:
     metadata.set(key("attention.head_count_kv"), size(attention.num_key_value_heads));
     metadata.set(key("attention.key_length"), size(attention.head_dim));
     metadata.set(key("attention.value_length"), size(attention.head_dim));
-    metadata.set(key("attention.layer_norm_rms_epsilon"), number(spec.norm.eps));
+    let kind = if can.norm == NormKind::Layer { "layer_norm" } else { "layer_norm_rms" };
+    metadata.set(key(&format!("attention.{kind}_epsilon")), number(spec.norm.eps));
     metadata.set(key("vocab_size"), size(spec.vocab_size));
     let rope_of = |windowed: bool| {
         let mut layers = spec.layers.iter().filter(|it| it.attention.window.is_some() == windowed);
         layers.find_map(|it| it.attention.rope.as_ref())
     };
-    if let Some(rope) = rope_of(false).or(rope_of(true)) {
+    if let Some(two) = &spec.long_rope {
+        metadata.set(key("rope.dimension_count"), size(2 * two.short.inverse_frequencies.len()));
+        metadata.set(key("rope.freq_base"), number(two.theta));
+        metadata.set(key("rope.scaling.attn_factor"), number(two.short.attention_factor));
+    } else if let Some(rope) = rope_of(false).or(rope_of(true)) {
         let parts = rope_parts(rope);
         metadata.set(key("rope.dimension_count"), size(2 * rope.inverse_frequencies.len()));
         metadata.set(key("rope.freq_base"), Value::F32(parts.theta));
@@ -258,10 +314,18 @@ pub(super) fn model(spec: &ModelSpec, architecture: &GgufArchitecture, metadata:
         }
     }
     if architecture.fused {
-        metadata.set(key("rope.scaling.original_context_length"), size(spec.max_position_embeddings));
+        let original = spec.long_rope.as_ref().map_or(spec.max_position_embeddings, |it| it.original_context);
+        metadata.set(key("rope.scaling.original_context_length"), size(original));
         // Written and not used.
         let window = spec.layers.iter().find_map(|it| it.attention.window);
         metadata.set(key("attention.sliding_window"), size(window.unwrap_or(0)));
+    }
+    if let Some(experts) = layer.mlp.experts {
+        metadata.set(key("expert_count"), size(experts.num_experts));
+        metadata.set(key("expert_used_count"), size(experts.num_experts_per_tok));
+        if can.experts == Experts::Always {
+            metadata.set(key("expert_feed_forward_length"), size(layer.mlp.intermediate_size));
+        }
     }
     windows(spec, &can, &key, rope_of(true), metadata);
     if can.caps == Caps::Both {
@@ -275,6 +339,8 @@ pub(super) fn model(spec: &ModelSpec, architecture: &GgufArchitecture, metadata:
         metadata.set(key("embedding_scale"), number(spec.embedding_scale));
         metadata.set(key("residual_scale"), number(layer.residual_scale));
         metadata.set(key("logit_scale"), number(1.0 / spec.logit_scale));
+    } else if can.logit_scale {
+        metadata.set(key("logit_scale"), number(spec.logit_scale));
     }
 }
 

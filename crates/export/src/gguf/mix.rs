@@ -61,11 +61,14 @@ pub(super) struct Shape<'a> {
     pub(super) cols: usize,
 }
 
-/// The size that llama.cpp treats apart, because its eight heads share keys and values.
+/// The sizes that llama.cpp treats apart.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Size {
     Usual,
+    /// Its eight heads share keys and values.
     SeventyBillion,
+    /// Attention is small beside eight experts.
+    EightExperts,
 }
 
 /// The type of each tensor; layers must be in their order.
@@ -77,8 +80,8 @@ pub(super) fn types(mix: GgufMix, tensors: &[Shape], layers: usize, size: Size) 
     let (mut value, mut down) = (0, 0);
     let one = |it: &Shape| {
         let most = mix.most();
-        if it.rows.is_none() {
-            return GgufType::F32;
+        if it.rows.is_none() || ends(it, "ffn_gate_inp") {
+            return GgufType::F32; // a token's experts hang on the latter
         }
         if most.block() == 1 {
             return most;
@@ -98,8 +101,15 @@ pub(super) fn types(mix: GgufMix, tensors: &[Shape], layers: usize, size: Size) 
             if size == Size::SeventyBillion && chosen == GgufType::Q4K {
                 chosen = GgufType::Q5K;
             }
+            if size == Size::EightExperts {
+                chosen = GgufType::Q8_0;
+            }
             value += 1;
-        } else if ends(it, "ffn_down") {
+        } else if size == Size::EightExperts && ends(it, "attn_k") {
+            chosen = GgufType::Q8_0;
+        } else if size == Size::EightExperts && ends(it, "attn_output") && mix == GgufMix::Q4KM {
+            chosen = GgufType::Q5K;
+        } else if ends(it, "ffn_down") || ends(it, "ffn_down_exps") {
             if mixed && more_bits(down, layers) {
                 chosen = GgufType::Q6K;
             }

@@ -112,6 +112,9 @@ fn size(spec: &ModelSpec, architecture: &GgufArchitecture) -> Size {
     let attention = &spec.layers[0].attention;
     let shared = attention.num_attention_heads != attention.num_key_value_heads;
     let large = (architecture.name == "llama" && shared) || architecture.name == "qwen2";
+    if spec.layers[0].mlp.experts.is_some_and(|it| it.num_experts == 8) {
+        return Size::EightExperts;
+    }
     if spec.layers.len() == 80 && large { Size::SeventyBillion } else { Size::Usual }
 }
 
@@ -148,6 +151,16 @@ fn size_label(parameters: u64) -> String {
     if scaled.round() >= 10.0 { format!("{scaled:.0}{letter}") } else { format!("{scaled:.1}{letter}") }
 }
 
+/// What frequencies are divided by, where that is no scaling of all alike.
+fn rope_factors(spec: &ModelSpec) -> Vec<(&'static str, Vec<f32>)> {
+    if let Some(two) = &spec.long_rope {
+        let (long, short) = (two.factors(&two.long), two.factors(&two.short));
+        return vec![("rope_factors_long.weight", long), ("rope_factors_short.weight", short)];
+    }
+    let factors = spec.layers[0].attention.rope.as_ref().and_then(|rope| metadata::rope_parts(rope).factors);
+    factors.map(|it| ("rope_freqs.weight", it)).into_iter().collect()
+}
+
 /// All tensors of the file, the layers in their order.
 fn tensors<'a>(
     path: &Path,
@@ -156,33 +169,34 @@ fn tensors<'a>(
     architecture: &GgufArchitecture,
 ) -> Result<Vec<Planned<'a>>> {
     let mut planned = Vec::new();
-    if let Some(rope) = spec.layers[0].attention.rope.as_ref()
-        && let Some(factors) = metadata::rope_parts(rope).factors
-    {
+    for (name, factors) in rope_factors(spec) {
         let cols = factors.len();
         let fill: Fill = Box::new(move |_, out| {
             out.copy_from_slice(&factors);
             Ok(())
         });
-        let name = "rope_freqs.weight".to_string();
         planned.push(Planned {
-            name,
+            name: name.to_string(),
             kind: GgufType::F32,
             rows: None,
+            matrices: 1,
             cols,
             together: 1,
             parts: Vec::new(),
             fill,
         });
     }
-    let mut wanted = spec.checkpoint_tensors();
+    let mut wanted = stacked(spec.checkpoint_tensors());
     if spec.tie_word_embeddings && architecture.name == "olmo2" {
         // llama.cpp wants the head by itself.
         let head = wanted.iter().find(|it| it.name == names::EMBEDDING).cloned();
         wanted.extend(head.map(|it| CheckpointTensor { name: names::HEAD.into(), ..it }));
     }
     for tensor in wanted {
-        let Some(name) = architecture.tensor(&tensor.name) else {
+        // Fused parts have a name of their own, others are called as they are canonically.
+        let canonical = if architecture.fused { &tensor.name } else { &tensor.parts[0] };
+        let canonical = if tensor.name == names::HEAD { &tensor.name } else { canonical };
+        let Some(name) = architecture.tensor(canonical) else {
             let message = format!("llama.cpp has no place for the tensor `{}`", tensor.name);
             return Err(Error::file(path, message));
         };
@@ -201,9 +215,35 @@ fn tensors<'a>(
             Ok(())
         });
         let together = width.filter(|_| rows.is_some()).unwrap_or(1);
-        planned.push(Planned { name, kind: GgufType::F32, rows, cols, together, parts: tensor.parts, fill });
+        let (kind, parts) = (GgufType::F32, tensor.parts);
+        let matrices = if name.ends_with("_exps.weight") { parts.len() } else { 1 };
+        planned.push(Planned { name, kind, rows, matrices, cols, together, parts, fill });
     }
     Ok(planned)
+}
+
+/// Puts the projections of a layer's experts one above the other: each becomes one tensor, called as the first expert's.
+fn stacked(tensors: Vec<CheckpointTensor>) -> Vec<CheckpointTensor> {
+    let mut all: Vec<CheckpointTensor> = Vec::new();
+    for it in tensors {
+        // A layer's experts follow each other, and have three projections at most.
+        if let Some(first) = of_first_expert(&it.parts[0])
+            && let Some(whole) = all.iter_mut().rev().take(3).find(|whole| whole.parts[0] == first)
+        {
+            whole.rows += it.rows;
+            whole.parts.extend(it.parts);
+            continue;
+        }
+        all.push(it);
+    }
+    all
+}
+
+/// `model.layers.3.mlp.experts.0.up_proj.weight` of the same of another expert.
+fn of_first_expert(name: &str) -> Option<String> {
+    let (layer, part) = name.split_once(".mlp.experts.")?;
+    let (_, rest) = part.split_once('.')?;
+    Some(format!("{layer}.mlp.experts.0.{rest}"))
 }
 
 /// The width of the heads whose rows are woven: those of q and k.

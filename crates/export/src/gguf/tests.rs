@@ -106,9 +106,16 @@ fn mixes_are_those_of_llama_quantize() {
         Shape { name: "blk.1.attn_v.weight", rows: Some(8), cols: 48 },
     ];
     let kinds = |size| mix::types(GgufMix::Q4KM, &own, 80, size);
-    use GgufType::{F16, Q4K, Q5K, Q6K};
+    use GgufType::{F16, F32, Q4K, Q5K, Q6K, Q8_0};
     assert_eq!(kinds(Size::Usual), [Q4K, Q6K, Q4K, F16]);
     assert_eq!(kinds(Size::SeventyBillion)[2], Q5K);
+    // Attention beside eight experts, and what sends tokens to them.
+    let parts = ["attn_k", "attn_v", "attn_output", "ffn_gate_inp", "ffn_down_exps", "ffn_up_exps"];
+    let names = parts.map(|it| format!("blk.0.{it}.weight"));
+    let mixtral: Vec<Shape> = names.iter().map(|name| Shape { name, rows: Some(8), cols: 256 }).collect();
+    let kinds = |size| mix::types(GgufMix::Q4KM, &mixtral, 32, size);
+    assert_eq!(kinds(Size::EightExperts), [Q8_0, Q8_0, Q5K, F32, Q6K, Q4K]);
+    assert_eq!(kinds(Size::Usual), [Q4K, Q6K, Q4K, F32, Q6K, Q4K]);
     for mix in GgufMix::names() {
         assert_eq!(GgufMix::named(&mix.to_lowercase()).unwrap().name(), mix);
     }

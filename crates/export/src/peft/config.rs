@@ -7,7 +7,7 @@ use std::path::Path;
 use ferrotune_tensor::{Error, Result};
 use serde_json::{Map, Value, json};
 
-use super::{Modules, PeftAdapter};
+use super::{ModulePlace, Modules, PeftAdapter};
 
 /// Sorted keys, two spaces, no newline at the end: as PEFT writes it.
 pub(super) fn write(adapter: &PeftAdapter) -> String {
@@ -21,7 +21,10 @@ pub(super) fn write(adapter: &PeftAdapter) -> String {
         ("corda_config", Value::Null),
         ("ensure_weight_tying", json!(false)),
         ("eva_config", Value::Null),
-        ("exclude_modules", adapter.exclude_modules.as_ref().map_or(Value::Null, modules)),
+        (
+            "exclude_modules",
+            adapter.exclude_modules.as_ref().map_or(Value::Null, |it| modules(it, adapter.place)),
+        ),
         ("fan_in_fan_out", json!(false)),
         ("inference_mode", json!(true)),
         ("init_lora_weights", json!(true)),
@@ -41,7 +44,7 @@ pub(super) fn write(adapter: &PeftAdapter) -> String {
         ("r", json!(adapter.r)),
         ("rank_pattern", json!({})),
         ("revision", json!(adapter.revision)),
-        ("target_modules", modules(&adapter.target_modules)),
+        ("target_modules", modules(&adapter.target_modules, adapter.place)),
         ("target_parameters", Value::Null),
         ("task_type", json!("CAUSAL_LM")),
         ("trainable_token_indices", Value::Null),
@@ -70,8 +73,14 @@ fn saved(adapter: &PeftAdapter) -> Value {
     if modules.is_empty() { Value::Null } else { json!(modules) }
 }
 
-fn modules(modules: &Modules) -> Value {
+fn modules(modules: &Modules, place: ModulePlace) -> Value {
     match modules {
+        // The other parts have modules of the same names, which are not meant. PEFT compares the pattern with a whole name.
+        Modules::Names(names) if place == ModulePlace::LanguageModel => {
+            let short = |it: &String| it.strip_prefix("model.").unwrap_or(it).replace('.', "\\.");
+            let names: Vec<String> = names.iter().map(short).collect();
+            json!(format!("model\\.language_model\\.(.*\\.)?({})", names.join("|")))
+        }
         Modules::Names(names) => json!(names),
         Modules::Pattern(pattern) => json!(pattern),
     }
@@ -176,6 +185,7 @@ fn parse(map: &Map<String, Value>) -> Result<PeftAdapter, String> {
     };
     Ok(PeftAdapter {
         base_model_name_or_path: text("base_model_name_or_path").unwrap_or_default(),
+        place: ModulePlace::Model,
         revision: text("revision"),
         r: r as usize,
         lora_alpha: number("lora_alpha", Some(8.0))?,

@@ -86,6 +86,38 @@ fn sixteen_bit_tensors_stay_so() {
 }
 
 #[test]
+fn a_part_for_text_has_its_modules_where_transformers_has_them() {
+    let mut adapter = PeftAdapter::read(&fixture()).unwrap();
+    let names = ["q_proj", "layers.0.mlp.up_proj"].map(str::to_string);
+    (adapter.place, adapter.target_modules) = (ModulePlace::LanguageModel, Modules::Names(names.into()));
+    let modules = |it: &PeftAdapter| it.tensors.iter().map(|it| it.module.clone()).collect::<Vec<_>>();
+    for theirs in ["model.language_model.", "language_model.model."] {
+        let scratch = Scratch::new();
+        adapter.write(&scratch.0, &ModelCard::default()).unwrap();
+        let source = SafetensorsSource::open_file(&scratch.0.join(TENSORS)).unwrap();
+        let inner = "base_model.model.model.language_model.layers.";
+        assert!(source.names().iter().all(|it| it.starts_with(inner)), "{:?}", source.names());
+        assert_eq!(
+            config(&scratch.0)["target_modules"],
+            r"model\.language_model\.(.*\.)?(q_proj|layers\.0\.mlp\.up_proj)"
+        );
+        // transformers before 4.52 had the names the other way round; they are of one length.
+        let mut bytes = fs::read(scratch.0.join(TENSORS)).unwrap();
+        let ours = b"model.language_model.";
+        for at in 0..bytes.len() - ours.len() {
+            // Behind PEFT's own `base_model.model.`.
+            if bytes[at..].starts_with(ours) {
+                bytes[at..][..ours.len()].copy_from_slice(theirs.as_bytes());
+            }
+        }
+        fs::write(scratch.0.join(TENSORS), bytes).unwrap();
+        let again = PeftAdapter::read(&scratch.0).unwrap();
+        assert_eq!((again.place, modules(&again)), (ModulePlace::LanguageModel, modules(&adapter)));
+    }
+    assert_eq!(PeftAdapter::read(&fixture()).unwrap().place, ModulePlace::Model);
+}
+
+#[test]
 fn configs_that_are_not_there_yet() {
     let scratch = Scratch::new();
     fs::copy(fixture().join(TENSORS), scratch.0.join(TENSORS)).unwrap();

@@ -1,5 +1,7 @@
 mod data_sets;
+mod modelscope;
 mod names;
+mod pushed;
 mod server;
 
 use std::fs;
@@ -122,6 +124,48 @@ fn a_model_is_fetched_once() {
     assert_eq!(server.asked().len(), asked);
 }
 
+/// A model in shards, and how many of them were asked for at once.
+#[test]
+fn shards_come_side_by_side() {
+    static NOW: AtomicUsize = AtomicUsize::new(0);
+    static MOST: AtomicUsize = AtomicUsize::new(0);
+    let names: Vec<String> = (1..=6).map(|it| format!("model-{it:05}-of-00006.safetensors")).collect();
+    let of_server = names.clone();
+    let server = Server::new(move |request| {
+        let index = json!({ "weight_map": of_server.iter().map(|it| (it.clone(), it.clone())).collect::<std::collections::BTreeMap<_, _>>() });
+        let index = index.to_string();
+        let mut files: Vec<(&str, &[u8])> =
+            vec![("config.json", b"{}"), ("model.safetensors.index.json", index.as_bytes())];
+        files.extend(of_server.iter().map(|it| (it.as_str(), it.as_bytes())));
+        if request.path.starts_with("/api/") {
+            return listing(&files);
+        }
+        let path = request.path.rsplit('/').next().unwrap();
+        if path.starts_with("model-") {
+            MOST.fetch_max(NOW.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            // Until others have had time to come.
+            for _ in 0..500 {
+                if MOST.load(Ordering::SeqCst) > 1 {
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            NOW.fetch_sub(1, Ordering::SeqCst);
+        }
+        if path == "config.json" {
+            assert_eq!(NOW.load(Ordering::SeqCst), 0);
+        }
+        ranged(request, files.iter().find(|it| it.0 == path).unwrap().1)
+    });
+    let scratch = Scratch::new();
+    let folder = fetch("org/m", &scratch.options(&server.endpoint)).unwrap();
+    assert!((2..=4).contains(&MOST.load(Ordering::SeqCst)));
+    assert_eq!(server.asked().last().unwrap().path, format!("/org/m/resolve/{COMMIT}/config.json"));
+    for name in names {
+        assert_eq!(fs::read_to_string(folder.join(&name)).unwrap(), name);
+    }
+}
+
 #[test]
 fn a_cut_connection_is_taken_up_again() {
     let server = Server::new(|request| {
@@ -190,7 +234,9 @@ fn what_came_wrong_is_thrown_away() {
     };
     let scratch = Scratch::new();
     let empty = || {
-        fs::read_dir(scratch.0.join("org--m")).unwrap().flatten().all(|it| it.file_name() == "tokenizer.json")
+        let mut names = fs::read_dir(scratch.0.join("org--m")).unwrap().flatten().map(|it| it.file_name());
+        // What came beside it may be there, whole or in part.
+        names.all(|it| it.to_string_lossy().starts_with("tokenizer.json"))
     };
     let longer = changed(|body| body.push(0));
     refused("org/m", &scratch.options(&longer.endpoint), &["model.safetensors", "1000000 bytes", "1000001"]);

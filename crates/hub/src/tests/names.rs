@@ -66,7 +66,7 @@ fn caches_are_looked_into() {
 
 fn planned(name: &str, files: &[&str]) -> Result<Vec<String>> {
     let siblings: Vec<_> = files.iter().map(|it| json!({ "rfilename": it })).collect();
-    let plan = plan(&parse(name)?, &json!({ "sha": COMMIT, "siblings": siblings }))?;
+    let plan = plan(&parse(name)?, &HubOptions::default(), &json!({ "sha": COMMIT, "siblings": siblings }))?;
     Ok(plan.files.into_iter().map(|it| it.path).collect())
 }
 
@@ -101,6 +101,7 @@ fn files_are_chosen() {
     }
     assert!(planned("org/m/y.gguf", &["x.gguf"]).unwrap_err().to_string().contains("x.gguf"));
     let name = Name { model: "m".into(), file: None };
-    assert!(plan(&name, &json!({})).unwrap_err().to_string().contains("HF_ENDPOINT"));
-    assert!(plan(&name, &json!({ "sha": "../x", "siblings": [] })).is_err());
+    let plan = |answer| plan(&name, &HubOptions::default(), &answer);
+    assert!(plan(json!({})).unwrap_err().to_string().contains("HF_ENDPOINT"));
+    assert!(plan(json!({ "sha": "../x", "siblings": [] })).is_err());
 }

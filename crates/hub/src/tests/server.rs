@@ -1,7 +1,7 @@
-//! A hub on this machine: one thread, one answer for each connection.
+//! A hub on this machine: one thread and one answer for each connection.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -9,8 +9,10 @@ use std::thread;
 /// What a server was asked.
 #[derive(Clone, Debug)]
 pub(super) struct Request {
+    pub(super) method: String,
     pub(super) path: String,
     pub(super) headers: BTreeMap<String, String>,
+    pub(super) body: Vec<u8>,
 }
 
 /// What it answers.
@@ -21,6 +23,8 @@ pub(super) struct Answer {
     pub(super) body: Vec<u8>,
     /// The connection breaks off after so many bytes of the body.
     pub(super) cut: Option<usize>,
+    /// It breaks off before anything is answered.
+    pub(super) silent: bool,
 }
 
 impl Answer {
@@ -45,16 +49,22 @@ pub(super) struct Server {
 
 impl Server {
     /// Serves until the test ends.
-    pub(super) fn new(answer: impl Fn(&Request) -> Answer + Send + 'static) -> Server {
+    pub(super) fn new(answer: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> Server {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let endpoint = format!("http://{}", listener.local_addr().unwrap());
         let asked = Arc::new(Mutex::new(Vec::new()));
-        let log = asked.clone();
+        let (log, answer) = (asked.clone(), Arc::new(answer));
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
-                let Some(request) = read(&stream) else { continue };
-                log.lock().unwrap().push(request.clone());
-                write(stream, &answer(&request));
+                let (log, answer) = (log.clone(), answer.clone());
+                thread::spawn(move || {
+                    let Some(request) = read(&stream) else { return };
+                    log.lock().unwrap().push(request.clone());
+                    let answer = answer(&request);
+                    if !answer.silent {
+                        write(stream, &answer);
+                    }
+                });
             }
         });
         Server { endpoint, asked }
@@ -66,13 +76,22 @@ impl Server {
 }
 
 fn read(stream: &TcpStream) -> Option<Request> {
-    let mut lines = BufReader::new(stream).lines().map_while(Result::ok);
-    let path = lines.next()?.split(' ').nth(1)?.to_string();
-    let headers = lines.take_while(|it| !it.is_empty()).filter_map(|it| {
-        let (name, value) = it.split_once(':')?;
-        Some((name.to_lowercase(), value.trim().to_string()))
-    });
-    Some(Request { path, headers: headers.collect() })
+    let mut reader = BufReader::new(stream);
+    let mut line = || {
+        let mut line = String::new();
+        reader.read_line(&mut line).ok().map(|_| line.trim_end().to_string())
+    };
+    let first = line()?;
+    let (method, rest) = first.split_once(' ')?;
+    let (method, path) = (method.to_string(), rest.split(' ').next()?.to_string());
+    let mut headers = BTreeMap::new();
+    while let Some((name, value)) = line()?.split_once(':') {
+        headers.insert(name.to_lowercase(), value.trim().to_string());
+    }
+    let length = headers.get("content-length").and_then(|it: &String| it.parse().ok()).unwrap_or(0);
+    let mut body = Vec::new();
+    reader.take(length).read_to_end(&mut body).ok()?;
+    Some(Request { method, path, headers, body })
 }
 
 fn write(mut stream: TcpStream, answer: &Answer) {

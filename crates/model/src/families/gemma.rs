@@ -1,8 +1,9 @@
-//! Gemma 1, 2 and 3 (text): embeddings times √C, stored norm weights less one, the tanh form of GELU;
+//! Gemma 1, 2 and 3 (of the larger ones of 3, the part for text): embeddings times √C, stored norm weights less one, the tanh form of GELU;
 //! from 2 on norms at both ends and windows in turn; in 2 caps, in 3 norms of q and k and two ropes.
 
 use ferrotune_nn::{Activation, Rope};
 use ferrotune_tensor::Result;
+use serde_json::{Map, Value, json};
 
 use super::config::Config;
 use super::{parts, rope};
@@ -34,6 +35,28 @@ pub(super) fn gemma3(config: &Config) -> Result<ModelSpec> {
         layer.attention.rope = Some(local.clone());
     }
     model(config, "gemma3_text", layers)
+}
+
+/// `text_config` of a Gemma 3 that sees images, as a config by itself. The whole config's own say, about tokens that end a turn and
+/// the form of the weights, wins.
+pub(super) fn text_part(config: &Value, text: &Map<String, Value>) -> Value {
+    let mut all = json!({
+        "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131_072,
+        "sliding_window": 4096, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
+    });
+    for (key, value) in text {
+        all[key] = value.clone();
+    }
+    for key in ["bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "quantization_config"]
+    {
+        if let Some(value) = config.get(key).filter(|it| !it.is_null()) {
+            all[key] = value.clone();
+        }
+    }
+    all["model_type"] = "gemma3_text".into();
+    all["architectures"] = json!(["Gemma3ForCausalLM"]);
+    all
 }
 
 fn layer(config: &Config, rope: Rope) -> Result<LayerSpec> {

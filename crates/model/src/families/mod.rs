@@ -4,6 +4,7 @@ mod cohere2;
 mod config;
 mod gemma;
 mod granite;
+mod internlm3;
 mod llama;
 mod mistral;
 mod mixtral;
@@ -38,10 +39,32 @@ const FAMILIES: &[Family] = &[
     ("gemma2", "Gemma2ForCausalLM", gemma::gemma2),
     ("gemma3_text", "Gemma3ForCausalLM", gemma::gemma3),
     ("phi3", "Phi3ForCausalLM", phi3::spec),
+    ("internlm3", "InternLM3ForCausalLM", internlm3::spec),
     ("cohere2", "Cohere2ForCausalLM", cohere2::spec),
     ("mixtral", "MixtralForCausalLM", mixtral::spec),
     ("qwen3_moe", "Qwen3MoeForCausalLM", qwen::qwen3_moe),
 ];
+
+/// Families that people ask for, and what they may take instead.
+const INSTEAD: &[(&str, &str)] = &[
+    (
+        "internlm2",
+        "its weights are laid out in a way of their own; take InternLM 3, or a copy in Llama's form",
+    ),
+    ("deepseek_v2", LATENT),
+    ("deepseek_v3", LATENT),
+    ("gemma3n", "take a Gemma 3"),
+];
+const LATENT: &str = "it has latent attention; deepseek-llm and deepseek-coder (llama) and what R1 was distilled into (llama, \
+                      qwen2) are of families that are there";
+
+/// The config of the part for text, where a model of more than text has one that is a family by itself: Gemma 3 from 4B on.
+/// What it leaves out is what transformers takes then.
+pub fn text_part(config: &Value) -> Option<Value> {
+    let is_one = config.get("model_type").and_then(Value::as_str) == Some("gemma3");
+    let text = config.get("text_config").and_then(Value::as_object).filter(|_| is_one)?;
+    Some(gemma::text_part(config, text))
+}
 
 /// Reads a config.json, or what a GGUF file says in its place. `file` is for messages.
 ///
@@ -56,6 +79,9 @@ pub fn spec(config: &Value, file: &Path) -> Result<ModelSpec> {
             format!("`model_type` is missing: it names the model's family (there are: {})", there.join(", "));
         return Err(Error::file(file, message));
     };
+    if let Some(text) = text_part(config) {
+        return spec(&text, file);
+    }
     let modality =
         ["vision_config", "audio_config"].into_iter().find(|it| config.get(it).is_some_and(Value::is_object));
     if let Some(modality) = modality {
@@ -66,8 +92,10 @@ pub fn spec(config: &Value, file: &Path) -> Result<ModelSpec> {
         return Err(Error::file(file, message));
     }
     let Some((name, _, read)) = FAMILIES.iter().find(|it| it.0 == model_type) else {
+        let instead = INSTEAD.iter().find(|it| it.0 == model_type);
         let message = format!(
-            "`model_type` is `{model_type}`: that family is not there yet, only: {}",
+            "`model_type` is `{model_type}`: that family is not there yet{}, only: {}",
+            instead.map_or(String::new(), |it| format!(" ({})", it.1)),
             there.join(", ")
         );
         return Err(Error::file(file, message));

@@ -70,6 +70,7 @@ pub(super) fn model(config: &Config, family: &'static str, layers: Vec<LayerSpec
         eos_token_ids: config.tokens("eos_token_id")?,
         pad_token_id: config.tokens("pad_token_id")?.first().copied(),
         layers,
+        long_rope: None,
         checkpoint: CheckpointForm::Canonical,
     })
 }

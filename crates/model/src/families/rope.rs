@@ -7,6 +7,7 @@ use ferrotune_tensor::Result;
 use serde_json::Value;
 
 use super::config::Config;
+use crate::spec::LongRope;
 
 /// Reads `rope_theta` with `rope_scaling` (transformers 4) or `rope_parameters` (5).
 pub(super) fn read(config: &Config, width: usize) -> Result<Rope> {
@@ -20,8 +21,10 @@ pub(super) fn read(config: &Config, width: usize) -> Result<Rope> {
     scaled(section.as_ref(), theta.unwrap_or(10_000.0), width)
 }
 
-/// The same where `partial_rotary_factor` may leave the end of a head unturned.
-pub(super) fn read_partial(config: &Config, head_dim: usize) -> Result<Rope> {
+/// The same where `partial_rotary_factor` may leave the end of a head unturned, and where there may be another rope for long
+/// sequences: `longrope`, which old configs call `su`.
+/// Ding et al. 2024, "LongRoPE"; transformers/modeling_rope_utils.py.
+pub(super) fn read_long(config: &Config, head_dim: usize) -> Result<(Rope, Option<LongRope>)> {
     let old = config.section("rope_scaling")?;
     let section = config.section("rope_parameters")?.or(old);
     let theta = config.number_or("rope_theta", 10_000.0)?;
@@ -34,7 +37,41 @@ pub(super) fn read_partial(config: &Config, head_dim: usize) -> Result<Rope> {
         );
         return Err(config.error(&message));
     }
-    scaled(section.as_ref(), theta, width)
+    let original = config.size_or("original_max_position_embeddings", 4096)?;
+    match section {
+        Some(section) if ["longrope", "su"].contains(&kind(&section)?.as_str()) => {
+            let original = section.size_or("original_max_position_embeddings", original)?;
+            let long_rope = long_rope(config, &section, theta, width, original)?;
+            Ok((long_rope.short.clone(), Some(long_rope)))
+        }
+        section => Ok((scaled(section.as_ref(), theta, width)?, None)),
+    }
+}
+
+/// Each frequency divided by a factor of its own; cosine and sine grow with the logarithm of how much longer the context became.
+fn long_rope(
+    config: &Config,
+    section: &Config,
+    theta: f64,
+    width: usize,
+    original_context: usize,
+) -> Result<LongRope> {
+    let theta = section.optional_number("rope_theta")?.unwrap_or(theta);
+    let whole = config.size_or("max_position_embeddings", 4096)?;
+    let grown = section.positive_or("factor", whole as f64 / original_context as f64)?;
+    let grown = match grown > 1.0 {
+        true => (1.0 + grown.ln() / (original_context as f64).ln()).sqrt(),
+        false => 1.0,
+    };
+    let attention_factor = section.positive_or("attention_factor", grown)?;
+    let base = base(width, theta);
+    let by = |key: &str| -> Result<Rope> {
+        let inverse_frequencies = divided(&base, &section.numbers(key, base.len())?);
+        Ok(Rope { inverse_frequencies, attention_factor, interleaved: false })
+    };
+    let (short, long) = (by("short_factor")?, by("long_factor")?);
+    section.refuse_unread()?;
+    Ok(LongRope { original_context, theta, short, long })
 }
 
 /// Gemma 3: of layers with a window, and of those without, which alone are scaled.
@@ -54,10 +91,13 @@ fn scaled(section: Option<&Config>, theta: f64, width: usize) -> Result<Rope> {
     let Some(section) = section else { return Ok(rope(base(width, theta))) };
     let theta = section.optional_number("rope_theta")?.unwrap_or(theta);
     let base = base(width, theta);
-    let old_name = section.optional_text("type")?;
-    let kind = section.optional_text("rope_type")?.or(old_name).unwrap_or("default".into());
-    let frequencies = match kind.as_str() {
+    let frequencies = match kind(section)?.as_str() {
         "default" | "none" => base,
+        // Beyond the context that the model was made for, it would depend on the length.
+        "dynamic" => {
+            section.positive("factor")?;
+            base
+        }
         "linear" => divided(&base, &vec![section.positive("factor")?; base.len()]),
         "llama3" => {
             let scaling = Llama3 {
@@ -73,13 +113,19 @@ fn scaled(section: Option<&Config>, theta: f64, width: usize) -> Result<Rope> {
         other => {
             let name = section.name();
             let message = format!(
-                "`{name}` is of type `{other}`, which is not there yet, only: default, linear, llama3"
+                "`{name}` is of type `{other}`, which is not there yet, only: default, linear, dynamic, llama3, and longrope in phi3"
             );
             return Err(section.error(&message));
         }
     };
     section.refuse_unread()?;
     Ok(rope(frequencies))
+}
+
+/// What a section calls itself.
+fn kind(section: &Config) -> Result<String> {
+    let old_name = section.optional_text("type")?;
+    Ok(section.optional_text("rope_type")?.or(old_name).unwrap_or("default".into()))
 }
 
 fn rope(inverse_frequencies: Vec<f64>) -> Rope {

@@ -7,7 +7,7 @@ use std::path::Path;
 use ferrotune_tensor::{DType, Error, Result, Tensor};
 
 use super::{Stored, WeightSource, check_rows};
-use crate::spec::{CheckpointForm, FUSED, ModelSpec, from_mixtral, names};
+use crate::spec::{CheckpointForm, FUSED, ModelSpec, from_language_model, from_mixtral, names};
 
 /// Where a tensor is.
 struct Place {
@@ -24,13 +24,31 @@ pub(super) struct CanonicalSource {
 
 impl CanonicalSource {
     pub(super) fn new(spec: &ModelSpec, inner: Box<dyn WeightSource>) -> Result<CanonicalSource> {
+        CanonicalSource::named(spec, inner, |name| Some(name.to_string()))
+    }
+
+    /// The part for text, where a checkpoint has others beside it.
+    pub(super) fn of_language_model(
+        spec: &ModelSpec,
+        inner: Box<dyn WeightSource>,
+    ) -> Result<CanonicalSource> {
+        CanonicalSource::named(spec, inner, from_language_model)
+    }
+
+    fn named(
+        spec: &ModelSpec,
+        inner: Box<dyn WeightSource>,
+        own: impl Fn(&str) -> Option<String>,
+    ) -> Result<CanonicalSource> {
         let mut places = BTreeMap::new();
         for name in inner.names() {
+            let Some(canonical) = own(name) else { continue };
             let (rows, cols) = inner.shape(name)?;
-            let less_one = spec.checkpoint == CheckpointForm::NormsLessOne && name.ends_with("norm.weight");
+            let less_one =
+                spec.checkpoint == CheckpointForm::NormsLessOne && canonical.ends_with("norm.weight");
             let canonical = match spec.checkpoint {
-                CheckpointForm::Mixtral => from_mixtral(name),
-                _ => name.to_string(),
+                CheckpointForm::Mixtral => from_mixtral(&canonical),
+                _ => canonical,
             };
             places.insert(canonical, Place { stored_name: name.into(), rows: 0..rows, cols, less_one });
         }
@@ -124,6 +142,10 @@ impl WeightSource for CanonicalSource {
         if let Some(place) = self.places.get(name) {
             self.inner.forget(&place.stored_name);
         }
+    }
+
+    fn is_as_stored(&self, name: &str) -> bool {
+        self.place(name).is_ok_and(|it| self.inner.is_as_stored(&it.stored_name))
     }
 
     fn fingerprint(&self) -> String {

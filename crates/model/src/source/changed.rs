@@ -147,6 +147,10 @@ impl WeightSource for Changed {
     }
 
     /// The base's own: what stands in its places isn't another model.
+    fn is_as_stored(&self, name: &str) -> bool {
+        !self.replacements.contains_key(name) && self.base.is_as_stored(name)
+    }
+
     fn fingerprint(&self) -> String {
         self.base.fingerprint()
     }

@@ -19,8 +19,10 @@ pub struct ModelFiles {
     pub spec: ModelSpec,
     /// Its weights, checked to be there in the shapes of the spec.
     pub source: Box<dyn WeightSource>,
-    /// config.json, or what a GGUF file says in its place.
+    /// config.json (of a model of more than text, that of its part for text), or what a GGUF file says in its place.
     pub config: Value,
+    /// The folder has more than this: it is the part for text of a model that sees or hears as well.
+    pub is_text_part: bool,
     /// What the weights are in.
     pub kind: FileKind,
     /// How projections are in 4 bits, where bitsandbytes has put them there.
@@ -110,7 +112,7 @@ fn open_gguf(path: &Path) -> Result<ModelFiles> {
         _ => Box::new(source),
     };
     let (kind, path) = (FileKind::Gguf, path.into());
-    Ok(ModelFiles { spec, source, config, kind, four_bit: None, path, vocabulary })
+    Ok(ModelFiles { spec, source, config, is_text_part: false, kind, four_bit: None, path, vocabulary })
 }
 
 fn open_folder(path: &Path) -> Result<ModelFiles> {
@@ -120,7 +122,10 @@ fn open_folder(path: &Path) -> Result<ModelFiles> {
             "holds an adapter, not a model: name its base as the model and this folder as the adapter";
         return Err(Error::file(path, message));
     }
-    let config = read_json(&file)?;
+    let whole = read_json(&file)?;
+    let text_part = families::text_part(&whole);
+    let is_text_part = text_part.is_some();
+    let config = text_part.unwrap_or(whole);
     let in_four_bits = in_four_bits(&config, &file)?;
     let mut spec = families::spec(&config, &file)?;
     let generation = path.join("generation_config.json");
@@ -142,11 +147,12 @@ fn open_folder(path: &Path) -> Result<ModelFiles> {
         false => (Box::new(stored), None),
     };
     let source: Box<dyn WeightSource> = match spec.checkpoint {
+        _ if is_text_part => Box::new(CanonicalSource::of_language_model(&spec, stored)?),
         CheckpointForm::Canonical => stored,
         _ => Box::new(CanonicalSource::new(&spec, stored)?),
     };
     let (kind, path) = (FileKind::Folder, path.into());
-    Ok(ModelFiles { spec, source, config, kind, four_bit, path, vocabulary: None })
+    Ok(ModelFiles { spec, source, config, is_text_part, kind, four_bit, path, vocabulary: None })
 }
 
 fn read_json(file: &Path) -> Result<Value> {

@@ -10,6 +10,7 @@ mod changed_rows;
 mod files;
 mod four_bit;
 mod gguf;
+mod kept;
 mod mapped;
 mod safetensors;
 #[cfg(test)]
@@ -29,7 +30,8 @@ pub use gguf::{
     GgufArchitecture, GgufSource, GgufType, GgufVocabulary, RawValue, file_row, raw_vocabulary,
     read_gguf_through,
 };
-pub use safetensors::SafetensorsSource;
+pub use kept::{KeptWeights, KeptWriter, WithKept, kept_key};
+pub use safetensors::{SafetensorsSource, read_safetensors_through};
 
 /// A tensor as its file holds it.
 #[derive(Debug)]
@@ -91,6 +93,12 @@ pub trait WeightSource: Send + Sync {
     fn forget(&self, _name: &str) {}
     /// A short text that is another when the weights are: sizes of the files and a hash of their headers.
     fn fingerprint(&self) -> String;
+
+    /// Whether a tensor is what the files hold: then it is another only where [`WeightSource::fingerprint`] or the files'
+    /// times are.
+    fn is_as_stored(&self, _name: &str) -> bool {
+        false
+    }
 
     /// Is there such a tensor?
     fn contains(&self, name: &str) -> bool {

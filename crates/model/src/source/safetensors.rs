@@ -11,8 +11,24 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use super::bnb::BnbSource;
 use super::mapped::{Mapped, Plain, bf16s, f16s};
 use super::{Stored, WeightSource, check_rows};
+
+/// Reads all of a file of these bytes, for fuzzers, whether its weights are in 4 bits or not. Returns how many tensors could be
+/// read.
+pub fn read_safetensors_through(bytes: &[u8]) -> usize {
+    let Ok(source) = SafetensorsSource::of(Mapped::held("model.safetensors", bytes)) else { return 0 };
+    let source: Box<dyn WeightSource> = match BnbSource::is_one(&source) {
+        true => match BnbSource::new(source) {
+            Ok(source) => Box::new(source),
+            Err(_) => return 0,
+        },
+        false => Box::new(source),
+    };
+    let read = |name: &&str| source.get(name)?.into_dense().and_then(|_| source.get_f32(name));
+    source.names().iter().filter(|name| read(name).is_ok()).count()
+}
 
 /// A folder's safetensors files, mapped into memory.
 #[derive(Debug)]
@@ -50,9 +66,9 @@ impl SafetensorsSource {
         let index = folder.join("model.safetensors.index.json");
         let single = folder.join("model.safetensors");
         if single.exists() {
-            let (file, entries) = open_file(&single, 0)?;
+            let file = Mapped::open(&single)?;
+            source.entries = read_header(&file, 0)?;
             source.files.push(file);
-            source.entries = entries;
         } else if index.exists() {
             source.open_shards(&index)?;
         } else {
@@ -66,8 +82,12 @@ impl SafetensorsSource {
     /// # Errors
     /// When it isn't there, is truncated or contradicts itself.
     pub fn open_file(path: &Path) -> Result<SafetensorsSource> {
-        let (file, entries) = open_file(path, 0)?;
-        Ok(SafetensorsSource { folder: path.into(), files: vec![file], entries })
+        SafetensorsSource::of(Mapped::open(path)?)
+    }
+
+    fn of(file: Mapped) -> Result<SafetensorsSource> {
+        let entries = read_header(&file, 0)?;
+        Ok(SafetensorsSource { folder: file.path.clone(), files: vec![file], entries })
     }
 
     fn open_shards(&mut self, index: &Path) -> Result<()> {
@@ -97,7 +117,8 @@ impl SafetensorsSource {
                 );
                 return Err(Error::file(path, message));
             }
-            let (file, mut entries) = open_file(&path, self.files.len())?;
+            let file = Mapped::open(&path)?;
+            let mut entries = read_header(&file, self.files.len())?;
             for name in names {
                 let Some(entry) = entries.remove(name) else {
                     let message =
@@ -204,6 +225,10 @@ impl WeightSource for SafetensorsSource {
         }
     }
 
+    fn is_as_stored(&self, _name: &str) -> bool {
+        true
+    }
+
     fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
         for file in &self.files {
@@ -222,12 +247,11 @@ fn is_plain_file_name(name: &str) -> bool {
         && !name.contains('\\')
 }
 
-/// Maps a file and reads its header: an 8-byte length, that many bytes of JSON, then the numbers.
-fn open_file(path: &Path, file: usize) -> Result<(Mapped, BTreeMap<String, Entry>)> {
-    let mapped = Mapped::open(path)?;
+/// Reads the header of the `file`-th file: an 8-byte length, that many bytes of JSON, then the numbers.
+fn read_header(mapped: &Mapped, file: usize) -> Result<BTreeMap<String, Entry>> {
     let bytes = mapped.bytes();
-    let (header, metadata) =
-        SafeTensors::read_metadata(bytes).map_err(|error| Error::file(path, explain(error, bytes)))?;
+    let (header, metadata) = SafeTensors::read_metadata(bytes)
+        .map_err(|error| Error::file(&mapped.path, explain(error, bytes)))?;
     let start = 8 + header;
     let mut entries = BTreeMap::new();
     for (name, info) in metadata.tensors() {
@@ -235,7 +259,7 @@ fn open_file(path: &Path, file: usize) -> Result<(Mapped, BTreeMap<String, Entry
         let bytes = start + from..start + to;
         entries.insert(name, Entry { file, dtype: info.dtype, shape: info.shape.clone(), bytes });
     }
-    Ok((mapped, entries))
+    Ok(entries)
 }
 
 /// What is wrong with a safetensors file, in numbers.

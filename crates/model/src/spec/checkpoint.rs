@@ -73,6 +73,17 @@ fn fused_name(name: &str) -> Option<String> {
     })
 }
 
+/// The canonical name of a tensor of the part for text, in a checkpoint of more than text, as hubs have it or as transformers 5 names
+/// it; none for the other parts' tensors.
+pub(crate) fn from_language_model(name: &str) -> Option<String> {
+    let hubs = name.strip_prefix("language_model.");
+    match (hubs, name.strip_prefix("model.language_model.")) {
+        (Some(inner), _) => Some(inner.to_string()),
+        (None, Some(inner)) => Some(format!("model.{inner}")),
+        (None, None) => name.starts_with("lm_head.").then(|| name.to_string()),
+    }
+}
+
 /// Mixtral's names of an expert's projections.
 const MIXTRAL: [(&str, &str); 3] = [(".w1.", ".gate_proj."), (".w3.", ".up_proj."), (".w2.", ".down_proj.")];
 

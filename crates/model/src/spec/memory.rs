@@ -26,6 +26,8 @@ pub struct MemoryPlan {
     pub activation_bytes: usize,
     /// Blocks keep only their input and compute the rest again in the backward pass.
     pub recompute: bool,
+    /// Then an embedding that isn't the head's too is on the host: on a GPU, unless it is trained.
+    pub host_embedding: bool,
 }
 
 /// Bytes that training takes, part by part. An estimate: buffers of kernels come on top.
@@ -68,16 +70,29 @@ impl ModelSpec {
         } else {
             kept.iter().sum()
         };
+        let away = plan.recompute && plan.host_embedding && !self.tie_word_embeddings;
+        let embedding = if away { (self.vocab_size * self.hidden_size) as u64 } else { 0 };
         MemoryEstimate {
             linears: match plan.base {
                 BaseWeights::FourBit => (linears as f64 * NF4_BITS / 8.0).ceil() as u64,
                 BaseWeights::Whole => linears * plan.weight_bytes as u64,
             },
-            others: (self.parameter_count() - linears) * plan.weight_bytes as u64,
+            others: (self.parameter_count() - linears - embedding) * plan.weight_bytes as u64,
             adapters: (self.adapter_parameter_count(plan.lora_rank) + plan.trained_weights) * 16,
             activations: activations * tokens,
             logits: tokens.min(LOGIT_CHUNK) * self.vocab_size as u64 * 4,
         }
+    }
+
+    /// Multiplications and additions for one token of a step of training with adapters on frozen weights, nothing being
+    /// computed twice: products with the weights forward and for dx, those of the adapters also for their gradients,
+    /// causal attention in sequences of this many tokens forward and back.
+    pub fn flops_of_a_token(&self, lora_rank: usize, sequence: f64) -> f64 {
+        let weights = self.linear_parameters_of_a_token() + (self.vocab_size * self.hidden_size) as u64;
+        let adapters = self.adapter_parameter_count(lora_rank);
+        let attention: f64 =
+            self.layers.iter().map(|it| 6.0 * sequence * it.attention.q_width() as f64).sum();
+        4.0 * weights as f64 + 6.0 * adapters as f64 + attention
     }
 
     /// Blocks that can keep all that their backward reads when so many bytes are free once the weights

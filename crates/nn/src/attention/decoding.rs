@@ -122,7 +122,7 @@ impl Attention {
 
     /// Whether [`Attention::step_row`] takes such rows.
     pub fn takes_row(&self, ctx: &Context, like: &Tensor) -> bool {
-        let shared = like.gpu().and_then(|gpu| self.decoding_shared(gpu, like.dtype()).ok());
+        let shared = like.gpu().and_then(|gpu| self.decoding_shared(gpu, like.dtype(), MOST_BLOCKS).ok());
         shared.is_some_and(|bytes| bytes <= SHARED_BYTES)
             && self.qkv.takes_row(ctx, like)
             && self.o.takes_row(ctx, like)
@@ -141,13 +141,17 @@ impl Attention {
         cache: &KeyValues,
         scale: f64,
     ) -> Result<Tensor> {
+        // Before the product, so that nothing stands between it and what reads it.
+        if let (Some(rope), Some(gpu)) = (&self.rope, x.gpu()) {
+            rope.table_on_gpu(ctx, gpu)?;
+        }
         let mut qkv = self.qkv.row(ctx, x, RowSource::Normed(norm), None)?;
-        self.norm_and_turn(ctx, &mut qkv)?;
+        self.norm_heads(&mut qkv)?;
         let out = self.attend_row(ctx, &qkv, cache)?;
         self.o.row(ctx, &out, RowSource::Plain, Some((x, scale)))
     }
 
-    /// What the heads (1, H·D) give.
+    /// What the heads (1, H·D) give, q and k not turned yet.
     fn attend_row(&self, ctx: &Context, qkv: &Tensor, cache: &KeyValues) -> Result<Tensor> {
         let without = || Error::msg("attention: a row without its state or a cache without room");
         let (state, kept) = ctx.row.as_ref().zip(cache.kept.as_ref()).ok_or_else(without)?;
@@ -161,24 +165,27 @@ impl Attention {
         let blocks = visible.div_ceil(keys_per_block);
         let out = qkv.empty_like(1, heads * self.head_dim)?;
         let partial = Tensor::empty(heads * blocks, self.head_dim + 2, DType::F32, &qkv.device())?;
-        let launch = gpu.kernel(&module, DECODING, qkv.dtype())?;
+        let table = self.rope.as_ref().map(|rope| rope.table_on_gpu(ctx, gpu)).transpose()?;
+        let launch = gpu.kernel(&module, DECODING, qkv.dtype())?.early();
         let launch = launch.grid_of((blocks, self.num_key_value_heads), facts.threads);
-        let launch = launch.shared(self.decoding_shared(gpu, qkv.dtype())?);
+        let launch = launch.shared(self.decoding_shared(gpu, qkv.dtype(), blocks)?);
         let launch = launch.tensor(&out).tensor(&partial).optional(kept.arrived.as_ref());
-        let launch = launch.tensor(&kept.k).tensor(&kept.v).tensor(qkv).tensor(&state.position);
+        let launch = launch.tensor(&kept.k).tensor(&kept.v).tensor(qkv).optional(table.as_deref());
+        let launch = launch.int(self.rope.as_ref().map_or(0, |it| it.inverse_frequencies.len()));
+        let launch = launch.flag(self.rope.as_ref().is_some_and(|it| it.interleaved)).tensor(&state.position);
         let launch = launch.int(self.window.unwrap_or(0)).int(keys_per_block).int(heads);
         let launch = launch.int(heads / self.num_key_value_heads).float(self.scale);
-        // SAFETY: attention_decoding(out, partial, arrived, keys, values, qkv, position, window, keys_per_block, heads,
-        // group, scale, softcap); whoever sets the position has made room for it.
+        // SAFETY: attention_decoding(out, partial, arrived, keys, values, qkv, table, half, interleaved, position, window,
+        // keys_per_block, heads, group, scale, softcap); whoever sets the position has made room for it.
         unsafe { launch.float(self.softcap.unwrap_or(0.0)).run() }?;
         Ok(out)
     }
 
     /// Bytes of shared memory, as the kernel's source counts them.
-    fn decoding_shared(&self, gpu: &Gpu, dtype: DType) -> Result<usize> {
+    fn decoding_shared(&self, gpu: &Gpu, dtype: DType, blocks: usize) -> Result<usize> {
         let facts = gpu.launch_facts(&self.module(DECODING)?, DECODING, dtype)?;
         let group = self.num_attention_heads / self.num_key_value_heads;
-        Ok(facts.shared + group * (2 * self.head_dim + facts.rows + 3) * 4)
+        Ok(facts.shared + group * (2 * self.head_dim + facts.rows + 3 + blocks) * 4)
     }
 
     fn attend_to_cache(&self, qkv: &Tensor, kept: &Kept, before: usize) -> Result<Tensor> {

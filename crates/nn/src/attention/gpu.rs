@@ -48,7 +48,7 @@ impl Attention {
         let gpu = q.gpu().ok_or_else(|| Error::msg("attention: the queries are not on a GPU"))?;
         let out = q.empty_like(q.rows(), heads * self.head_dim + room)?;
         let lse = Tensor::empty(q.rows(), heads, DType::F32, &q.device())?;
-        let grid = (blocks.rows(), heads);
+        let grid = (heads, blocks.rows());
         let launch = self.kernel(gpu, FORWARD, "attention_forward", q.dtype(), grid)?;
         let launch = source.arguments(launch.tensor(&out).tensor(&lse));
         let launch = launch.tensor(blocks).int(out.cols()).int(q.cols()).int(source.k.0.cols());
@@ -78,7 +78,7 @@ impl Attention {
         unsafe { launch.int(rows).int(saved.out.cols()).int(dout.cols()).int(heads).run() }?;
 
         let blocks = ctx.query_blocks(&device, self.block_rows(qkv)?)?;
-        let launch = self.kernel(gpu, BACKWARD, "attention_backward_dq", dtype, (blocks.rows(), heads))?;
+        let launch = self.kernel(gpu, BACKWARD, "attention_backward_dq", dtype, (heads, blocks.rows()))?;
         let launch = source.arguments(launch.tensor_at(&dqkv, self.q_columns().start)).tensor(dout);
         let launch = launch.tensor(&saved.lse).tensor(&delta).tensor(blocks);
         let launch = launch.int(dqkv.cols()).int(stride).int(stride).int(dout.cols());
@@ -88,7 +88,7 @@ impl Attention {
 
         let facts = gpu.launch_facts(&self.module(BACKWARD)?, "attention_backward_dkv", dtype)?;
         let blocks = ctx.key_blocks(&device, facts.rows)?;
-        let grid = (blocks.rows(), self.num_key_value_heads);
+        let grid = (self.num_key_value_heads, blocks.rows());
         let launch = self.kernel(gpu, BACKWARD, "attention_backward_dkv", dtype, grid)?;
         let launch = launch.tensor_at(&dqkv, self.k_columns().start).tensor_at(&dqkv, self.v_columns().start);
         let launch = source.arguments(launch).tensor(dout).tensor(&saved.lse).tensor(&delta).tensor(blocks);
@@ -106,7 +106,7 @@ impl Attention {
         Ok(gpu.launch_facts(&module, "attention_forward", like.dtype())?.rows)
     }
 
-    /// A kernel over so many blocks and heads, as its source says it is launched.
+    /// A kernel over so many heads and blocks, as its source says it is launched.
     fn kernel<'a>(
         &self,
         gpu: &'a Gpu,

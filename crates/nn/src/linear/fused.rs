@@ -110,20 +110,19 @@ impl Fused<'_> {
         Ok(all)
     }
 
-    /// y, with `room` columns to spare.
-    pub(super) fn forward(&self, x: &Tensor, room: usize) -> Result<Tensor> {
-        let y = x.empty_like(x.rows(), self.outputs + room)?;
+    /// The first columns of y.
+    pub(super) fn forward(&self, x: &Tensor, y: &mut Tensor) -> Result<()> {
         let weights = self.weights(x)?;
         let copied = self.with_low(x, Room::Empty, &weights)?;
         let wide = self.inputs + self.room;
         let x = Operand::columns(copied.as_ref().unwrap_or(x), 0..wide);
         let weights = Operand::block(&weights, 0..self.outputs, 0..wide);
-        multiply_on_gpu(1.0, x, weights.transposed(), 0.0, &y, 0..self.outputs)?;
+        multiply_on_gpu(1.0, x, weights.transposed(), 0.0, y, 0..self.outputs)?;
         self.add_biases(y)
     }
 
-    /// dx, and what the gradients of the adapters are made of.
-    pub(super) fn backward(&self, x: &Tensor, holds: Room, dy: &Tensor) -> Result<(Tensor, Low)> {
+    /// dx =, and what the gradients of the adapters are made of.
+    pub(super) fn backward(&self, x: &Tensor, holds: Room, dy: &Tensor, dx: &mut Tensor) -> Result<Low> {
         let (inputs, outputs, room) = (self.inputs, self.outputs, self.room);
         let weights = self.weights(x)?;
         let low_x = self.with_low(x, holds, &weights)?;
@@ -132,10 +131,9 @@ impl Fused<'_> {
         let b = Operand::block(&weights, 0..outputs, inputs..inputs + room);
         let own = Operand::columns(wide_dy, 0..outputs);
         multiply_on_gpu(self.scaling, own, b, 0.0, wide_dy, outputs..outputs + room)?;
-        let dx = x.empty_like(x.rows(), inputs)?;
         let dy = Operand::columns(wide_dy, 0..outputs + room);
-        multiply_on_gpu(1.0, dy, Operand::columns(&weights, 0..inputs), 0.0, &dx, 0..inputs)?;
-        Ok((dx, Low { x: low_x, dy: low_dy, inputs, outputs }))
+        multiply_on_gpu(1.0, dy, Operand::columns(&weights, 0..inputs), 0.0, dx, 0..inputs)?;
+        Ok(Low { x: low_x, dy: low_dy, inputs, outputs })
     }
 
     /// Writes low beside x, unless it is there; the copy of x, where it had no room.
@@ -151,15 +149,15 @@ impl Fused<'_> {
         Ok(copied)
     }
 
-    fn add_biases(&self, mut y: Tensor) -> Result<Tensor> {
+    fn add_biases(&self, y: &mut Tensor) -> Result<()> {
         let mut at = 0;
         for (part, _) in &self.parts {
             if let Some(bias) = &part.bias {
-                add_bias(bias, &mut y, at)?;
+                add_bias(bias, y, at)?;
             }
             at += part.weight.rows();
         }
-        Ok(y)
+        Ok(())
     }
 }
 

@@ -10,7 +10,7 @@ use std::sync::Mutex;
 use cudarc::cublaslt::{result as lt, sys};
 use cudarc::driver::result as driver;
 
-use super::{Gpu, library};
+use super::{Gpu, Work, library};
 use crate::product::{Layout, Product};
 use crate::{DType, Error, Result};
 
@@ -114,7 +114,9 @@ impl Blas {
         };
         let name = || {
             let (m, n, k) = kind.sizes;
-            format!("product {layout:?} {m}×{n}×{k} {}→{}", kind.operands.as_str(), kind.result.as_str())
+            let work = Work { bytes: 0.0, flops: 2.0 * m as f64 * n as f64 * k as f64 };
+            let (operands, result) = (kind.operands.as_str(), kind.result.as_str());
+            (format!("product {layout:?} {m}×{n}×{k} {operands}→{result}"), work)
         };
         let done = gpu.profile.around(gpu.raw_stream(), name, launch);
         done.map_err(|error| {

@@ -1,14 +1,14 @@
 use std::ffi::c_void;
 
-use cudarc::driver::{result, sys};
+use cudarc::driver::{DriverError, result, sys};
 
-use super::Gpu;
+use super::{Gpu, Work, arena};
 use crate::{Error, Result, Tensor};
 
 /// The most arguments a kernel of ours takes.
-const MOST_ARGUMENTS: usize = 40;
+const MOST_ARGUMENTS: usize = 56;
 /// Dynamic shared memory above this must be asked for: with a kernel's own, 48 KiB are free.
-const SHARED_FREE: usize = 44 * 1024;
+const SHARED_FREE: usize = 12 * 1024;
 
 /// A kernel with its arguments, about to run.
 pub struct Launch<'a> {
@@ -18,14 +18,18 @@ pub struct Launch<'a> {
     grid: (usize, usize),
     block: u32,
     shared: usize,
+    /// The kernel has instructions to wait for those before it.
+    can_wait: bool,
+    early: bool,
     /// Each argument in the low bytes of a word.
     arguments: [u64; MOST_ARGUMENTS],
     count: usize,
     too_large: Option<usize>,
+    work: Work,
 }
 
 impl<'a> Launch<'a> {
-    pub(super) fn new(gpu: &'a Gpu, function: sys::CUfunction, name: &str) -> Launch<'a> {
+    pub(super) fn new(gpu: &'a Gpu, function: sys::CUfunction, name: &str, can_wait: bool) -> Launch<'a> {
         Launch {
             gpu,
             function,
@@ -33,9 +37,12 @@ impl<'a> Launch<'a> {
             grid: (1, 1),
             block: 1,
             shared: 0,
+            can_wait,
+            early: false,
             arguments: [0; MOST_ARGUMENTS],
             count: 0,
             too_large: None,
+            work: Work::default(),
         }
     }
 
@@ -54,13 +61,21 @@ impl<'a> Launch<'a> {
         Launch { shared: bytes, ..self }
     }
 
+    /// In a recorded pass it may begin before the kernel ahead of it has ended, where the card can do that. Such a
+    /// kernel waits by itself (`wait_for_kernels_before` of `kernels/ptx.cuh`), in all of its blocks that do
+    /// anything, before it reads what kernels of the pass have written and before it writes.
+    pub fn early(self) -> Launch<'a> {
+        Launch { early: true, ..self }
+    }
+
     /// The address of a tensor.
     pub fn tensor(self, tensor: &Tensor) -> Launch<'a> {
         self.tensor_at(tensor, 0)
     }
 
     /// The address of an element of a tensor, such as the first of some columns.
-    pub fn tensor_at(self, tensor: &Tensor, element: usize) -> Launch<'a> {
+    pub fn tensor_at(mut self, tensor: &Tensor, element: usize) -> Launch<'a> {
+        self.work.bytes += ((tensor.len() - element) * tensor.dtype().size_in_bytes()) as f64;
         let address = tensor.device_pointer() + (element * tensor.dtype().size_in_bytes()) as u64;
         self.word(address)
     }
@@ -143,6 +158,14 @@ impl<'a> Launch<'a> {
         }
         let (stream, count) = (self.gpu.raw_stream(), self.count);
         let (function, block, shared) = (self.function, self.block, self.shared as u32);
+        if self.early && self.can_wait && arena::follows_kernel() {
+            let grid = (x as u32, y);
+            // SAFETY: the caller's promise; the arguments are copied before the call returns.
+            return self.gpu.check(unsafe {
+                launch_early(function, grid, block, shared, stream, &mut addresses[..count])
+            });
+        }
+        arena::was_kernel(true);
         // SAFETY: the caller's promise; the arguments are copied before the call returns.
         let launch = || unsafe {
             result::launch_kernel(
@@ -154,7 +177,43 @@ impl<'a> Launch<'a> {
                 &mut addresses[..count],
             )
         };
-        let launched = self.gpu.profile.around(stream, || self.name.clone(), launch);
+        let launched = self.gpu.profile.around(stream, || (self.name.clone(), self.work), launch);
         self.gpu.check(launched)
     }
+}
+
+/// Launches a kernel that waits for those before it by itself.
+///
+/// # Safety
+/// As with [`result::launch_kernel`].
+unsafe fn launch_early(
+    function: sys::CUfunction,
+    grid: (u32, u32),
+    block: u32,
+    shared: u32,
+    stream: sys::CUstream,
+    arguments: &mut [*mut c_void],
+) -> Result<(), DriverError> {
+    // Kernels that run beside each other have to agree on how much of the L1 is shared memory: all of it.
+    let carveout = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+    // SAFETY: the function is alive; the attribute is a share in percent.
+    unsafe { result::function::set_function_attribute(function, carveout, 100) }?;
+    let value = sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 };
+    let id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    let mut attribute = sys::CUlaunchAttribute { id, pad: [0; 4], value };
+    let config = sys::CUlaunchConfig {
+        gridDimX: grid.0,
+        gridDimY: grid.1,
+        gridDimZ: 1,
+        blockDimX: block,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: shared,
+        hStream: stream,
+        attrs: &raw mut attribute,
+        numAttrs: 1,
+    };
+    let arguments = arguments.as_mut_ptr();
+    // SAFETY: the caller's; the configuration is read before the call returns.
+    unsafe { sys::cuLaunchKernelEx(&raw const config, function, arguments, std::ptr::null_mut()) }.result()
 }

@@ -4,6 +4,7 @@
 //! waits but what reads back. Memory comes from the driver's stream-ordered pool, which keeps what is
 //! freed.
 
+mod arena;
 mod blas;
 mod buffer;
 mod graph;
@@ -11,10 +12,11 @@ mod launch;
 mod library;
 mod modules;
 mod own_product;
+mod pinned;
 mod profile;
 mod staging;
 
-use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
@@ -22,15 +24,17 @@ use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 use crate::product::Product;
 use crate::{DType, Error, Result};
 
-pub use graph::Graph;
+pub use graph::{Graph, Rehearsal};
 pub use launch::Launch;
 pub use library::{CudaCard, CudaLibrary, CudaStatus, cuda_status};
-pub use modules::{MINIMUM_CUDA, MINIMUM_DRIVER};
-pub use profile::KernelTime;
+pub use modules::{Loading, MINIMUM_CUDA, MINIMUM_DRIVER};
+pub use profile::{CardRates, KernelTime, Work};
 
 use blas::Blas;
-use buffer::PinnedBytes;
-pub(crate) use buffer::{Buffer, PinnedBuffer};
+pub(crate) use buffer::Buffer;
+use modules::Modules;
+use pinned::Copies;
+pub(crate) use pinned::PinnedBuffer;
 use profile::Profile;
 use staging::Staging;
 
@@ -46,15 +50,19 @@ pub struct Gpu {
     pub architecture: u32,
     /// Streaming multiprocessors.
     pub multiprocessors: usize,
+    /// Bytes of shared memory that a block can have, with those that its kernel declares.
+    pub shared_of_block: usize,
     /// The newest CUDA version that the driver takes, as (major, minor).
     driver_version: Option<(i32, i32)>,
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     pool: sys::CUmemoryPool,
-    modules: Mutex<HashMap<String, Module>>,
+    modules: Modules,
     blas: OnceLock<Option<Blas>>,
     profile: Profile,
-    pinned: PinnedBytes,
+    /// Bytes of page-locked memory, which is kept for good.
+    pinned: AtomicU64,
+    copies: OnceLock<Copies>,
     staging: Mutex<Option<Staging>>,
 }
 
@@ -67,13 +75,6 @@ impl std::fmt::Debug for Gpu {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "cuda:{} {}", self.ordinal, self.name)
     }
-}
-
-/// Kernels that came out of one PTX text, and those of its functions that were asked for.
-struct Module {
-    handle: sys::CUmodule,
-    functions: HashMap<String, sys::CUfunction>,
-    facts: HashMap<String, LaunchFacts>,
 }
 
 /// What a kernel's source says of its launch: `const int {kernel}_launch[3]` there.
@@ -102,7 +103,7 @@ pub struct DeviceMemory {
     pub in_use: u64,
     /// What the card has.
     pub total: u64,
-    /// The most page-locked memory of the host that was held at once for what was offloaded.
+    /// Page-locked memory of the host, for what waits there and for uploads.
     pub peak_pinned: u64,
 }
 
@@ -154,6 +155,8 @@ impl Gpu {
             .map_err(plain)?;
         let count = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let multiprocessors = context.attribute(count).map_err(plain)? as usize;
+        let shared = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        let shared_of_block = context.attribute(shared).map_err(plain)?.max(0) as usize;
         let architecture = modules::forced_architecture()?.unwrap_or(capability).min(capability);
         Ok(Gpu {
             ordinal,
@@ -161,14 +164,16 @@ impl Gpu {
             capability,
             architecture,
             multiprocessors,
+            shared_of_block,
             driver_version: status.driver_version,
             context,
             stream,
             pool,
-            modules: Mutex::default(),
+            modules: Modules::default(),
             blas: OnceLock::new(),
             profile: Profile::from_env(),
-            pinned: PinnedBytes::default(),
+            pinned: AtomicU64::new(0),
+            copies: OnceLock::new(),
             staging: Mutex::default(),
         })
     }
@@ -207,6 +212,16 @@ impl Gpu {
         self.blas.get_or_init(|| Blas::open(self)).as_ref()
     }
 
+    /// The stream for copies beside what is computed.
+    fn copies(&self) -> Result<&Copies> {
+        if let Some(copies) = self.copies.get() {
+            return Ok(copies);
+        }
+        self.bind()?;
+        let new = self.check(Copies::new())?;
+        Ok(self.copies.get_or_init(|| new))
+    }
+
     /// Waits until everything that was asked for is done.
     ///
     /// # Errors
@@ -234,7 +249,7 @@ impl Gpu {
             peak_reserved: attribute(Attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH),
             in_use: (total - free) as u64,
             total: total as u64,
-            peak_pinned: self.pinned.peak(),
+            peak_pinned: self.pinned.load(Ordering::Relaxed),
         }
     }
 
@@ -257,17 +272,17 @@ impl Gpu {
     /// # Errors
     /// When there is no such kernel for this card.
     pub fn plain_kernel(&self, module: &str, kernel: &str) -> Result<Launch<'_>> {
-        let function = self.with_module(module, |loaded| {
+        let (function, can_wait) = self.modules.with(self, module, kernel, |loaded| {
             if let Some(function) = loaded.functions.get(kernel) {
-                return Ok(*function);
+                return Ok((*function, loaded.can_wait));
             }
             // SAFETY: modules are never unloaded.
             let function = unsafe { result::module::get_function(loaded.handle, c_name(kernel)) };
             let function = function.map_err(|error| self.not_in_module(kernel, module, error))?;
             loaded.functions.insert(kernel.to_string(), function);
-            Ok(function)
+            Ok((function, loaded.can_wait))
         })?;
-        Ok(Launch::new(self, function, kernel))
+        Ok(Launch::new(self, function, kernel, can_wait))
     }
 
     /// How a kernel wants to be launched, where its source says so.
@@ -276,7 +291,7 @@ impl Gpu {
     /// When there is no such kernel for this card.
     pub fn launch_facts(&self, module: &str, kernel: &str, dtype: DType) -> Result<LaunchFacts> {
         let name = format!("{kernel}_{}_launch", suffix(dtype)?);
-        self.with_module(module, |loaded| {
+        self.modules.with(self, module, &name, |loaded| {
             if let Some(facts) = loaded.facts.get(&name) {
                 return Ok(*facts);
             }
@@ -296,17 +311,6 @@ impl Gpu {
             loaded.facts.insert(name.clone(), facts);
             Ok(facts)
         })
-    }
-
-    fn with_module<T>(&self, module: &str, body: impl FnOnce(&mut Module) -> Result<T>) -> Result<T> {
-        self.bind()?;
-        let mut modules = self.modules.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if let Some(loaded) = modules.get_mut(module) {
-            return body(loaded);
-        }
-        let handle = modules::load(module, self.architecture)?;
-        let loaded = Module { handle, functions: HashMap::new(), facts: HashMap::new() };
-        body(modules.entry(module.to_string()).or_insert(loaded))
     }
 
     fn not_in_module(&self, name: &str, module: &str, error: DriverError) -> Error {

@@ -61,7 +61,8 @@ impl Cost {
 /// Multiplications and additions of a step for each token: 2 for each weight forward, 2 for its backward, which gives dx
 /// alone, and 2 more where blocks are computed again; the head's for tokens that are trained on.
 fn products_per_token(spec: &ModelSpec, config: &RunConfig, trained_share: f64) -> f64 {
-    let passes = if config.recompute_policy() == Recompute::All { 3.0 } else { 2.0 };
+    let passes =
+        if matches!(config.recompute_policy(), Recompute::All | Recompute::Lean) { 3.0 } else { 2.0 };
     let head = (spec.vocab_size * spec.hidden_size) as f64;
     let adapters = spec.adapter_parameter_count(config.lora_rank) as f64;
     2.0 * passes * spec.linear_parameters_of_a_token() as f64 + 6.0 * adapters + 4.0 * head * trained_share

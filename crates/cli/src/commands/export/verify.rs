@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::bail;
 use ferrotune_data::Tokenizer;
-use ferrotune_export::with_saved;
+use ferrotune_export::{goes_into_bnb, with_saved};
 use ferrotune_model::source::ModelFiles;
 use ferrotune_model::spec::{CheckpointForm, names};
 use ferrotune_model::{BuildOptions, Decoder};
@@ -13,7 +13,7 @@ use ferrotune_tensor::{DType, Precision};
 
 use crate::config::{QuantizationBit, RunConfig};
 use crate::console::Console;
-use crate::run::{Adapters, build_decoder, merge_all, open_device, read_adapter};
+use crate::run::{Adapters, build_decoder, build_quantised, merge_all, open_device, read_adapter};
 
 /// Any text would do; tokens that models know are nearer to their use than random ones.
 const TEXT: &str = "The quick brown fox jumps over the lazy dog. 1 + 2 = 3; 你好，世界!";
@@ -54,7 +54,7 @@ impl Logits {
         };
         let (decoder, _) = build_decoder(config, &files, &computing, adapters)?;
         let values = logits(&decoder, &ids)?;
-        Ok((ModelFiles::open(again)?, Logits { ids, values, computing, few_bits: None }))
+        Ok((open(config, &again)?, Logits { ids, values, computing, few_bits: None }))
     }
 
     /// Those of the merged model with its projections put into 4 bits in memory.
@@ -67,7 +67,7 @@ impl Logits {
             double_quantization: true,
             ..config.clone()
         };
-        let (decoder, _) = build_decoder(&config, merged, &self.computing, Adapters::None)?;
+        let decoder = build_quantised(&config, merged, &self.computing, &goes_into_bnb)?;
         let values = logits(&decoder, &self.ids)?;
         // Where a checkpoint fuses projections, scales are quantised for all of them together; a GPU sums scales in
         // another order.
@@ -92,7 +92,7 @@ impl Logits {
     /// # Errors
     /// When they are farther apart than rounding explains, or the folder can't be read.
     pub fn compare(&self, config: &RunConfig, folder: &Path, console: &Console) -> anyhow::Result<()> {
-        let files = ModelFiles::open(folder)?;
+        let files = open(config, folder)?;
         let stored = files.source.dtype(&names::weight(0, names::O))?;
         let (decoder, _) = build_decoder(config, &files, &self.computing, Adapters::None)?;
         let got = logits(&decoder, &self.ids)?;
@@ -151,6 +151,13 @@ fn ids(tokenizer: &Tokenizer, vocab_size: usize) -> anyhow::Result<Vec<u32>> {
 fn logits(decoder: &Decoder, ids: &[u32]) -> anyhow::Result<Vec<f32>> {
     let hidden = decoder.hidden(&Context::new(vec![0, ids.len()]), ids)?;
     Ok(decoder.logits(&hidden)?.to_f32()?)
+}
+
+/// A model with the rope that the config asks for.
+fn open(config: &RunConfig, path: &Path) -> anyhow::Result<ModelFiles> {
+    let mut files = ModelFiles::open(path)?;
+    files.spec.settle_rope(config.cutoff_len);
+    Ok(files)
 }
 
 /// The largest difference by the largest number; not a number where one isn't.

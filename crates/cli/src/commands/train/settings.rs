@@ -171,6 +171,7 @@ pub(super) fn recompute(run: &Run, longest_batch: usize) -> Vec<Recompute> {
     let kept = match run.config.recompute_policy() {
         config::Recompute::Keep => blocks,
         config::Recompute::All => 0,
+        config::Recompute::Lean => return vec![Recompute::Lean; blocks],
         config::Recompute::Offload => return vec![Recompute::Offload; blocks],
         config::Recompute::Auto => {
             let plan = memory_plan(&run.config, &run.model.files, &run.computing, longest_batch);

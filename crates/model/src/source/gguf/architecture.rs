@@ -10,8 +10,8 @@ pub struct GgufArchitecture {
     pub name: &'static str,
     /// The family that reads it, a `model_type`.
     pub(super) family: &'static str,
-    /// A family that is this architecture too.
-    also: Option<&'static str>,
+    /// Families that are this architecture too.
+    also: &'static [&'static str],
     /// Rows of q and k are kept in the order (2i, 2i+1), not (i, i + width/2).
     pub pairs_are_neighbours: bool,
     /// q, k and v are one tensor, and so are gate and up.
@@ -21,21 +21,15 @@ pub struct GgufArchitecture {
 
 const fn plain(name: &'static str) -> GgufArchitecture {
     let (pairs_are_neighbours, fused) = (false, false);
-    GgufArchitecture {
-        name,
-        family: name,
-        also: None,
-        pairs_are_neighbours,
-        fused,
-        norms: NormPlaces::Before,
-    }
+    GgufArchitecture { name, family: name, also: &[], pairs_are_neighbours, fused, norms: NormPlaces::Before }
 }
 
 /// All that can be read and written.
 pub(super) const ARCHITECTURES: &[GgufArchitecture] = &[
-    GgufArchitecture { pairs_are_neighbours: true, also: Some("mistral"), ..plain("llama") },
+    GgufArchitecture { pairs_are_neighbours: true, also: &["mistral", "mixtral"], ..plain("llama") },
     plain("qwen2"),
     plain("qwen3"),
+    GgufArchitecture { family: "qwen3_moe", ..plain("qwen3moe") },
     GgufArchitecture { pairs_are_neighbours: true, ..plain("smollm3") },
     GgufArchitecture { norms: NormPlaces::After, ..plain("olmo2") },
     GgufArchitecture { pairs_are_neighbours: true, ..plain("granite") },
@@ -43,6 +37,7 @@ pub(super) const ARCHITECTURES: &[GgufArchitecture] = &[
     GgufArchitecture { norms: NormPlaces::BothEnds, ..plain("gemma2") },
     GgufArchitecture { family: "gemma3_text", norms: NormPlaces::BothEnds, ..plain("gemma3") },
     GgufArchitecture { fused: true, ..plain("phi3") },
+    GgufArchitecture { norms: NormPlaces::Shared, ..plain("cohere2") },
 ];
 
 /// The modules of a layer, ours and GGUF's.
@@ -59,6 +54,7 @@ const MODULES: &[(&str, &str)] = &[
     (names::UP, "ffn_up"),
     ("mlp.gate_up_proj", "ffn_up"),
     (names::DOWN, "ffn_down"),
+    (names::ROUTER, "ffn_gate_inp"),
     ("post_attention_layernorm", "ffn_norm"),
 ];
 
@@ -69,49 +65,68 @@ const OUTER_NORMS: &[(&str, &str)] = &[
     ("post_feedforward_layernorm", "post_ffw_norm"),
 ];
 
+/// Behind the name of a projection that is one tensor of all experts'.
+const EXPERTS: &str = "_exps";
+
 const TOP: &[(&str, &str)] =
     &[("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output")];
 
 impl GgufArchitecture {
     /// What llama.cpp calls the family of a spec, where it has it.
     pub fn of(spec: &ModelSpec) -> Option<&'static GgufArchitecture> {
-        ARCHITECTURES.iter().find(|it| it.family == spec.family || it.also == Some(spec.family))
+        ARCHITECTURES.iter().find(|it| it.family == spec.family || it.also.contains(&spec.family))
     }
 
     pub(in crate::source) fn named(name: &str) -> Option<&'static GgufArchitecture> {
         ARCHITECTURES.iter().find(|it| it.name == name)
     }
 
-    /// `blk.0.attn_q.weight` of `model.layers.0.self_attn.q_proj.weight`.
+    /// `blk.0.attn_q.weight` of `model.layers.0.self_attn.q_proj.weight`; one name for all experts.
     pub fn tensor(&self, canonical: &str) -> Option<String> {
         let (module, suffix) = canonical.rsplit_once('.')?;
         if let Some((_, theirs)) = TOP.iter().find(|it| it.0 == module) {
             return Some(format!("{theirs}.{suffix}"));
         }
         let (layer, module) = module.strip_prefix("model.layers.")?.split_once('.')?;
-        let theirs = self.modules().find(|it| it.0 == module)?.1;
-        Some(format!("blk.{layer}.{theirs}.{suffix}"))
+        let theirs = |module: &str| self.modules().find(|it| it.0 == module).map(|it| it.1);
+        if let Some((_, part)) = names::expert_of(module) {
+            return Some(format!("blk.{layer}.{}{EXPERTS}.{suffix}", theirs(&part)?));
+        }
+        Some(format!("blk.{layer}.{}.{suffix}", theirs(module)?))
     }
 
-    /// A tensor's canonical name, and the module's name in the file.
+    /// A tensor's canonical name, and the module's name in the file; of a tensor of all experts, that of one mlp.
     pub(in crate::source) fn canonical<'a>(&self, name: &'a str) -> Option<(String, &'a str)> {
         let (module, suffix) = name.rsplit_once('.')?;
         if let Some((ours, _)) = TOP.iter().find(|it| it.1 == module) {
             return Some((format!("{ours}.{suffix}"), module));
         }
         let (layer, module) = module.strip_prefix("blk.")?.split_once('.')?;
-        let (ours, _) = self.modules().find(|it| it.1 == module)?;
+        let one = module.strip_suffix(EXPERTS).unwrap_or(module);
+        let (ours, _) = self.modules().find(|it| it.1 == one)?;
         Some((format!("model.layers.{layer}.{ours}.{suffix}"), module))
     }
 
     /// The modules of a layer, ours and GGUF's.
     fn modules(&self) -> impl Iterator<Item = &'static (&'static str, &'static str)> {
-        let outer = if self.norms == NormPlaces::Before { &[] } else { OUTER_NORMS };
+        let inner = matches!(self.norms, NormPlaces::Before | NormPlaces::Shared);
+        let outer = if inner { &[] } else { OUTER_NORMS };
         let fused = self.fused;
         let elsewhere = move |name: &str| {
             FUSED.iter().any(|(whole, parts)| if fused { parts.contains(&name) } else { *whole == name })
         };
         outer.iter().chain(MODULES.iter().filter(move |it| !elsewhere(it.0)))
+    }
+}
+
+impl GgufArchitecture {
+    /// The canonical name of one expert's tensor, of what [`GgufArchitecture::canonical`] says for all; none for what
+    /// isn't one of all experts.
+    pub(super) fn of_expert(canonical: &str, module: &str, expert: usize) -> Option<String> {
+        module.strip_suffix(EXPERTS)?;
+        let (layer, part) = canonical.split_once(".mlp.")?;
+        let (part, suffix) = part.rsplit_once('.')?;
+        Some(format!("{layer}.{}.{suffix}", names::of_expert(expert, part)))
     }
 }
 
@@ -153,6 +168,9 @@ mod tests {
         check("phi3", "mlp.up_proj", None);
         check("qwen3", "self_attn.q_norm", Some("attn_q_norm"));
         check("llama", "self_attn.qkv_proj", None);
+        check("llama", "mlp.experts.5.gate_proj", Some("ffn_gate_exps"));
+        check("qwen3moe", "mlp.gate", Some("ffn_gate_inp"));
+        check("cohere2", "input_layernorm", Some("attn_norm"));
     }
 
     #[test]

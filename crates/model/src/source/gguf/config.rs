@@ -31,6 +31,17 @@ const KNOWN: &[&str] = &[
 
 /// What is read of some architectures beyond that.
 const MORE: &[(&str, &[&str])] = &[
+    ("llama", &["expert_count", "expert_used_count"]),
+    ("qwen3moe", &["expert_count", "expert_used_count", "expert_feed_forward_length"]),
+    (
+        "cohere2",
+        &[
+            "attention.layer_norm_epsilon",
+            "attention.sliding_window",
+            "attention.sliding_window_pattern",
+            "logit_scale",
+        ],
+    ),
     ("granite", &["attention.scale", "embedding_scale", "residual_scale", "logit_scale"]),
     (
         "gemma2",
@@ -50,8 +61,11 @@ const MORE: &[(&str, &[&str])] = &[
             "rope.freq_base_swa",
         ],
     ),
-    ("phi3", &["attention.sliding_window"]),
+    ("phi3", &["attention.sliding_window", "rope.scaling.attn_factor"]),
 ];
+
+/// More than any model has.
+const MOST_LAYERS: u64 = 4096;
 
 /// Reads one architecture's metadata, `{architecture}.{key}`.
 struct Metadata<'a> {
@@ -91,12 +105,19 @@ impl Metadata<'_> {
     }
 }
 
-/// The config of a model. `factors` are those of `rope_freqs.weight`.
+/// What frequencies are divided by, where the file says it.
+pub(super) struct Factors {
+    pub(super) all: Option<Vec<f32>>,
+    pub(super) short: Option<Vec<f32>>,
+    pub(super) long: Option<Vec<f32>>,
+}
+
+/// The config of a model.
 pub(super) fn read(
     header: &Header,
     file: &[u8],
     architecture: &GgufArchitecture,
-    factors: Option<Vec<f32>>,
+    factors: Factors,
 ) -> Result<Json, String> {
     let metadata = Metadata { header, file, architecture: architecture.name };
     let (architecture, family) = (architecture.name, architecture.family);
@@ -120,9 +141,6 @@ pub(super) fn read(
     let rows =
         embedding.and_then(|it| it.shape.first().copied()).ok_or("tensor `token_embd.weight` is missing")?;
     let has = |name: &str| header.tensors.contains_key(name);
-    if has("rope_factors_long.weight") {
-        return Err("tensor `rope_factors_long.weight`: longrope is not there yet; take a variant for shorter contexts".into());
-    }
     let theta = metadata.float("rope.freq_base")?.unwrap_or(10_000.0);
     let mut config = Map::new();
     let mut set = |key: &str, value: Json| config.insert(key.into(), value);
@@ -137,12 +155,18 @@ pub(super) fn read(
     let act = if architecture.starts_with("gemma") { "gelu_pytorch_tanh" } else { "silu" };
     set("hidden_act", act.into());
     set("max_position_embeddings", metadata.required("context_length")?.into());
-    let eps = metadata.float("attention.layer_norm_rms_epsilon")?;
-    set(
-        "rms_norm_eps",
-        eps.ok_or(format!("`{architecture}.attention.layer_norm_rms_epsilon` is missing"))?.into(),
-    );
+    let (ours, theirs) = match architecture {
+        "cohere2" => ("layer_norm_eps", "attention.layer_norm_epsilon"),
+        _ => ("rms_norm_eps", "attention.layer_norm_rms_epsilon"),
+    };
+    let eps = metadata.float(theirs)?.ok_or(format!("`{architecture}.{theirs}` is missing"))?;
+    set(ours, eps.into());
     set("rope_theta", theta.into());
+    if let (true, Some(original)) =
+        (factors.long.is_some(), metadata.whole("rope.scaling.original_context_length")?)
+    {
+        set("original_max_position_embeddings", original.into());
+    }
     set("rope_scaling", scaling(&metadata, factors, theta, turned as usize)?);
     set("tie_word_embeddings", (!has("output.weight")).into());
     if architecture != "qwen2" && !partly {
@@ -157,6 +181,8 @@ pub(super) fn read(
     match architecture {
         "granite" => scales(&metadata, &mut set)?,
         "gemma2" | "gemma3" => gemma(&metadata, &head, &mut set)?,
+        "cohere2" => cohere(&metadata, &mut set)?,
+        "llama" | "qwen3moe" => experts(&metadata, &mut set)?,
         "phi3" => {
             set("partial_rotary_factor", json!(head.turned as f64 / head.width as f64));
             set("sliding_window", metadata.whole("attention.sliding_window")?.filter(|it| *it > 0).into());
@@ -189,6 +215,62 @@ fn scales(metadata: &Metadata, set: &mut Set) -> Result<(), String> {
     Ok(())
 }
 
+/// How many experts there are. llama.cpp weights those of a token so that they add up to 1.
+fn experts(metadata: &Metadata, set: &mut Set) -> Result<(), String> {
+    let count = metadata.whole("expert_count")?.unwrap_or(0);
+    if metadata.architecture == "llama" {
+        if count == 0 {
+            return Ok(());
+        }
+        set("model_type", "mixtral".into());
+        set("num_local_experts", count.into());
+    } else {
+        let used = metadata.required("expert_used_count")?.max(1);
+        let inner = match metadata.whole("expert_feed_forward_length")? {
+            Some(inner) => inner,
+            None => metadata.required("feed_forward_length")? / used,
+        };
+        set("num_experts", count.into());
+        set("moe_intermediate_size", inner.into());
+        set("norm_topk_prob", true.into());
+    }
+    set("num_experts_per_tok", metadata.required("expert_used_count")?.into());
+    Ok(())
+}
+
+fn cohere(metadata: &Metadata, set: &mut Set) -> Result<(), String> {
+    let slides = slides(metadata, 4)?;
+    let window = metadata.required("attention.sliding_window")?;
+    set("sliding_window", window.into());
+    set("layer_types", layer_types(&slides));
+    let scale = metadata.float("logit_scale")?.ok_or("`cohere2.logit_scale` is missing")?;
+    // llama.cpp scales by nothing where it is 0.
+    set("logit_scale", if scale == 0.0 { 1.0 } else { scale }.into());
+    Ok(())
+}
+
+fn layer_types(slides: &[bool]) -> Json {
+    let kind = |slides: &bool| if *slides { "sliding_attention" } else { "full_attention" };
+    slides.iter().map(kind).collect::<Vec<_>>().into()
+}
+
+/// Which layers have a window: as the file lists them, or all but every so many.
+fn slides(metadata: &Metadata, usual: u64) -> Result<Vec<bool>, String> {
+    let key = "attention.sliding_window_pattern";
+    let count = metadata.required("block_count")?;
+    if count > MOST_LAYERS {
+        return Err(format!("`{}.block_count` is {count}: the file is damaged", metadata.architecture));
+    }
+    if let Some(Value::List(list)) = metadata.get(key) {
+        let listed = list.numbers(metadata.file).filter(|it| it.len() as u64 == count);
+        let listed = listed
+            .ok_or_else(|| format!("`{}.{key}` is no list of {count} numbers", metadata.architecture))?;
+        return Ok(listed.iter().map(|it| *it != 0.0).collect());
+    }
+    let every = metadata.whole(key)?.unwrap_or(usual);
+    Ok((0..count).map(|index| every == 0 || !(index + 1).is_multiple_of(every)).collect())
+}
+
 /// Windows, scores and caps of Gemma 2 and 3. What llama.cpp takes where a file doesn't say is said here.
 fn gemma(metadata: &Metadata, head: &Head, set: &mut Set) -> Result<(), String> {
     let third = metadata.architecture == "gemma3";
@@ -198,32 +280,11 @@ fn gemma(metadata: &Metadata, head: &Head, set: &mut Set) -> Result<(), String> 
     let window = metadata.whole("attention.sliding_window")?.filter(|it| *it > 0);
     let context = metadata.required("context_length")?;
     set("sliding_window", window.unwrap_or(if third { context } else { 4096 }).into());
-    let listed = match metadata.get("attention.sliding_window_pattern") {
-        Some(Value::List(list)) => {
-            Some(list.numbers(metadata.file).filter(|it| it.len() as u64 == count).ok_or_else(|| {
-                format!(
-                    "`{}.attention.sliding_window_pattern` is no list of {count} numbers",
-                    metadata.architecture
-                )
-            })?)
-        }
-        _ => None,
-    };
-    let every = match &listed {
-        Some(_) => None,
-        None => metadata.whole("attention.sliding_window_pattern")?,
-    };
-    let every = every.unwrap_or(if third { 6 } else { 2 });
-    let slides = |index: u64| match &listed {
-        Some(list) => list[index as usize] != 0.0,
-        None => every == 0 || !(index + 1).is_multiple_of(every),
-    };
-    // Without a width, Gemma 3 has no windows.
-    let none = third && window.is_none();
-    let kind = |index| if !none && slides(index) { "sliding_attention" } else { "full_attention" };
-    if count <= 4096 {
-        set("layer_types", (0..count).map(kind).collect::<Vec<_>>().into());
+    let mut slides = slides(metadata, if third { 6 } else { 2 })?;
+    if third && window.is_none() {
+        slides.fill(false); // without a width, Gemma 3 has no windows
     }
+    set("layer_types", layer_types(&slides));
     if third {
         set("rope_local_base_freq", metadata.float("rope.freq_base_swa")?.unwrap_or(10_000.0).into());
         set("final_logit_softcapping", metadata.float("final_logit_softcapping")?.into());
@@ -265,19 +326,21 @@ fn refuse_unknown(metadata: &Metadata) -> Result<(), String> {
 }
 
 /// `rope_scaling` of config.json.
-fn scaling(
-    metadata: &Metadata,
-    factors: Option<Vec<f32>>,
-    theta: f64,
-    head_dim: usize,
-) -> Result<Json, String> {
+fn scaling(metadata: &Metadata, factors: Factors, theta: f64, head_dim: usize) -> Result<Json, String> {
     let kind = match metadata.get("rope.scaling.type") {
         Some(Value::Text(kind)) => kind.as_str(),
         _ => "none",
     };
     let factor = metadata.float("rope.scaling.factor")?.or(metadata.float("rope.scale_linear")?);
     let original = metadata.whole("rope.scaling.original_context_length")?;
-    if let Some(factors) = factors {
+    if factors.short.is_some() || factors.long.is_some() {
+        let attention_factor = metadata.float("rope.scaling.attn_factor")?.unwrap_or(1.0);
+        return Ok(json!({
+            "rope_type": "longrope", "short_factor": factors.short, "long_factor": factors.long,
+            "original_max_position_embeddings": original, "attention_factor": attention_factor,
+        }));
+    }
+    if let Some(factors) = factors.all {
         if kind != "none" {
             return Err(format!("rope scaling of type `{kind}` beside `rope_freqs.weight` is not there yet"));
         }

@@ -39,6 +39,12 @@ pub fn read_gguf_through(bytes: &[u8]) -> usize {
     source.names().iter().filter(|name| read(name).is_ok()).count()
 }
 
+/// What frequencies are divided by: in all contexts, in short and in long ones.
+const FACTORS: [&str; 3] = ["rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"];
+
+/// More than any model has, all experts together; what is beyond is damage.
+const MOST_MATRICES: usize = 1 << 20;
+
 /// What a row of numbers is divided into where one has to be in memory for a moment.
 const CHUNK: usize = 64 * 1024;
 
@@ -110,7 +116,7 @@ impl GgufSource {
         let kv_heads =
             if heads("attention.head_count_kv") == 0 { q_heads } else { heads("attention.head_count_kv") };
         for (name, tensor) in &self.header.tensors {
-            if name == "rope_freqs.weight" {
+            if FACTORS.contains(&name.as_str()) {
                 continue; // in the config
             }
             let (ours, module) = self.architecture.canonical(name).unwrap_or_else(|| (name.clone(), ""));
@@ -121,6 +127,24 @@ impl GgufSource {
             };
             let reordered = reordered.filter(|_| self.architecture.pairs_are_neighbours);
             let (kind, shape, bytes) = (tensor.kind, tensor.shape.clone(), tensor.bytes.clone());
+            let stack = match shape[..] {
+                [experts, rows, cols] if experts > 0 => Some((experts, rows, cols)),
+                [rows, cols] => Some((1, rows, cols)),
+                _ => None,
+            };
+            if let Some((experts, rows, cols)) = stack
+                && GgufArchitecture::of_expert(&ours, module, 0).is_some()
+                && experts <= MOST_MATRICES - self.entries.len().min(MOST_MATRICES)
+            {
+                let length = bytes.len() / experts;
+                for expert in 0..experts {
+                    let Some(name) = GgufArchitecture::of_expert(&ours, module, expert) else { continue };
+                    let start = bytes.start + expert * length;
+                    let (shape, bytes) = (vec![rows, cols], start..start + length);
+                    self.entries.insert(name, Entry { kind, shape, bytes, reordered: None });
+                }
+                continue;
+            }
             self.entries.insert(ours, Entry { kind, shape, bytes, reordered });
         }
     }
@@ -130,15 +154,17 @@ impl GgufSource {
     /// # Errors
     /// When something that a model needs isn't said, or something is said that isn't known.
     pub fn config(&self) -> Result<Json> {
-        let factors = match self.header.tensors.get("rope_freqs.weight") {
-            None => None,
+        let list = |name: &str| match self.header.tensors.get(name) {
+            None => Ok(None),
             Some(tensor) if tensor.shape.len() == 1 && tensor.kind == GgufType::F32 => {
                 let mut factors = vec![0.0; tensor.shape[0]];
                 tensor.kind.read(&self.file.bytes()[tensor.bytes.clone()], &mut factors);
-                Some(factors)
+                Ok(Some(factors))
             }
-            Some(_) => return Err(self.wrong("tensor `rope_freqs.weight` is no list of F32 numbers")),
+            Some(_) => Err(self.wrong(format!("tensor `{name}` is no list of F32 numbers"))),
         };
+        let [all, short, long] = FACTORS;
+        let factors = config::Factors { all: list(all)?, short: list(short)?, long: list(long)? };
         config::read(&self.header, self.file.bytes(), self.architecture, factors)
             .map_err(|message| self.wrong(message))
     }
@@ -273,6 +299,10 @@ impl WeightSource for GgufSource {
         if let Some(entry) = self.entries.get(name) {
             self.file.forget(&entry.bytes);
         }
+    }
+
+    fn is_as_stored(&self, _name: &str) -> bool {
+        true
     }
 
     fn fingerprint(&self) -> String {

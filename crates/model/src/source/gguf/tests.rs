@@ -33,7 +33,18 @@ fn seed(architecture: &str) -> Vec<u8> {
         own(key, 4, value.to_le_bytes().to_vec());
     }
     own("attention.layer_norm_rms_epsilon", 6, 1e-5f32.to_le_bytes().to_vec());
-    if architecture.starts_with("gemma") && architecture != "gemma" {
+    if architecture == "qwen3moe" {
+        for (key, value) in
+            [("expert_count", 2u32), ("expert_used_count", 1), ("expert_feed_forward_length", 8)]
+        {
+            own(key, 4, value.to_le_bytes().to_vec());
+        }
+    }
+    if architecture == "cohere2" {
+        own("attention.layer_norm_epsilon", 6, 1e-5f32.to_le_bytes().to_vec());
+        own("logit_scale", 6, 0.25f32.to_le_bytes().to_vec());
+    }
+    if ["gemma2", "gemma3", "cohere2"].contains(&architecture) {
         own("attention.sliding_window", 4, 8u32.to_le_bytes().to_vec());
         let list = [&7u32.to_le_bytes()[..], &1u64.to_le_bytes(), &[1]].concat();
         own("attention.sliding_window_pattern", 9, list);
@@ -42,12 +53,13 @@ fn seed(architecture: &str) -> Vec<u8> {
     text(&mut tokens, "a");
     text(&mut tokens, "b");
     values.push(("tokenizer.ggml.tokens".into(), 9, tokens));
-    let tensors: [(&str, &[u64], u32, usize); 5] = [
+    let tensors: [(&str, &[u64], u32, usize); 6] = [
         ("token_embd.weight", &[64, 2], 0, 512),
         ("blk.0.attn_q.weight", &[64, 64], 8, 4352),
         ("blk.0.attn_k.bias", &[32], 0, 128),
         ("blk.0.ffn_norm.weight", &[64], 1, 128),
         ("rope_freqs.weight", &[8], 0, 32),
+        ("blk.0.ffn_up_exps.weight", &[64, 8, 2], 0, 4096),
     ];
     let mut bytes = b"GGUF\x03\0\0\0".to_vec();
     bytes.extend((tensors.len() as u64).to_le_bytes());
@@ -75,7 +87,7 @@ fn damaged_files_never_panic() {
     let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/gguf/tiny.gguf");
     let seeds: Vec<Vec<u8>> = architecture::ARCHITECTURES.iter().map(|it| seed(it.name)).collect();
     for (seed, it) in seeds.iter().zip(architecture::ARCHITECTURES) {
-        assert_eq!(read_gguf_through(seed), 4, "{}", it.name);
+        assert_eq!(read_gguf_through(seed), 6, "{}", it.name); // each of two experts by itself
         let source = GgufSource::of(Mapped::held("f.gguf", seed)).unwrap();
         let spec = crate::families::spec(&source.config().unwrap(), source.path());
         assert!(spec.is_ok() || it.name == "qwen2", "{}: {spec:?}", it.name);

@@ -31,8 +31,12 @@ fn configs_that_are_not_understood() {
     config_refused("attention_dropout", json!(0.1), &["0.1"]);
     config_refused("partial_rotary_factor", json!(0.5), &["1.0"]);
     config_refused("eos_token_id", json!("</s>"), &["token id"]);
-    for kind in ["yarn", "dynamic", "longrope"] {
-        config_refused("rope_scaling", json!({ "type": kind, "factor": 2.0 }), &[kind, "linear, llama3"]);
+    for kind in ["yarn", "longrope"] {
+        config_refused(
+            "rope_scaling",
+            json!({ "type": kind, "factor": 2.0 }),
+            &[kind, "linear, dynamic, llama3"],
+        );
     }
     config_refused("rope_scaling", json!({ "rope_type": "linear", "factor": 2.0, "twist": 3 }), &["twist"]);
     config_refused("rope_scaling", json!({ "rope_type": "linear" }), &["rope_scaling.factor", "missing"]);

@@ -23,6 +23,7 @@ fn stories260k() {
         tokens: 512,
         activation_bytes: 4,
         recompute: false,
+        host_embedding: false,
     };
     let kept = files.spec.memory(&plan);
     assert!(kept.total() > files.spec.memory(&MemoryPlan { recompute: true, ..plan }).total());
