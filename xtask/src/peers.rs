@@ -49,7 +49,8 @@ pub fn run_all(words: &[&str]) -> Result<()> {
         ["llama.cpp", words @ ..] => (&LLAMA_CPP, words),
         words => (&PYTHON, words),
     };
-    run(&mut cargo(&["build", "--release", "--locked", "--package", "ferrotune-cli"]))?;
+    // The whole workspace, as `cargo xtask check` builds it: other packages would be other features, and all built anew.
+    run(&mut cargo(&["build", "--release", "--locked", "--workspace", "--bins"]))?;
     run(Command::new(python_of(peers)?).arg(peers.script).arg(program()).args(words))
 }
 
@@ -57,7 +58,6 @@ pub fn run_all(words: &[&str]) -> Result<()> {
 fn outcome() -> Result<()> {
     let folder = root().join("target").join("outcome");
     let _ = fs::remove_dir_all(&folder);
-    // The whole workspace, as `cargo xtask check` builds it: other packages would be other features, and all built anew.
     let words = ["test", "--release", "--locked", "--workspace", "--test", "outcome"];
     run(cargo(&words).env("FERROTUNE_OUTCOME", &folder))?;
     for peers in [&PYTHON, &LLAMA_CPP] {

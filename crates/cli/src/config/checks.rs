@@ -170,7 +170,7 @@ impl RunConfig {
             !(self.disable_gradient_checkpointing
                 && matches!(self.recompute, Recompute::All | Recompute::Lean)),
             "recompute",
-            "`recompute: all` and `disable_gradient_checkpointing: true` exclude each other; choose one",
+            "`recompute: all` or `lean` and `disable_gradient_checkpointing: true` exclude each other; choose one",
         );
         let one_device = matches!(self.device.as_str(), "auto" | "cpu" | "cuda")
             || self.device.strip_prefix("cuda:").is_some_and(|ordinal| ordinal.parse::<usize>().is_ok());

@@ -60,7 +60,7 @@ pub struct Gpu {
     modules: Modules,
     blas: OnceLock<Option<Blas>>,
     profile: Profile,
-    /// Bytes of page-locked memory, which is kept for good.
+    /// Bytes of page-locked memory, which is kept.
     pinned: AtomicU64,
     copies: OnceLock<Copies>,
     staging: Mutex<Option<Staging>>,

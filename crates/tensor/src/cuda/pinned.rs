@@ -1,9 +1,9 @@
 //! Page-locked memory of the host, where tensors of a card wait.
 //!
 //! They travel on a stream of their own, beside what is computed. Pieces of memory are kept and used again: page-locking
-//! takes longer than copying.
+//! takes longer than copying. There are never more pieces than were in use at once.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
@@ -20,7 +20,7 @@ pub(super) struct Copies {
     /// Recorded on one stream and waited for on the other, at once.
     moment: sys::CUevent,
     /// By size.
-    free: Mutex<HashMap<usize, Vec<Pinned>>>,
+    free: Mutex<BTreeMap<usize, Vec<Pinned>>>,
 }
 
 // SAFETY: the driver's handles may be used from any thread.
@@ -45,6 +45,28 @@ impl Copies {
         })
     }
 
+    /// A piece of at least so many bytes, and its size. A new one takes the place of the largest that waits: batches have
+    /// many sizes.
+    fn piece(&self, gpu: &Gpu, bytes: usize) -> Result<(Pinned, usize)> {
+        let mut free = self.free.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let fitting = free.range(bytes..).find(|(_, pieces)| !pieces.is_empty()).map(|(room, _)| *room);
+        if let Some((room, piece)) = fitting.and_then(|room| Some((room, free.get_mut(&room)?.pop()?))) {
+            return Ok((piece, room));
+        }
+        let largest = free.iter_mut().rev().find_map(|(room, pieces)| Some((*room, pieces.pop()?)));
+        if let Some((room, piece)) = largest {
+            // SAFETY: nothing uses the piece any more once the stream has been waited for.
+            let freed =
+                unsafe { result::stream::synchronize(self.stream).and_then(|()| result::free_host(piece.0)) };
+            gpu.check(freed)?;
+            gpu.pinned.fetch_sub(room as u64, Ordering::Relaxed);
+        }
+        // SAFETY: the memory is written before it is read.
+        let memory = gpu.check(unsafe { result::malloc_host(bytes.max(1), 0) })?;
+        gpu.pinned.fetch_add(bytes as u64, Ordering::Relaxed);
+        Ok((Pinned(memory), bytes))
+    }
+
     /// What is put into `later` from here on waits for what is in `earlier` now.
     fn order(&self, gpu: &Gpu, earlier: sys::CUstream, later: sys::CUstream) -> Result<()> {
         let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
@@ -63,7 +85,7 @@ impl Drop for Copies {
         unsafe {
             let _ = result::stream::synchronize(self.stream);
             let free = self.free.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
-            for pinned in free.drain().flat_map(|(_, all)| all) {
+            for pinned in std::mem::take(free).into_values().flatten() {
                 let _ = result::free_host(pinned.0);
             }
             let _ = result::event::destroy(self.moment);
@@ -76,6 +98,8 @@ impl Drop for Copies {
 #[derive(Debug)]
 pub(crate) struct PinnedBuffer {
     memory: Pinned,
+    /// Bytes of the piece, of which the first are taken.
+    room: usize,
     bytes: usize,
     gpu: Arc<Gpu>,
     /// Where they are going to be on the card again.
@@ -94,7 +118,7 @@ impl Drop for PinnedBuffer {
             }
             // Whoever takes the memory next copies on the same stream, after this one.
             let mut free = copies.free.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-            free.entry(self.bytes).or_default().push(self.memory);
+            free.entry(self.room).or_default().push(self.memory);
         }
     }
 }
@@ -104,21 +128,7 @@ impl PinnedBuffer {
     pub(crate) fn take(buffer: Buffer) -> Result<PinnedBuffer> {
         let (gpu, bytes) = (buffer.gpu().clone(), buffer.bytes());
         let copies = gpu.copies()?;
-        let kept = copies
-            .free
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner())
-            .get_mut(&bytes)
-            .and_then(Vec::pop);
-        let memory = match kept {
-            Some(memory) => memory,
-            None => {
-                // SAFETY: the memory is written before it is read.
-                let memory = gpu.check(unsafe { result::malloc_host(bytes.max(1), 0) })?;
-                gpu.pinned.fetch_add(bytes as u64, Ordering::Relaxed);
-                Pinned(memory)
-            }
-        };
+        let (memory, room) = copies.piece(&gpu, bytes)?;
         copies.order(&gpu, gpu.raw_stream(), copies.stream)?;
         // SAFETY: page-locked memory of this length that nobody else holds.
         let slice = unsafe { std::slice::from_raw_parts_mut(memory.0.cast::<u8>(), bytes) };
@@ -128,7 +138,7 @@ impl PinnedBuffer {
             copies.order(&gpu, copies.stream, gpu.raw_stream())?;
             drop(shared);
         }
-        Ok(PinnedBuffer { memory, bytes, gpu: gpu.clone(), fetched: None })
+        Ok(PinnedBuffer { memory, room, bytes, gpu: gpu.clone(), fetched: None })
     }
 
     /// Begins to move the contents back.
