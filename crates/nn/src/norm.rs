@@ -167,10 +167,10 @@ impl Norm {
         Ok(dy)
     }
 
-    /// dx + residual, with some columns to spare: what goes on up the residual stream.
+    /// dx + residual on a GPU, with some columns to spare: what goes on down the residual stream.
     ///
     /// # Errors
-    /// When the type is not a real one, or shapes don't fit.
+    /// When the numbers are not on a GPU, or shapes don't fit.
     pub fn backward_joined(
         &mut self,
         x: &Tensor,
@@ -178,11 +178,6 @@ impl Norm {
         residual: &Tensor,
         room: usize,
     ) -> Result<Tensor> {
-        if x.gpu().is_none() {
-            let mut dx = self.backward(x, dy)?;
-            dx.add_scaled(1.0, residual)?;
-            return Ok(dx);
-        }
         if residual.rows() != x.rows() || residual.cols() < x.cols() {
             Error::check_shape("the residual's gradient", x.shape(), residual.shape())?;
         }
