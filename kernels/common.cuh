@@ -17,6 +17,11 @@ using bf16 = __nv_bfloat16;
 #define FOR_NUMBER_TYPES(DEFINE) DEFINE(f32, float) DEFINE(f16, f16)
 #endif
 
+template <typename T>
+constexpr bool is_bf16 = false;
+template <>
+constexpr bool is_bf16<bf16> = true;
+
 constexpr int WARP = 32;
 constexpr unsigned FULL_WARP = 0xffffffffu;
 
@@ -161,6 +166,23 @@ __device__ __forceinline__ V block_reduce(V value) {
     return warp_reduce<Op>(lane < warps ? partials[lane] : Op::template identity<V>());
 }
 
+// Several sums over a block at once.
+template <int COUNT>
+__device__ __forceinline__ void block_sums(float (&values)[COUNT]) {
+    __shared__ float partials[COUNT][WARP];
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) values[i] = warp_reduce<Sum>(values[i]);
+    __syncthreads();  // the partials of an earlier call may still be read
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        if (lane == 0) partials[i][warp] = values[i];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) values[i] = warp_reduce<Sum>(lane < warps ? partials[i][lane] : 0.0f);
+}
+
 template <int WIDTH = WARP, typename V>
 __device__ __forceinline__ V warp_sum(V value) { return warp_reduce<Sum, WIDTH>(value); }
 template <int WIDTH = WARP, typename V>
@@ -205,9 +227,14 @@ struct Run {
     union {
         typename Access<WIDTH * sizeof(T)>::Bits bits;
         T values[WIDTH];
+        unsigned words[(WIDTH * sizeof(T) + 3) / 4];
     };
     __device__ Run() : bits() {}
-    __device__ float operator[](int i) const { return to_f32(values[i]); }
+    __device__ float operator[](int i) const {
+        // The upper half of a word is a number by itself: that takes one instruction, not two.
+        if constexpr (is_bf16<T> && WIDTH > 1) return __uint_as_float(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xffff0000u);
+        else return to_f32(values[i]);
+    }
 };
 
 template <int WIDTH, typename T>

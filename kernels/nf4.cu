@@ -1,8 +1,6 @@
-// NF4 with block-wise scales, the scales themselves quantised again ("double quantisation"), bit for bit as crates/quant.
-//   w ≈ level[code]·absmax,   a block is 64 elements of the row-major matrix
-//   absmax ≈ map[code]·nested_absmax + offset,   a group is 256 blocks
-// Two codes share a byte, the earlier element in the high half. Dettmers et al. 2023, "QLoRA"; levels, thresholds, rounding and
-// layout are bitsandbytes' (bitsandbytes/functional.py, csrc/kernels.cu); crates/quant/src/nf4.rs.
+// NF4 with block-wise scales, the scales themselves quantised again ("double quantisation"), bit for bit as crates/quant; the formula
+// and the layout are in codes.cuh. Dettmers et al. 2023, "QLoRA"; levels, thresholds, rounding and layout are bitsandbytes'
+// (bitsandbytes/functional.py, csrc/kernels.cu); crates/quant/src/nf4.rs.
 //   x, out         // (n): a matrix; rows of out, of `cols` numbers, are `stride` apart
 //   codes          // (⌈n/2⌉)
 //   absmax         // (⌈n/64⌉), plain; or codes of it // (⌈n/64⌉), nested_absmax // (⌈blocks/256⌉) and offset // (1)
@@ -11,18 +9,12 @@
 //
 // Launch: BLOCK threads, no dynamic shared memory; grid.x counts
 //   nf4_quantize: 2048 elements a block (any grid is right);  nf4_mean: parts (any; the order of the sum depends on it);
-//   nf4_offset: 1;  nf4_nest: 256 scales a block, exactly;  nf4_dequantize: 8192 elements a block (any grid is right)
+//   nf4_offset: 1;  nf4_nest: 256 scales a block, exactly;  nf4_dequantize: 8192 elements a block, exactly
 
-#include "common.cuh"
+#include "codes.cuh"
 
 constexpr int BLOCK = 256;
-constexpr int SCALED = 64;          // elements that share a scale
-constexpr int GROUP = 256;          // scales that share a scale of scales
 constexpr float SMALLEST = 1e-38f;  // keeps the reciprocal of a scale finite
-
-__constant__ const float LEVELS[16] = {-1.0f,      -0.6961928f, -0.52507305f, -0.3949175f, -0.28444138f, -0.18477343f,
-                                       -0.091050036f, 0.0f,     0.0795803f,   0.1609302f,  0.2461123f,   0.33791524f,
-                                       0.44070983f, 0.562617f,  0.72295684f,  1.0f};
 
 // A number above the k-th of these has a code above k.
 __device__ unsigned code_of(float x) {
@@ -136,89 +128,11 @@ nf4_nest(unsigned char* codes, float* nested_absmax, const float* absmax, const 
 
 // ---- Dequantising
 
-enum RoundTo { AS_IT_IS, TO_F16, TO_BF16 };
-
-// The scales of blocks, however they are stored.
-struct Scales {
-    const float* plain;  // null: nested
-    const unsigned char* codes;
-    const float* nested_absmax;
-    const float* map;
-    float offset;
-
-    __device__ float of(long long block) const {
-        if (plain != nullptr) return plain[block];
-        return __fadd_rn(__fmul_rn(map[codes[block]], nested_absmax[block / GROUP]), offset);
-    }
-};
-
-__device__ __forceinline__ float rounded(float value, int round_to) {
-    if (round_to == TO_F16) return to_f32(__float2half_rn(value));
-    if (round_to == TO_BF16) return bf16_bits_to_f32(f32_to_bf16_bits(value));
-    return value;
-}
-
-// The type that numbers are rounded to when they are stored as these.
-__device__ constexpr RoundTo rounding_of(const float*) { return AS_IT_IS; }
-__device__ constexpr RoundTo rounding_of(const f16*) { return TO_F16; }
-__device__ constexpr RoundTo rounding_of(const bf16*) { return TO_BF16; }
-
-template <typename T>
-__device__ void dequantize(T* out, const unsigned char* codes, const Scales& scales, long long n, int cols, int stride, int round_to) {
-    constexpr int WIDTH = Pack<T>::SIZE, RUNS = 32 / WIDTH, STEP = BLOCK * WIDTH;  // runs of a thread that are under way together
-    __shared__ float levels[16];  // looked up without conflicts: they lie in different banks
-    if (threadIdx.x < 16) levels[threadIdx.x] = LEVELS[threadIdx.x];
-    __syncthreads();
-    if (round_to == rounding_of(out)) round_to = AS_IT_IS;  // once is enough
-    const bool runs = cols % WIDTH == 0 && rows_are_aligned_16(out, stride) && runs_are_aligned<WIDTH / 2>(codes);
-    const long long whole = runs ? n : 0;
-    const float inverse = 1.0f / static_cast<float>(cols);
-    const auto place = [&](long long i) {  // where element i goes, whose row is stride long
-        if (cols == stride) return i;
-        long long row = static_cast<long long>(static_cast<float>(i) * inverse);  // a division, less what rounding takes
-        while (row * cols > i) row--;
-        while ((row + 1) * cols <= i) row++;
-        return i + row * (stride - cols);
-    };
-#pragma unroll 1
-    for (long long first = static_cast<long long>(blockIdx.x) * RUNS * STEP + threadIdx.x * WIDTH; first < whole;
-         first += static_cast<long long>(gridDim.x) * RUNS * STEP) {
-        Run<unsigned char, WIDTH / 2> bytes[RUNS];
-        float scale[RUNS];
-#pragma unroll
-        for (int k = 0; k < RUNS; k++) {
-            const long long at = first + k * STEP;
-            if (at >= whole) continue;
-            bytes[k] = load_run<WIDTH / 2>(codes + at / 2);
-            scale[k] = scales.of(at / SCALED);
-        }
-#pragma unroll
-        for (int k = 0; k < RUNS; k++) {
-            const long long at = first + k * STEP;
-            if (at >= whole) continue;
-            float values[WIDTH];
-#pragma unroll
-            for (int i = 0; i < WIDTH; i++) {
-                const int byte = bytes[k].values[i / 2], code = i % 2 == 0 ? byte >> 4 : byte & 15;
-                values[i] = rounded(__fmul_rn(levels[code], scale[k]), round_to);
-            }
-            store_run(out + place(at), values);
-        }
-    }
-    for (long long i = whole + static_cast<long long>(blockIdx.x) * BLOCK + threadIdx.x; i < n;
-         i += static_cast<long long>(gridDim.x) * BLOCK) {
-        const int byte = codes[i / 2], code = i % 2 == 0 ? byte >> 4 : byte & 15;
-        out[place(i)] = from_f32<T>(rounded(__fmul_rn(levels[code], scales.of(i / SCALED)), round_to));
-    }
-}
-
 #define DEFINE(NAME, T)                                                                                                              \
     extern "C" __global__ void __launch_bounds__(BLOCK)                                                                              \
-    nf4_dequantize_##NAME(T* out, const unsigned char* codes, const float* absmax, const unsigned char* absmax_codes,                \
-                          const float* nested_absmax, const float* offset, const float* map, long long n, int cols, int stride,      \
-                          int round_to) {                                                                                            \
-        const Scales scales{absmax, absmax_codes, nested_absmax, map, absmax != nullptr ? 0.0f : *offset};                           \
-        dequantize(out, codes, scales, n, cols, stride, round_to);                                                                   \
+    nf4_dequantize_##NAME(T* out, const float* tables, const unsigned char* codes, const void* absmax, const float* nested_absmax,   \
+                          const float* offset, long long n, int cols, int stride, int round_to) {                                    \
+        write_coded<BLOCK>(out, {codes, absmax, nested_absmax, offset}, tables, n, cols, stride, round_to, blockIdx.x);              \
     }
 
 FOR_NUMBER_TYPES(DEFINE)

@@ -23,9 +23,14 @@ struct Team {
     static constexpr int PER_BLOCK = BLOCK / THREADS;
 
     __device__ static int member() { return threadIdx.x % THREADS; }
-    __device__ static float sum(float value) {
-        if constexpr (THREADS == BLOCK) return block_sum(value);
-        else return warp_sum<THREADS>(value);
+    template <int COUNT>
+    __device__ static void sum(float (&values)[COUNT]) {
+        if constexpr (THREADS == BLOCK) {
+            block_sums(values);
+        } else {
+#pragma unroll
+            for (int i = 0; i < COUNT; i++) values[i] = warp_sum<THREADS>(values[i]);
+        }
     }
 };
 
@@ -67,22 +72,15 @@ struct Share {
     }
 };
 
-// mean (0 if not centered) and r of row 0.
+// The mean of row 0.
 template <typename T, int WIDTH, int THREADS, int ROWS>
-__device__ void statistics(const Share<T, WIDTH, THREADS, ROWS>& share, int group, float eps, int centered, float& mean, float& r) {
-    mean = 0;
-    if (centered) {
-        float sum = 0;
-        share.each([&](unsigned, const Run<T, WIDTH>(&runs)[ROWS]) {
-            for (int i = 0; i < WIDTH; i++) sum += runs[0][i];
-        });
-        mean = Team<THREADS>::sum(sum) / group;
-    }
-    float squares = 0;
+__device__ float mean_of(const Share<T, WIDTH, THREADS, ROWS>& share, int group) {
+    float sums[1] = {};
     share.each([&](unsigned, const Run<T, WIDTH>(&runs)[ROWS]) {
-        for (int i = 0; i < WIDTH; i++) squares += (runs[0][i] - mean) * (runs[0][i] - mean);
+        for (int i = 0; i < WIDTH; i++) sums[0] += runs[0][i];
     });
-    r = 1.0f / sqrtf(Team<THREADS>::sum(squares) / group + eps);
+    Team<THREADS>::sum(sums);
+    return sums[0] / group;
 }
 
 template <typename T>
@@ -102,8 +100,13 @@ struct Forward {
     template <int WIDTH, int THREADS>
     __device__ void run(long long row, int column, int width, int group, float eps, int centered) const {
         Share<T, WIDTH, THREADS, 1> share({x + row * x_stride + column}, width);
-        float mean, r;
-        statistics(share, group, eps, centered, mean, r);
+        const float mean = centered ? mean_of(share, group) : 0;
+        float squares[1] = {};
+        share.each([&](unsigned, const Run<T, WIDTH>(&runs)[1]) {
+            for (int i = 0; i < WIDTH; i++) squares[0] += (runs[0][i] - mean) * (runs[0][i] - mean);
+        });
+        Team<THREADS>::sum(squares);
+        const float r = 1.0f / sqrtf(squares[0] / group + eps);
         T* out = y + row * y_stride + column;
         share.each([&](unsigned at, const Run<T, WIDTH>(&runs)[1]) {
             float w[WIDTH], b[WIDTH] = {}, values[WIDTH];
@@ -115,7 +118,7 @@ struct Forward {
     }
 };
 
-template <typename T>
+template <typename T, bool ADD>
 struct Backward {
     T* dx;
     const T *dy, *x, *add;
@@ -130,29 +133,38 @@ struct Backward {
 
     template <int WIDTH, int THREADS>
     __device__ void run(long long row, int column, int width, int group, float eps, int centered) const {
-        Share<T, WIDTH, THREADS, 2> share({x + row * x_stride + column, dy + row * dy_stride + column}, width);
-        float mean, r;
-        statistics(share, group, eps, centered, mean, r);
-        float dot = 0, g_mean = 0;
-        share.each([&](unsigned at, const Run<T, WIDTH>(&runs)[2]) {
+        if constexpr (ADD) {
+            const T* const rows[] = {x + row * x_stride + column, dy + row * dy_stride + column, add + row * add_stride + column};
+            run(Share<T, WIDTH, THREADS, 3>(rows, width), row, column, group, eps, centered);
+        } else {
+            const T* const rows[] = {x + row * x_stride + column, dy + row * dy_stride + column};
+            run(Share<T, WIDTH, THREADS, 2>(rows, width), row, column, group, eps, centered);
+        }
+    }
+
+    template <int WIDTH, int THREADS, int ROWS>
+    __device__ void run(const Share<T, WIDTH, THREADS, ROWS>& share, long long row, int column, int group, float eps, int centered) const {
+        const float mean = centered ? mean_of(share, group) : 0;
+        float sums[3] = {};  // of (x − mean)², of g·(x − mean) and of g
+        share.each([&](unsigned at, const Run<T, WIDTH>(&runs)[ROWS]) {
             float w[WIDTH];
             load_constants(w, weight + at);
             for (int i = 0; i < WIDTH; i++) {
-                float g = runs[1][i] * w[i];
-                dot += g * (runs[0][i] - mean);
-                g_mean += g;
+                const float g = runs[1][i] * w[i], away = runs[0][i] - mean;
+                sums[0] += away * away;
+                sums[1] += g * away;
+                sums[2] += g;
             }
         });
-        dot = Team<THREADS>::sum(dot) * r / group;
-        g_mean = centered ? Team<THREADS>::sum(g_mean) / group : 0;
+        Team<THREADS>::sum(sums);
+        const float r = 1.0f / sqrtf(sums[0] / group + eps), dot = sums[1] * r / group, g_mean = centered ? sums[2] / group : 0;
         T* out = dx + row * dx_stride + column;
-        share.each([&](unsigned at, const Run<T, WIDTH>(&runs)[2]) {
+        share.each([&](unsigned at, const Run<T, WIDTH>(&runs)[ROWS]) {
             float w[WIDTH], values[WIDTH];
             load_constants(w, weight + at);
-            for (int i = 0; i < WIDTH; i++) values[i] = r * (runs[1][i] * w[i] - g_mean - (runs[0][i] - mean) * r * dot);
-            if (add != nullptr) {
-                const Run<T, WIDTH> more = load_run<WIDTH>(add + row * add_stride + column + at);
-                for (int i = 0; i < WIDTH; i++) values[i] += more[i];
+            for (int i = 0; i < WIDTH; i++) {
+                values[i] = r * (runs[1][i] * w[i] - g_mean - (runs[0][i] - mean) * r * dot);
+                if constexpr (ADD) values[i] += runs[2][i];
             }
             store_run(out + at, values);
         });
@@ -195,7 +207,13 @@ __device__ void norm(const Pass& pass, int rows, int groups, int group, float ep
     extern "C" __global__ void __launch_bounds__(BLOCK, 4)                                                                             \
     norm_backward_##NAME(T* dx, const T* dy, const T* x, const T* add, const float* weight, int rows, int groups, int group,         \
                          int dx_stride, int dy_stride, int x_stride, int add_stride, float eps, int centered) {                      \
-        norm<T>(Backward<T>{dx, dy, x, add, weight, dx_stride, dy_stride, x_stride, add_stride}, rows, groups, group, eps, centered); \
+        if (add != nullptr) {                                                                                                        \
+            norm<T>(Backward<T, true>{dx, dy, x, add, weight, dx_stride, dy_stride, x_stride, add_stride}, rows, groups, group, eps, \
+                    centered);                                                                                                       \
+        } else {                                                                                                                     \
+            norm<T>(Backward<T, false>{dx, dy, x, dy, weight, dx_stride, dy_stride, x_stride, dy_stride}, rows, groups, group, eps,  \
+                    centered);                                                                                                       \
+        }                                                                                                                            \
     }
 
 FOR_NUMBER_TYPES(DEFINE)

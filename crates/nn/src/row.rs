@@ -46,6 +46,19 @@ pub struct Coded<'a> {
     pub absmax: &'a Tensor,
     /// (1, ⌈blocks/256⌉) and (1, 1): absmax = table\[code\]·nested + offset.
     pub nested: Option<(&'a Tensor, &'a Tensor)>,
+    /// The original's type, which numbers are rounded to where the matrix is written out.
+    pub dtype: DType,
+}
+
+impl Coded<'_> {
+    /// A type as kernels/codes.cuh counts them.
+    pub fn round_to(dtype: DType) -> usize {
+        match dtype {
+            DType::F16 => 1,
+            DType::BF16 => 2,
+            _ => 0,
+        }
+    }
 }
 
 /// What becomes of a row before it is multiplied.
@@ -330,7 +343,7 @@ fn part_arguments<'a>(launch: Launch<'a>, part: Option<&RowPart<'_>>) -> Launch<
     };
     let launch = match &part.weight {
         StoredRows::Plain(value) => launch.tensor(value).word(0).word(0).word(0).word(0),
-        StoredRows::Coded(Coded { codes, tables, absmax, nested }) => {
+        StoredRows::Coded(Coded { codes, tables, absmax, nested, .. }) => {
             let launch = launch.tensor(codes).tensor(absmax);
             match nested {
                 Some((scales, offset)) => launch.tensor(scales).tensor(offset).tensor_at(tables, 16),

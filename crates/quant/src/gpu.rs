@@ -179,22 +179,17 @@ impl Weight for Nf4GpuWeight {
         }
         let n = self.rows * self.cols;
         let launch = gpu.kernel("nf4", "nf4_dequantize", out.dtype())?.grid(n.div_ceil(8192), THREADS);
-        let launch = launch.tensor_at(out, row * out.cols()).tensor(&self.codes);
+        let launch = launch.tensor_at(out, row * out.cols()).tensor(&self.tables).tensor(&self.codes);
         let launch = match &self.scales {
-            GpuScales::Plain(absmax) => launch.tensor(absmax).word(0).word(0).word(0).word(0),
+            GpuScales::Plain(absmax) => launch.tensor(absmax).word(0).word(0),
             GpuScales::Nested { codes, nested_absmax, offset } => {
-                let launch = launch.word(0).tensor(codes).tensor(nested_absmax).tensor(offset);
-                launch.tensor_at(&self.tables, LEVELS)
+                launch.tensor(codes).tensor(nested_absmax).tensor(offset)
             }
         };
-        let round_to = match self.dtype {
-            DType::F16 => 1,
-            DType::BF16 => 2,
-            _ => 0,
-        };
-        // SAFETY: nf4_dequantize(out, codes, absmax, absmax_codes, nested_absmax, offset, map, n, cols, stride,
-        // round_to); out has the room.
-        unsafe { launch.long(n).int(self.cols).int(out.cols()).int(round_to).run() }
+        let launch = launch.long(n).int(self.cols).int(out.cols()).int(Coded::round_to(self.dtype));
+        // SAFETY: nf4_dequantize(out, tables, codes, absmax, nested_absmax, offset, n, cols, stride, round_to);
+        // out has the room.
+        unsafe { launch.run() }
     }
 
     fn stored_rows(&self) -> Option<StoredRows<'_>> {
@@ -202,7 +197,13 @@ impl Weight for Nf4GpuWeight {
             GpuScales::Plain(absmax) => (absmax, None),
             GpuScales::Nested { codes, nested_absmax, offset } => (codes, Some((nested_absmax, offset))),
         };
-        Some(StoredRows::Coded(Coded { codes: &self.codes, tables: &self.tables, absmax, nested }))
+        Some(StoredRows::Coded(Coded {
+            codes: &self.codes,
+            tables: &self.tables,
+            absmax,
+            nested,
+            dtype: self.dtype,
+        }))
     }
 }
 

@@ -6,10 +6,10 @@
 //! What adapters add then costs R more columns of a large product, not another pass over y and dx. The
 //! tensors x and dy have room for low and dlow beside their own columns; one without is copied.
 
-use ferrotune_tensor::{Error, Operand, Result, Tensor, multiply, multiply_on_gpu};
+use ferrotune_tensor::{DType, Error, Operand, Result, Tensor, multiply, multiply_on_gpu};
 
 use super::{Linear, LowRank, Part, add_bias};
-use crate::Context;
+use crate::{Coded, Context, StoredRows};
 
 /// Widths are kept multiples of this, so that rows begin at addresses that are read fastest.
 const ALIGNMENT: usize = 8;
@@ -89,25 +89,50 @@ impl Fused<'_> {
     fn weights(&self, like: &Tensor) -> Result<Tensor> {
         let (inputs, outputs, room) = (self.inputs, self.outputs, self.room);
         let mut all = like.empty_like(outputs + room, inputs + room)?;
+        let coded = self.coded();
         let mut row = 0;
-        for (part, _) in &self.parts {
+        for (part, _) in self.parts.iter().filter(|_| coded.is_none()) {
             part.weight.write_dense(&mut all, row)?;
             row += part.weight.rows();
         }
         let gpu = all.gpu().ok_or_else(|| Error::msg("the weights are not on a GPU"))?;
         let low_rank = |i: usize| self.parts.get(i).and_then(|(_, low_rank)| low_rank.as_ref());
-        let border = (inputs + outputs) * room;
-        let launch = gpu.kernel("low_rank", "low_rank_border", all.dtype())?;
-        let mut launch = launch.grid(border.div_ceil(1024), 256).tensor(&all);
+        let rows = |i: usize| self.parts.get(i).map_or(0, |it| it.0.weight.rows());
+        let border = ((inputs + outputs) * room).div_ceil(2048);
+        let (name, blocks) = match &coded {
+            Some(_) => ("low_rank_coded", (0..PARTS).map(|i| (rows(i) * inputs).div_ceil(8192)).sum()),
+            None => ("low_rank_border", 0),
+        };
+        let mut launch = gpu.kernel("low_rank", name, all.dtype())?.grid(border + blocks, 256).tensor(&all);
         launch = (0..PARTS).fold(launch, |it, i| it.optional(low_rank(i).map(|it| it.a)));
         launch = (0..PARTS).fold(launch, |it, i| it.optional(low_rank(i).map(|it| it.b)));
-        launch =
-            (0..PARTS).fold(launch, |it, i| it.int(self.parts.get(i).map_or(0, |it| it.0.weight.rows())));
+        launch = (0..PARTS).fold(launch, |it, i| it.int(rows(i)));
         launch = (0..PARTS).fold(launch, |it, i| it.int(low_rank(i).map_or(0, |it| it.a.rows())));
-        // SAFETY: low_rank_border(e, a0 … a2, b0 … b2, rows0 … rows2, rank0 … rank2, inputs, outputs, room);
-        // `fused` has seen that there are no more parts and that the shapes fit.
-        unsafe { launch.int(inputs).int(outputs).int(room).run() }?;
+        launch = launch.int(inputs).int(outputs).int(room);
+        if let Some(parts) = coded {
+            launch = launch.int(border).int(Coded::round_to(parts[0].dtype)).tensor(parts[0].tables);
+            launch = (0..PARTS).fold(launch, |it, i| it.optional(parts.get(i).map(|it| it.codes)));
+            launch = (0..PARTS).fold(launch, |it, i| it.optional(parts.get(i).map(|it| it.absmax)));
+            let nested = |i: usize| parts.get(i).and_then(|it| it.nested);
+            launch = (0..PARTS).fold(launch, |it, i| it.optional(nested(i).map(|it| it.0)));
+            launch = (0..PARTS).fold(launch, |it, i| it.optional(nested(i).map(|it| it.1)));
+        }
+        // SAFETY: low_rank_border(e, a0 … a2, b0 … b2, rows0 … rows2, rank0 … rank2, inputs, outputs, room), and
+        // low_rank_coded, which goes on with border_blocks, round_to, tables, codes0 …, absmax0 …, nested0 …,
+        // offset0 …; `fused` has seen that there are no more parts and that the shapes fit.
+        unsafe { launch.run() }?;
         Ok(all)
+    }
+
+    /// The weights, where all are in codes of one kind: then one launch writes them and what is beside them.
+    fn coded(&self) -> Option<Vec<Coded<'_>>> {
+        let mut parts = Vec::with_capacity(self.parts.len());
+        for (part, _) in &self.parts {
+            let Some(StoredRows::Coded(coded)) = part.weight.stored_rows() else { return None };
+            parts.push(coded);
+        }
+        let first = parts.first()?.dtype;
+        parts.iter().all(|it| it.dtype == first).then_some(parts)
     }
 
     /// The first columns of y.
@@ -166,30 +191,34 @@ impl Low {
     pub(super) fn add_gradients(&self, parts: &mut [Part], x: &Tensor, dy: &Tensor) -> Result<()> {
         let (x, dy) = (self.x.as_ref().unwrap_or(x), self.dy.as_ref().unwrap_or(dy));
         let (mut row, mut rank) = (0, 0);
+        let mut a_gradients = Vec::with_capacity(parts.len());
         for part in parts {
             let rows = part.weight.rows();
             part.weight.accumulate_grad(x, dy, row)?;
             if let Some((a, b)) = part.adapter.as_mut().and_then(|it| it.low_rank_gradients()) {
-                let low = |first: usize, r: usize| first + rank..first + rank + r;
-                let (r, inputs) = (a.rows(), a.cols());
-                let dlow = Operand::columns(dy, low(self.outputs, r)).transposed();
-                let own = Operand::columns(x, 0..self.inputs);
-                multiply(Default::default(), 1.0, dlow, own, 1.0, a, 0..inputs)?;
                 let dy = Operand::columns(dy, row..row + rows).transposed();
-                multiply(
-                    Default::default(),
-                    1.0,
-                    dy,
-                    Operand::columns(x, low(self.inputs, r)),
-                    1.0,
-                    b,
-                    0..r,
-                )?;
-                rank += r;
+                let low = Operand::columns(x, self.inputs + rank..self.inputs + rank + a.rows());
+                multiply(Default::default(), 1.0, dy, low, 1.0, b, 0..a.rows())?;
+                rank += a.rows();
+                a_gradients.push(a);
             }
             row += rows;
         }
-        Ok(())
+        let dlow = Operand::columns(dy, self.outputs..self.outputs + rank).transposed();
+        let own = Operand::columns(x, 0..self.inputs);
+        if let [a] = &mut a_gradients[..] {
+            return multiply(Default::default(), 1.0, dlow, own, 1.0, a, 0..self.inputs);
+        }
+        // x is read once for all parts.
+        let mut sum = Tensor::empty(rank, self.inputs, DType::F32, &x.device())?;
+        multiply(Default::default(), 1.0, dlow, own, 0.0, &mut sum, 0..self.inputs)?;
+        let gpu = x.gpu().ok_or_else(|| Error::msg("the gradients are not on a GPU"))?;
+        let part = |i: usize| a_gradients.get(i).map(|it| &**it);
+        let launch = gpu.plain_kernel("low_rank", "low_rank_add")?.grid(sum.len().div_ceil(256), 256);
+        let launch = (0..PARTS).fold(launch, |it, i| it.optional(part(i))).tensor(&sum);
+        let launch = (0..PARTS).fold(launch, |it, i| it.int(part(i).map_or(0, Tensor::rows)));
+        // SAFETY: low_rank_add(da0 … da2, sum, rank0 … rank2, inputs)
+        unsafe { launch.int(self.inputs).run() }
     }
 }
 
