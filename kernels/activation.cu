@@ -1,8 +1,9 @@
 // h = act(gate)·up, or act(up) without a gate.   act(x) = x·σ(z):  silu: z = x;  GELU's tanh form: z = 2·√(2/π)·(x + 0.044715·x³)
 //   backward, in place: dgate = dh·up·act′(gate),  dup = dh·act(gate);   act′(x) = σ(z) + x·σ(z)·(1 − σ(z))·z′
+//   and h once more, in the place of dh, for the gradients of what reads it
 //   gate_up  // (N, 2F): gate, then up; (N, F) without a gate
 //   hidden, dhidden  // (N, F);  all with strides of their own
-// hidden =, gate_up = its gradient. ½·(1 + tanh(u)) = σ(2u) makes one formula of both.
+// hidden =, gate_up = its gradient, dhidden = hidden if `again`. ½·(1 + tanh(u)) = σ(2u) makes one formula of both.
 // Shazeer 2020, "GLU Variants Improve Transformer"; crates/nn/src/mlp.rs.
 //
 // Launch: BLOCK threads; grid.x counts 2048 numbers of hidden a block (any grid is right); no dynamic shared memory.
@@ -26,22 +27,25 @@ __device__ void forward(T* hidden, const T* gate_up, int rows, int inner, int hi
 }
 
 template <typename Act, int WIDTH, typename T>
-__device__ void backward(T* gate_up, const T* dhidden, int rows, int inner, int hidden_stride, int gate_up_stride, int gated) {
+__device__ void backward(T* gate_up, T* dhidden, int rows, int inner, int hidden_stride, int gate_up_stride, int gated, int again) {
     for_each_run<WIDTH>(rows, inner, [&](int row, int column) {
-        T* gate = gate_up + static_cast<long long>(row) * gate_up_stride + column;
-        const Run<T, WIDTH> dh = load_run<WIDTH>(dhidden + static_cast<long long>(row) * hidden_stride + column);
+        T *gate = gate_up + static_cast<long long>(row) * gate_up_stride + column,
+          *hidden = dhidden + static_cast<long long>(row) * hidden_stride + column;
+        const Run<T, WIDTH> dh = load_run<WIDTH>(hidden);
         const Run<T, WIDTH> g = load_run<WIDTH>(gate);
         Run<T, WIDTH> u;
         if (gated) u = load_run<WIDTH>(gate + inner);
-        float dgate[WIDTH], dup[WIDTH];
+        float dgate[WIDTH], dup[WIDTH], h[WIDTH];
 #pragma unroll
         for (int i = 0; i < WIDTH; i++) {
             const float s = sigmoid(Act::z(g[i])), act = g[i] * s;
+            h[i] = act * (gated ? u[i] : 1.0f);
             dgate[i] = dh[i] * (gated ? u[i] : 1.0f) * (s + act * (1 - s) * Act::slope(g[i]));
             dup[i] = dh[i] * act;
         }
         store_run(gate, dgate);
         if (gated) store_run(gate + inner, dup);
+        if (again) store_run(hidden, h);
     });
 }
 
@@ -63,14 +67,15 @@ __device__ void gate_forward(T* hidden, const T* gate_up, int rows, int inner, i
 }
 
 template <typename T>
-__device__ void gate_backward(T* gate_up, const T* dhidden, int rows, int inner, int hidden_stride, int gate_up_stride, int gated, int kind) {
+__device__ void gate_backward(T* gate_up, T* dhidden, int rows, int inner, int hidden_stride, int gate_up_stride, int gated, int kind,
+                              int again) {
     constexpr int WIDTH = Pack<T>::SIZE;
     if (takes_runs<WIDTH>(gate_up, dhidden, inner, hidden_stride, gate_up_stride)) {
-        if (kind == 0) backward<Silu, WIDTH>(gate_up, dhidden, rows, inner, hidden_stride, gate_up_stride, gated);
-        else backward<GeluTanh, WIDTH>(gate_up, dhidden, rows, inner, hidden_stride, gate_up_stride, gated);
+        if (kind == 0) backward<Silu, WIDTH>(gate_up, dhidden, rows, inner, hidden_stride, gate_up_stride, gated, again);
+        else backward<GeluTanh, WIDTH>(gate_up, dhidden, rows, inner, hidden_stride, gate_up_stride, gated, again);
     } else {
-        if (kind == 0) backward<Silu, 1>(gate_up, dhidden, rows, inner, hidden_stride, gate_up_stride, gated);
-        else backward<GeluTanh, 1>(gate_up, dhidden, rows, inner, hidden_stride, gate_up_stride, gated);
+        if (kind == 0) backward<Silu, 1>(gate_up, dhidden, rows, inner, hidden_stride, gate_up_stride, gated, again);
+        else backward<GeluTanh, 1>(gate_up, dhidden, rows, inner, hidden_stride, gate_up_stride, gated, again);
     }
 }
 
@@ -80,8 +85,9 @@ __device__ void gate_backward(T* gate_up, const T* dhidden, int rows, int inner,
         gate_forward(hidden, gate_up, rows, inner, hidden_stride, gate_up_stride, gated, kind);                                      \
     }                                                                                                                                \
     extern "C" __global__ void __launch_bounds__(BLOCK)                                                                              \
-    gate_backward_##NAME(T* gate_up, const T* dhidden, int rows, int inner, int hidden_stride, int gate_up_stride, int gated, int kind) { \
-        gate_backward(gate_up, dhidden, rows, inner, hidden_stride, gate_up_stride, gated, kind);                                    \
+    gate_backward_##NAME(T* gate_up, T* dhidden, int rows, int inner, int hidden_stride, int gate_up_stride, int gated, int kind,    \
+                         int again) {                                                                                                \
+        gate_backward(gate_up, dhidden, rows, inner, hidden_stride, gate_up_stride, gated, kind, again);                             \
     }
 
 FOR_NUMBER_TYPES(DEFINE)

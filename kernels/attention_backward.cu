@@ -5,7 +5,8 @@
 //   p = exp(t − lse),  dv = pᵀ·dout,  dt = p·(dout·vᵀ − delta),  delta = dout·out,  ds = dt·(1 − (t/cap)²)
 //   dq = scale·ds·k,  dk = scale·dsᵀ·q
 // dq goes through the keys of each query, dk and dv through the queries of each key (of all heads that share it, in order), so
-// that each sum has one owner and a fixed order. Dao, "FlashAttention-2" (2023), without its atomic additions to dq.
+// that each sum has one owner and a fixed order. Where that gives too few blocks, each takes `share` of the heads, and
+// attention_backward_sum adds up. Dao, "FlashAttention-2" (2023), without its atomic additions to dq.
 //   q, out, dout, dq (N, H·D)   k, v, dk, dv (N, K·D)   lse, delta (N, H); dq, dk, dv, delta =
 
 #include "attention.cuh"
@@ -162,7 +163,8 @@ __device__ void attention_backward_dq(T* dq, const T* q, const T* k, const T* v,
 template <typename T>
 __device__ void attention_backward_dkv(T* dk, T* dv, const T* q, const T* k, const T* v, const T* dout, const float* lse,
                                        const float* delta, const int4* blocks, int dkv_stride, int q_stride, int kv_stride,
-                                       int dout_stride, int heads, int group, float scale, int window, float softcap) {
+                                       int dout_stride, int heads, int group, float scale, int window, float softcap,
+                                       int share) {
     DYNAMIC_SHARED(unsigned char, shared);
     constexpr int TILE = ROWS<T> * D;
     T* home = reinterpret_cast<T*>(shared);                                   // (HOME, D): what the block owns
@@ -172,11 +174,11 @@ __device__ void attention_backward_dkv(T* dk, T* dv, const T* q, const T* k, con
     const int4 block = blocks[blockIdx.y];
     const int k_row = block.x, count = block.y;
     const int first_key = k_row - block.z, length = block.w - block.z;  // counted in the sequence
-    const int kv_head = blockIdx.x;
+    const int first_head = blockIdx.x * share, kv_head = first_head / group;
     k += static_cast<long long>(k_row) * kv_stride + kv_head * D;
     v += static_cast<long long>(k_row) * kv_stride + kv_head * D;
-    dk += static_cast<long long>(k_row) * dkv_stride + kv_head * D;
-    dv += static_cast<long long>(k_row) * dkv_stride + kv_head * D;
+    dk += static_cast<long long>(k_row) * dkv_stride + blockIdx.x * D;
+    dv += static_cast<long long>(k_row) * dkv_stride + blockIdx.x * D;
     // The first query to see a key stands in the key's own row.
     q += static_cast<long long>(k_row) * q_stride;
     dout += static_cast<long long>(k_row) * dout_stride;
@@ -197,7 +199,7 @@ __device__ void attention_backward_dkv(T* dk, T* dv, const T* q, const T* k, con
 
     const int queries = min(length - first_key - (count - 1), sight.limit) + count - 1;
     const int head_tiles = (queries + ROWS<T> - 1) / ROWS<T>;
-    int load_head = kv_head * group, load_query = 0, query = 0;  // of the tile that is loaded next, and of the one used next
+    int load_head = first_head, load_query = 0, query = 0;  // of the tile that is loaded next, and of the one used next
     const auto load = [&](int, int stage) {
         const T* q_from = q + static_cast<long long>(load_query) * q_stride + load_head * D;
         const T* dout_from = dout + static_cast<long long>(load_query) * dout_stride + load_head * D;
@@ -211,7 +213,7 @@ __device__ void attention_backward_dkv(T* dk, T* dv, const T* q, const T* k, con
         load_query += ROWS<T>;
         if (load_query >= queries) load_query = 0, load_head++;
     };
-    for_tiles(group * head_tiles, load, [&](int, int stage) {
+    for_tiles(share * head_tiles, load, [&](int, int stage) {
         for (int step = 0; step < ROWS<T> && query + step < queries; step += STEP<T>) {
             const T* q_rows = tiles + 2 * stage * TILE + step * D;
             const T* dout_rows = q_rows + TILE;
@@ -276,17 +278,46 @@ FOR_NUMBER_TYPES(DEFINE_DELTA)
 FOR_TYPES(DQ_BY_WARPS, DQ_BY_GROUPS)
 
 // blocks: {first row of k, keys (1 to rows), first row of their sequence, the row after its last}; q and k have the same rows.
-// grid.x = K, grid.y = blocks, the longest first.
+// dk and dv (N, H/share·D), grid.x = H/share, grid.y = blocks, the longest first.
 #define DKV(name, T, rows, threads, shared, resident, run)                                                                   \
     extern "C" __device__ int attention_backward_dkv_##name##_launch[3] = {rows, threads, shared};                           \
     extern "C" __global__ void __launch_bounds__(threads, resident) attention_backward_dkv_##name(                           \
         T* dk, T* dv, const T* q, const T* k, const T* v, const T* dout, const float* lse, const float* delta,               \
         const int4* blocks, int dkv_stride, int q_stride, int kv_stride, int dout_stride, int heads, int group, float scale, \
-        int window, float softcap) {                                                                                         \
+        int window, float softcap, int share) {                                                                              \
         run(dk, dv, q, k, v, dout, lse, delta, blocks, dkv_stride, q_stride, kv_stride, dout_stride, heads, group, scale,    \
-            window, softcap);                                                                                                \
+            window, softcap, share);                                                                                         \
     }
 #define DKV_BY_WARPS(name, T)                                                                                     \
     DKV(name, T, BLOCK, DKV_THREADS, SHARED_BYTES<T> + STAGES * 2 * ROWS<T> * 4, DKV_BLOCKS, attention_backward_dkv<T>)
 #define DKV_BY_GROUPS(name, T) DKV(name, T, hopper::OWN, hopper::THREADS, hopper::DKV_BYTES, 1, hopper::attention_backward_dkv<T>)
 FOR_TYPES(DKV_BY_WARPS, DKV_BY_GROUPS)
+
+// dk =, dv = the sums over `parts` neighbouring heads of dk_parts and dv_parts (N, parts·cols).
+template <typename T>
+__device__ void attention_backward_sum(T* sum, const T* parts, int rows, int cols, int stride, int count) {
+    const auto add = [&](auto width) {
+        constexpr int WIDTH = decltype(width)::value;
+        for_each_run<WIDTH>(rows, cols, [&](int row, int column) {
+            const T* from = parts + (static_cast<long long>(row) * cols + column / D * D) * count + column % D;
+            float values[WIDTH] = {};
+            for (int part = 0; part < count; part++) {
+                const Run<T, WIDTH> run = load_run<WIDTH>(from + part * D);
+                for (int i = 0; i < WIDTH; i++) values[i] += run[i];
+            }
+            store_run(sum + static_cast<long long>(row) * stride + column, values);
+        });
+    };
+    if (rows_are_aligned_16(sum, stride)) add(std::integral_constant<int, Pack<T>::SIZE>());
+    else add(std::integral_constant<int, 1>());
+}
+
+// THREADS threads; grid.x counts 1024 numbers of dk a block (any grid is right), grid.y = 2; no dynamic shared memory.
+#define DEFINE_SUM(name, T)                                                                                                  \
+    extern "C" __device__ int attention_backward_sum_##name##_launch[3] = {1024, THREADS, 0};                                \
+    extern "C" __global__ void __launch_bounds__(THREADS) attention_backward_sum_##name(                                     \
+        T* dk, T* dv, const T* dk_parts, const T* dv_parts, int rows, int cols, int stride, int parts) {                     \
+        const bool first = blockIdx.y == 0;                                                                                  \
+        attention_backward_sum(first ? dk : dv, first ? dk_parts : dv_parts, rows, cols, stride, parts);                     \
+    }
+FOR_NUMBER_TYPES(DEFINE_SUM)

@@ -100,7 +100,8 @@ __device__ void attention_backward_dq(T* dq, const T* q, const T* k, const T* v,
 template <typename T>
 __device__ void attention_backward_dkv(T* dk, T* dv, const T* q, const T* k, const T* v, const T* dout, const float* lse,
                                        const float* delta, const int4* blocks, int dkv_stride, int q_stride, int kv_stride,
-                                       int dout_stride, int heads, int group, float scale, int window, float softcap) {
+                                       int dout_stride, int heads, int group, float scale, int window, float softcap,
+                                       int share) {
     DYNAMIC_SHARED(unsigned char, shared);
     const unsigned tiles = aligned_1024(shared_address(shared));  // (STAGES, 2, STEP, D): queries, their gradients
     const unsigned home = tiles + STAGES * PAIR_BYTES;            // (2, OWN, D): keys, values
@@ -108,12 +109,12 @@ __device__ void attention_backward_dkv(T* dk, T* dv, const T* q, const T* k, con
     const TilesRing ring(statistics + STAGES * STATISTICS_BYTES);
 
     const int4 block = blocks[blockIdx.y];
-    const int k_row = block.x, kv_head = blockIdx.x;
+    const int k_row = block.x, first_head = blockIdx.x * share, kv_head = first_head / group;
     const Sight sight(window);
     const int first_key = k_row - block.z, length = block.w - block.z;  // counted in the sequence
     // The first query to see a key stands in the key's own row.
     const int queries = min(length - first_key - (block.y - 1), sight.limit) + block.y - 1;
-    const int head_tiles = (queries + STEP - 1) / STEP, n = group * head_tiles;
+    const int head_tiles = (queries + STEP - 1) / STEP, n = share * head_tiles;
     if (is_loader()) {
         give_registers_back<LOADER_REGISTERS>();
         k += static_cast<long long>(k_row) * kv_stride + kv_head * D;
@@ -126,7 +127,7 @@ __device__ void attention_backward_dkv(T* dk, T* dv, const T* q, const T* k, con
                              rows_are_aligned_16(q, q_stride) && rows_are_aligned_16(dout, dout_stride);
         load_tile<OWN>(home, k, block.y, kv_stride, aligned);
         load_tile<OWN>(home + TILE_BYTES<OWN>, v, block.y, kv_stride, aligned);
-        int head = kv_head * group, query = 0;  // of the tile that is loaded next
+        int head = first_head, query = 0;  // of the tile that is loaded next
         ring.fill(n, aligned, [&](int, int stage) {
             const unsigned to = tiles + stage * PAIR_BYTES;
             const long long row = query;
@@ -184,8 +185,8 @@ __device__ void attention_backward_dkv(T* dk, T* dv, const T* q, const T* k, con
         group_products_wait<0>();
     });
     const long long first = k_row + own;
-    store_group(dv + first * dkv_stride + kv_head * D, dkv_stride, count, dv_sum, {1, 1});
-    store_group(dk + first * dkv_stride + kv_head * D, dkv_stride, count, dk_sum, {scale, scale});
+    store_group(dv + first * dkv_stride + blockIdx.x * D, dkv_stride, count, dv_sum, {1, 1});
+    store_group(dk + first * dkv_stride + blockIdx.x * D, dkv_stride, count, dk_sum, {scale, scale});
 }
 
 }  // namespace hopper

@@ -7,15 +7,15 @@
 // y =, dx =. dx may be dy. A row's statistics are computed again from x in the backward.
 // Zhang and Sennrich 2019, "Root Mean Square Layer Normalization"; crates/nn/src/norm.rs.
 //
-// Launch: BLOCK threads; grid.x counts groups, 8 a block where group ≤ WARP_GROUP, else one a block (any grid is right: blocks
+// Launch: BLOCK threads; grid.x counts groups, 4 a block where group ≤ WARP_GROUP, else one a block (any grid is right: blocks
 // go on to further groups); no dynamic shared memory.
 
 #include "common.cuh"
 
-constexpr int BLOCK = 256;
+constexpr int BLOCK = 128;
 constexpr int WARP_GROUP = 1024;      // up to this width a warp does a group,
 constexpr int HALF_WARP_GROUP = 128;  // up to this, in runs, half of one
-constexpr int KEPT = 2;               // runs of a row that a thread keeps; the rest of a wide row is read again, from the cache
+constexpr int KEPT = 4;               // runs of a row that a thread keeps; the rest of a wide row is read again, from the cache
 
 // The threads that do one group together.
 template <int THREADS>
@@ -199,12 +199,12 @@ __device__ void norm(const Pass& pass, int rows, int groups, int group, float ep
 }
 
 #define DEFINE(NAME, T)                                                                                                              \
-    extern "C" __global__ void __launch_bounds__(BLOCK, 4)                                                                             \
+    extern "C" __global__ void __launch_bounds__(BLOCK, 8)                                                                           \
     norm_forward_##NAME(T* y, const T* x, const float* weight, const float* bias, int rows, int groups, int group, int y_stride,     \
                         int x_stride, float eps, int centered) {                                                                     \
         norm<T>(Forward<T>{y, x, weight, bias, y_stride, x_stride}, rows, groups, group, eps, centered);                             \
     }                                                                                                                                \
-    extern "C" __global__ void __launch_bounds__(BLOCK, 4)                                                                             \
+    extern "C" __global__ void __launch_bounds__(BLOCK, 4)                                                                           \
     norm_backward_##NAME(T* dx, const T* dy, const T* x, const T* add, const float* weight, int rows, int groups, int group,         \
                          int dx_stride, int dy_stride, int x_stride, int add_stride, float eps, int centered) {                      \
         if (add != nullptr) {                                                                                                        \

@@ -59,13 +59,13 @@ pub struct Mlp {
 pub struct MlpSaved {
     /// (N, 2F): gate, then up; (N, F) without a gate.
     pub gate_up: Tensor,
-    /// (N, F): act(gate)·up, where it isn't made again: on a GPU, whose memory is slower than it multiplies.
-    pub hidden: Option<Tensor>,
+    /// (N, R): what `down`'s adapter made of act(gate)·up, where it isn't made again.
+    pub low: Option<Tensor>,
 }
 
 impl SavedTensors for MlpSaved {
     fn tensors(&mut self) -> Vec<&mut Tensor> {
-        [&mut self.gate_up].into_iter().chain(&mut self.hidden).collect()
+        [&mut self.gate_up].into_iter().chain(&mut self.low).collect()
     }
 }
 
@@ -116,15 +116,15 @@ impl Mlp {
         Ok(hidden)
     }
 
-    /// The gradient of gate and up, written over them.
-    fn hidden_backward(&self, gate_up: &mut Tensor, dhidden: &Tensor) -> Result<()> {
+    /// The gradient of gate and up, written over them; on a GPU, if `again`, act(gate)·up over its own gradient.
+    fn hidden_backward(&self, gate_up: &mut Tensor, dhidden: &Tensor, again: bool) -> Result<()> {
         let (width, inner) = (gate_up.cols(), dhidden.cols());
         if let Some(gpu) = gate_up.gpu() {
             let launch = gpu.kernel("activation", "gate_backward", gate_up.dtype())?;
             let launch = launch.grid(blocks(dhidden.len()), BLOCK).tensor(gate_up).tensor(dhidden);
             let launch = launch.int(dhidden.rows()).int(inner).int(inner).int(width);
-            let launch = launch.flag(self.gated()).flag(self.gelu());
-            // SAFETY: gate_backward(gate_up, dhidden, rows, inner, dhidden_stride, gate_up_stride, gated, kind)
+            let launch = launch.flag(self.gated()).flag(self.gelu()).flag(again);
+            // SAFETY: gate_backward(gate_up, dhidden, rows, inner, dhidden_stride, gate_up_stride, gated, kind, again)
             return unsafe { launch.run() };
         }
         for_real!("mlp", gate_up.dtype(), T => {
@@ -145,24 +145,26 @@ impl Layer for Mlp {
         let mut saved = self.recompute(ctx, x)?;
         let hidden = self.hidden(ctx, &saved.gate_up)?;
         let y = self.down.forward(ctx, &hidden)?;
-        saved.hidden = Some(hidden).filter(|it| it.gpu().is_some());
+        saved.low = self.down.low_beside(ctx, &hidden)?;
         Ok((y, saved))
     }
 
     fn recompute(&self, ctx: &Context, x: &Tensor) -> Result<MlpSaved> {
         let room = self.gate_up.room(ctx, x); // for its gradient, which takes its place
-        Ok(MlpSaved { gate_up: self.gate_up.forward_with_room(ctx, x, room)?, hidden: None })
+        Ok(MlpSaved { gate_up: self.gate_up.forward_with_room(ctx, x, room)?, low: None })
     }
 
     fn backward(&mut self, ctx: &Context, x: &Tensor, saved: MlpSaved, dy: Tensor) -> Result<Tensor> {
-        let MlpSaved { mut gate_up, hidden } = saved;
-        let (hidden, holds) = match hidden {
-            Some(hidden) => (hidden, Room::Low),
-            None => (self.hidden(ctx, &gate_up)?, Room::Empty),
-        };
-        let dhidden = self.down.backward_with_room(ctx, &hidden, holds, &dy)?;
-        drop(hidden);
-        self.hidden_backward(&mut gate_up, &dhidden)?;
+        let MlpSaved { mut gate_up, low } = saved;
+        if let Some((dhidden, ahead)) = self.down.backward_ahead(ctx, &dy)? {
+            self.hidden_backward(&mut gate_up, &dhidden, true)?;
+            self.down.backward_after(ctx, ahead, &dhidden, low, &dy)?;
+        } else {
+            let hidden = self.hidden(ctx, &gate_up)?;
+            let dhidden = self.down.backward(ctx, &hidden, &dy)?;
+            drop(hidden);
+            self.hidden_backward(&mut gate_up, &dhidden, false)?;
+        }
         self.gate_up.backward(ctx, x, &gate_up)
     }
 

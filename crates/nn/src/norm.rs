@@ -12,7 +12,7 @@ use crate::numbers::{add_column_sums, on_host};
 use crate::{Numbers, Parameter};
 
 /// Threads of a block of `kernels/norm.cu`, and the widest group that a warp takes.
-const BLOCK: u32 = 256;
+const BLOCK: u32 = 128;
 const WARP_GROUP: usize = 1024;
 
 /// Which statistics a norm takes out.
@@ -130,7 +130,7 @@ impl Norm {
     ) -> Result<Launch<'a>> {
         let group = self.weight.cols();
         let groups = x.rows() * columns.len() / group;
-        let per_block = if group <= WARP_GROUP { 8 } else { 1 };
+        let per_block = if group <= WARP_GROUP { BLOCK as usize / 32 } else { 1 };
         Ok(gpu.kernel("norm", kernel, x.dtype())?.grid(groups.div_ceil(per_block), BLOCK))
     }
 

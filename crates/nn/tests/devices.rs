@@ -380,6 +380,29 @@ fn attention_over_a_long_sequence() {
     }
 }
 
+/// So many blocks that one owns dk and dv of all the heads that share them.
+#[test]
+fn attention_over_many_sequences() {
+    let sequences = sizes(1, &[8, 256])[..].last().copied().unwrap_or(8);
+    let (tokens, heads, kv_heads, head_dim) = (16, 4, 2, 64);
+    let width = (heads + 2 * kv_heads) * head_dim;
+    for arm in arms() {
+        let (qkv, qkv_here) = arm.linears(&identity(width));
+        let (o, o_here) = arm.linears(&identity(heads * head_dim));
+        let layer = |qkv: Linear, o: Linear| plain_attention(qkv, o, (heads, kv_heads), head_dim, None);
+        let (mut there, mut here) = (layer(qkv, o), layer(qkv_here, o_here));
+        let (x, x_here) = arm.both(&seeded(sequences * tokens, width, 8));
+        let starts: Vec<usize> = (0..=sequences).map(|it| it * tokens).collect();
+        let (ctx, ctx_here) = (Context::new(starts.clone()), Context::new(starts));
+        let (_, saved) = there.forward(&ctx, &x).unwrap();
+        let (_, saved_here) = here.forward(&ctx_here, &x_here).unwrap();
+        let (dy, dy_here) = arm.both(&seeded(sequences * tokens, heads * head_dim, 78));
+        let dx = there.backward(&ctx, &x, saved, dy).unwrap();
+        let expected = here.backward(&ctx_here, &x_here, saved_here, dy_here).unwrap();
+        arm.check("many sequences, backward", &dx, &expected);
+    }
+}
+
 #[test]
 fn no_rows_at_all() {
     for arm in arms() {

@@ -88,14 +88,40 @@ impl Attention {
 
         let facts = gpu.launch_facts(&self.module(BACKWARD)?, "attention_backward_dkv", dtype)?;
         let blocks = ctx.key_blocks(&device, facts.rows)?;
-        let grid = (self.num_key_value_heads, blocks.rows());
-        let launch = self.kernel(gpu, BACKWARD, "attention_backward_dkv", dtype, grid)?;
-        let launch = launch.tensor_at(&dqkv, self.k_columns().start).tensor_at(&dqkv, self.v_columns().start);
+        let (kv_heads, group) = (self.num_key_value_heads, heads / self.num_key_value_heads);
+        // The blocks at the ends of a sequence differ much in length: where there is hardly one for each multiprocessor, all
+        // wait for the longest.
+        let few = 2 * kv_heads * blocks.rows() < 3 * gpu.multiprocessors;
+        let share = if few { 1 } else { group };
+        let apart = (share < group).then(|| {
+            let parts = || qkv.empty_like(rows, heads / share * self.head_dim);
+            Ok::<_, Error>((parts()?, parts()?))
+        });
+        let apart = apart.transpose()?;
+        let launch =
+            self.kernel(gpu, BACKWARD, "attention_backward_dkv", dtype, (heads / share, blocks.rows()))?;
+        let (k_start, v_start) = (self.k_columns().start, self.v_columns().start);
+        let launch = match &apart {
+            Some((dk, dv)) => launch.tensor(dk).tensor(dv),
+            None => launch.tensor_at(&dqkv, k_start).tensor_at(&dqkv, v_start),
+        };
         let launch = source.arguments(launch).tensor(dout).tensor(&saved.lse).tensor(&delta).tensor(blocks);
-        let launch = launch.int(dqkv.cols()).int(stride).int(stride).int(dout.cols());
+        let out_stride = apart.as_ref().map_or(dqkv.cols(), |(dk, _)| dk.cols());
+        let launch = launch.int(out_stride).int(stride).int(stride).int(dout.cols());
         // SAFETY: attention_backward_dkv(dk, dv, q, k, v, dout, lse, delta, blocks, dkv_stride, q_stride,
-        // kv_stride, dout_stride, heads, group, scale, window, softcap)
-        unsafe { self.scores_arguments(launch).run() }?;
+        // kv_stride, dout_stride, heads, group, scale, window, softcap, share)
+        unsafe { self.scores_arguments(launch).int(share).run() }?;
+        if let Some((dk, dv)) = apart {
+            let (facts, cols) = (
+                gpu.launch_facts(&self.module(BACKWARD)?, "attention_backward_sum", dtype)?,
+                kv_heads * self.head_dim,
+            );
+            let grid = ((rows * cols).div_ceil(facts.rows), 2);
+            let launch = self.kernel(gpu, BACKWARD, "attention_backward_sum", dtype, grid)?;
+            let launch = launch.tensor_at(&dqkv, k_start).tensor_at(&dqkv, v_start).tensor(&dk).tensor(&dv);
+            // SAFETY: attention_backward_sum(dk, dv, dk_parts, dv_parts, rows, cols, stride, parts)
+            unsafe { launch.int(rows).int(cols).int(dqkv.cols()).int(group).run() }?;
+        }
         Ok(dqkv)
     }
 

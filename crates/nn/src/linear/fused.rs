@@ -11,8 +11,10 @@ use ferrotune_tensor::{DType, Error, Operand, Result, Tensor, multiply, multiply
 use super::{Linear, LowRank, Part, add_bias};
 use crate::{Coded, Context, StoredRows};
 
-/// Widths are kept multiples of this, so that rows begin at addresses that are read fastest.
+/// Widths are kept multiples of this, so that rows begin at addresses that are read fastest;
 const ALIGNMENT: usize = 8;
+/// beyond this, multiples of it: cuBLASLt takes longer for 48 columns than for 64.
+const WIDE_ALIGNMENT: usize = 32;
 /// Parts that `kernels/low_rank.cu` takes: q, k and v.
 const PARTS: usize = 3;
 
@@ -36,9 +38,11 @@ pub(super) struct Fused<'a> {
 }
 
 /// What the backward pass leaves for the adapters' gradients.
-pub(super) struct Low {
+pub(crate) struct Low {
     /// (N, input + R): x where it had no room, and low.
     x: Option<Tensor>,
+    /// (N, R): low, where it isn't beside x.
+    low: Option<Tensor>,
     /// (N, output + R): dy where it had no room, and dlow.
     dy: Option<Tensor>,
     inputs: usize,
@@ -49,6 +53,53 @@ impl Linear {
     /// Columns that this layer's input and its output's gradient should have beside their own.
     pub fn room(&self, ctx: &Context, like: &Tensor) -> usize {
         self.fused(ctx, like).map_or(0, |fused| fused.room)
+    }
+
+    /// A copy of what the forward pass has written beside this input.
+    ///
+    /// # Errors
+    /// When there is no room.
+    pub(crate) fn low_beside(&self, ctx: &Context, x: &Tensor) -> Result<Option<Tensor>> {
+        let (inputs, room) = (self.cols(), self.room(ctx, x));
+        if room == 0 || x.cols() < inputs + room {
+            return Ok(None);
+        }
+        let mut low = x.empty_like(x.rows(), room)?;
+        low.write_block((0, 0), x, (0..x.rows(), inputs..inputs + room))?;
+        Ok(Some(low))
+    }
+
+    /// dx (N, input) before x itself is there, and what [`Linear::backward_after`] then does with it; none where weights and
+    /// adapters are not one product.
+    ///
+    /// # Errors
+    /// When shapes or types don't fit.
+    pub(crate) fn backward_ahead(&self, ctx: &Context, dy: &Tensor) -> Result<Option<(Tensor, Low)>> {
+        let Some(fused) = self.fused(ctx, dy) else { return Ok(None) };
+        let dx = dy.empty_like(dy.rows(), fused.inputs)?;
+        let weights = fused.weights(dy)?;
+        let dy = fused.input_gradient(&weights, dy, &dx)?;
+        Ok(Some((dx, Low { x: None, low: None, dy, inputs: fused.inputs, outputs: fused.outputs })))
+    }
+
+    /// The gradients of adapters and biases; `low` is what the forward pass made of x, if that was kept.
+    ///
+    /// # Errors
+    /// When shapes or types don't fit.
+    pub(crate) fn backward_after(
+        &mut self,
+        ctx: &Context,
+        ahead: Low,
+        x: &Tensor,
+        low: Option<Tensor>,
+        dy: &Tensor,
+    ) -> Result<()> {
+        self.add_bias_gradients(dy)?;
+        let low = match (low, self.fused(ctx, x)) {
+            (None, Some(fused)) => Some(fused.low(x)?),
+            (low, _) => low,
+        };
+        Low { low, ..ahead }.add_gradients(&mut self.parts, x, dy)
     }
 
     pub(super) fn fused(&self, ctx: &Context, like: &Tensor) -> Option<Fused<'_>> {
@@ -78,7 +129,7 @@ impl Linear {
             scaling: scaling.unwrap_or(0.0),
             inputs: self.cols(),
             outputs: self.rows(),
-            room: ranks.next_multiple_of(ALIGNMENT),
+            room: ranks.next_multiple_of(if ranks > WIDE_ALIGNMENT { WIDE_ALIGNMENT } else { ALIGNMENT }),
             parts,
         })
     }
@@ -147,18 +198,42 @@ impl Fused<'_> {
     }
 
     /// dx =, and what the gradients of the adapters are made of.
-    pub(super) fn backward(&self, x: &Tensor, holds: Room, dy: &Tensor, dx: &mut Tensor) -> Result<Low> {
-        let (inputs, outputs, room) = (self.inputs, self.outputs, self.room);
+    pub(super) fn backward(&self, x: &Tensor, holds: Room, dy: &Tensor, dx: &Tensor) -> Result<Low> {
         let weights = self.weights(x)?;
-        let low_x = self.with_low(x, holds, &weights)?;
-        let low_dy = with_room(dy, outputs, room)?;
-        let wide_dy = low_dy.as_ref().unwrap_or(dy);
-        let b = Operand::block(&weights, 0..outputs, inputs..inputs + room);
-        let own = Operand::columns(wide_dy, 0..outputs);
-        multiply_on_gpu(self.scaling, own, b, 0.0, wide_dy, outputs..outputs + room)?;
-        let dy = Operand::columns(wide_dy, 0..outputs + room);
-        multiply_on_gpu(1.0, dy, Operand::columns(&weights, 0..inputs), 0.0, dx, 0..inputs)?;
-        Ok(Low { x: low_x, dy: low_dy, inputs, outputs })
+        let x = self.with_low(x, holds, &weights)?;
+        let dy = self.input_gradient(&weights, dy, dx)?;
+        Ok(Low { x, low: None, dy, inputs: self.inputs, outputs: self.outputs })
+    }
+
+    /// dx =, dlow = beside dy; the copy of dy, where it had no room.
+    fn input_gradient(&self, weights: &Tensor, dy: &Tensor, dx: &Tensor) -> Result<Option<Tensor>> {
+        let (inputs, outputs, room) = (self.inputs, self.outputs, self.room);
+        let copied = with_room(dy, outputs, room)?;
+        let wide = copied.as_ref().unwrap_or(dy);
+        let b = Operand::block(weights, 0..outputs, inputs..inputs + room);
+        let own = Operand::columns(wide, 0..outputs);
+        multiply_on_gpu(self.scaling, own, b, 0.0, wide, outputs..outputs + room)?;
+        let dy = Operand::columns(wide, 0..outputs + room);
+        multiply_on_gpu(1.0, dy, Operand::columns(weights, 0..inputs), 0.0, dx, 0..inputs)?;
+        Ok(copied)
+    }
+
+    /// low (N, R), by itself.
+    fn low(&self, x: &Tensor) -> Result<Tensor> {
+        let (low, mut rank) = (x.empty_like(x.rows(), self.room)?, 0);
+        for LowRank { a, .. } in self.parts.iter().filter_map(|(_, low_rank)| low_rank.as_ref()) {
+            let own = Operand::columns(x, 0..self.inputs);
+            multiply_on_gpu(
+                self.scaling,
+                own,
+                Operand::new(a).transposed(),
+                0.0,
+                &low,
+                rank..rank + a.rows(),
+            )?;
+            rank += a.rows();
+        }
+        Ok(low)
     }
 
     /// Writes low beside x, unless it is there; the copy of x, where it had no room.
@@ -190,6 +265,7 @@ impl Low {
     /// dA += dlowᵀ·x,  dB += dyᵀ·low
     pub(super) fn add_gradients(&self, parts: &mut [Part], x: &Tensor, dy: &Tensor) -> Result<()> {
         let (x, dy) = (self.x.as_ref().unwrap_or(x), self.dy.as_ref().unwrap_or(dy));
+        let (low, first) = self.low.as_ref().map_or((x, self.inputs), |low| (low, 0));
         let (mut row, mut rank) = (0, 0);
         let mut a_gradients = Vec::with_capacity(parts.len());
         for part in parts {
@@ -197,7 +273,7 @@ impl Low {
             part.weight.accumulate_grad(x, dy, row)?;
             if let Some((a, b)) = part.adapter.as_mut().and_then(|it| it.low_rank_gradients()) {
                 let dy = Operand::columns(dy, row..row + rows).transposed();
-                let low = Operand::columns(x, self.inputs + rank..self.inputs + rank + a.rows());
+                let low = Operand::columns(low, first + rank..first + rank + a.rows());
                 multiply(Default::default(), 1.0, dy, low, 1.0, b, 0..a.rows())?;
                 rank += a.rows();
                 a_gradients.push(a);
