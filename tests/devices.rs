@@ -8,7 +8,7 @@ use ferrotune_lora::LoraAdapter;
 use ferrotune_model::source::{ModelFiles, Stored};
 use ferrotune_model::{BuildOptions, Decoder, PartSpec, TokenSteps, build, dense_part};
 use ferrotune_nn::check::seeded;
-use ferrotune_nn::{Context, LanguageModel};
+use ferrotune_nn::{Activation, Context, LanguageModel, Layer, Linear, Mlp, Part};
 use ferrotune_quant::{Nf4GpuWeight, Nf4Weight, Scales};
 use ferrotune_tensor::{DType, Device, Precision, Result};
 
@@ -160,4 +160,97 @@ fn a_token_at_a_time_gives_what_the_whole_pass_gives() {
         }
     }
     fs::remove_dir_all(folder).unwrap();
+}
+
+/// Parts of so many rows and ranks (0: no adapter) that read `inputs` numbers.
+fn adapted(device: &Device, dtype: DType, base: Base, inputs: usize, parts: &[(usize, usize)]) -> Linear {
+    let part = |(i, (rows, rank)): (usize, &(usize, usize))| -> Result<Part> {
+        let random = |rows: usize, cols: usize, seed: usize| -> Result<_> {
+            let mut values = seeded(rows, cols, (100 * i + seed) as u64);
+            values.scale(0.3)?;
+            values.cast(DType::F32)
+        };
+        let name = format!("part {i}");
+        let spec = PartSpec { name: name.clone(), out_features: *rows, in_features: inputs };
+        let options = BuildOptions { precision: Precision::Full, dtype, device: device.clone() };
+        let original = random(*rows, inputs, 1)?;
+        let mut part = dense_part(&spec, Stored::Dense(original.try_clone()?), &options)?;
+        if let Base::Nf4(scales) = base {
+            let stored = Nf4Weight::quantize(&original, scales, Precision::Full)?;
+            part.weight = match device.gpu() {
+                Some(gpu) => Box::new(Nf4GpuWeight::from_cpu(stored, gpu)?),
+                None => Box::new(stored),
+            };
+        }
+        if *rank > 0 {
+            let (a, b) = (random(*rank, inputs, 2)?, random(*rows, *rank, 3)?);
+            let adapter = LoraAdapter::from_parts(&name, a, b, 0.5, 0.0, Precision::Full)?;
+            part.adapter = Some(Box::new(adapter.to_device(device, dtype)?));
+        }
+        Ok(part)
+    };
+    Linear { parts: parts.iter().enumerate().map(|it| part(it).unwrap()).collect() }
+}
+
+/// y, dx and the adapters' gradients, with x and dy rounded to `dtype`.
+fn passes(mlp: &mut Mlp, device: &Device, dtype: DType, rounded: DType, recompute: bool) -> Vec<Vec<f32>> {
+    let (n, width) = (TOKENS, mlp.gate_up.cols());
+    let number = |seed: u64| {
+        let values = seeded(n, width, seed).cast(DType::F32).unwrap().cast(rounded).unwrap();
+        values.cast(DType::F32).unwrap().cast(dtype).unwrap().to_device(device).unwrap()
+    };
+    let ctx = Context::new(vec![0, n]);
+    let (x, dy) = (number(1), number(2));
+    let (y, saved) = mlp.forward(&ctx, &x).unwrap();
+    let saved = if recompute { mlp.recompute(&ctx, &x).unwrap() } else { saved };
+    let dx = mlp.backward(&ctx, &x, saved, dy).unwrap();
+    let gradients = mlp.parameters().into_iter().map(|it| it.grad.to_f32().unwrap());
+    [y.to_f32().unwrap(), dx.to_f32().unwrap()].into_iter().chain(gradients).collect()
+}
+
+/// More than the kernels for single launches ask for, and no multiple of what they take at once.
+const TOKENS: usize = 1111;
+
+#[test]
+fn adapters_of_many_tokens_get_the_gradients_of_the_cpu() {
+    // (gate, up), down; the last is more than the kernels take.
+    let all = [([16, 16], 16), ([8, 0], 8), ([24, 16], 32), ([64, 8], 40)];
+    for base in [Base::Dense, Base::Nf4(Scales::Plain), Base::Nf4(Scales::Nested)] {
+        for (ranks, down) in all {
+            let make = |device: &Device, dtype: DType| Mlp {
+                gate_up: adapted(device, dtype, base, 192, &ranks.map(|rank| (1096, rank))),
+                down: adapted(device, dtype, base, 1096, &[(192, down)]),
+                activation: Activation::Silu,
+            };
+            for device in Device::each().into_iter().filter(|it| it.gpu().is_some()) {
+                let bf16 = device.gpu().is_some_and(|it| it.has_bf16());
+                for (dtype, tolerance) in [(DType::F32, 2e-5), (DType::F16, 4e-3), (DType::BF16, 3e-2)] {
+                    if dtype == DType::BF16 && !bf16 {
+                        continue;
+                    }
+                    let mut here = make(&Device::Cpu, DType::F32);
+                    let expected = passes(&mut here, &Device::Cpu, DType::F32, dtype, false);
+                    for recompute in [false, true] {
+                        let got = passes(&mut make(&device, dtype), &device, dtype, dtype, recompute);
+                        let worst = got.iter().zip(&expected).map(|(got, expected)| {
+                            let norm =
+                                |it: &mut dyn Iterator<Item = f64>| it.map(|it| it * it).sum::<f64>().sqrt();
+                            let off = norm(
+                                &mut got.iter().zip(expected).map(|(a, b)| f64::from(*a) - f64::from(*b)),
+                            );
+                            off / norm(&mut expected.iter().map(|it| f64::from(*it)))
+                        });
+                        let worst =
+                            worst.fold(0.0, |most, it| if it > most || it.is_nan() { it } else { most });
+                        let what = format!("ranks {ranks:?} {down}, {base:?}, recompute {recompute}");
+                        eprintln!("{what:<60} {:<5} {worst:.1e}", dtype.as_str());
+                        assert!(
+                            got.len() == expected.len() && worst < tolerance,
+                            "{what} on {device:?}: {worst:.1e}"
+                        );
+                    }
+                }
+            }
+        }
+    }
 }

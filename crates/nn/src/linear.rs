@@ -4,6 +4,7 @@
 //! stand side by side in one tensor, and each part keeps its own name, weight, adapter and bias.
 
 mod fused;
+mod thin;
 
 pub use fused::Room;
 

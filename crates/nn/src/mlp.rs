@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use crate::lanes::{sigmoid, tanh, vectorised};
 use crate::row::RowSource;
-use crate::{Context, Layer, Linear, Norm, Parameter, Room, SavedTensors};
+use crate::{Context, Layer, Linear, Norm, Parameter, SavedTensors};
 
 /// Threads of a block of `kernels/activation.cu`.
 const BLOCK: u32 = 256;
@@ -156,9 +156,9 @@ impl Layer for Mlp {
 
     fn backward(&mut self, ctx: &Context, x: &Tensor, saved: MlpSaved, dy: Tensor) -> Result<Tensor> {
         let MlpSaved { mut gate_up, low } = saved;
-        if let Some((dhidden, ahead)) = self.down.backward_ahead(ctx, &dy)? {
+        if let Some((dhidden, ahead)) = self.down.backward_ahead(ctx, low, &dy)? {
             self.hidden_backward(&mut gate_up, &dhidden, true)?;
-            self.down.backward_after(ctx, ahead, &dhidden, low, &dy)?;
+            self.down.backward_after(ctx, ahead, &dhidden, &dy)?;
         } else {
             let hidden = self.hidden(ctx, &gate_up)?;
             let dhidden = self.down.backward(ctx, &hidden, &dy)?;

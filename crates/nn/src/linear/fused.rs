@@ -8,6 +8,7 @@
 
 use ferrotune_tensor::{DType, Error, Operand, Result, Tensor, multiply, multiply_on_gpu};
 
+use super::thin::{self, Shares, Thin};
 use super::{Linear, LowRank, Part, add_bias};
 use crate::{Coded, Context, StoredRows};
 
@@ -16,7 +17,7 @@ const ALIGNMENT: usize = 8;
 /// beyond this, multiples of it: cuBLASLt takes longer for 48 columns than for 64.
 const WIDE_ALIGNMENT: usize = 32;
 /// Parts that `kernels/low_rank.cu` takes: q, k and v.
-const PARTS: usize = 3;
+pub(super) const PARTS: usize = 3;
 
 /// What the columns beside an input hold when the backward pass reads it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +46,8 @@ pub(crate) struct Low {
     low: Option<Tensor>,
     /// (N, output + R): dy where it had no room, and dlow.
     dy: Option<Tensor>,
+    /// dB, where one pass over dy has made it together with dlow.
+    shares: Option<Shares>,
     inputs: usize,
     outputs: usize,
 }
@@ -70,36 +73,40 @@ impl Linear {
     }
 
     /// dx (N, input) before x itself is there, and what [`Linear::backward_after`] then does with it; none where weights and
-    /// adapters are not one product.
+    /// adapters are not one product. `low` is what the forward pass made of x, if that was kept.
     ///
     /// # Errors
     /// When shapes or types don't fit.
-    pub(crate) fn backward_ahead(&self, ctx: &Context, dy: &Tensor) -> Result<Option<(Tensor, Low)>> {
+    pub(crate) fn backward_ahead(
+        &self,
+        ctx: &Context,
+        low: Option<Tensor>,
+        dy: &Tensor,
+    ) -> Result<Option<(Tensor, Low)>> {
         let Some(fused) = self.fused(ctx, dy) else { return Ok(None) };
         let dx = dy.empty_like(dy.rows(), fused.inputs)?;
         let weights = fused.weights(dy)?;
-        let dy = fused.input_gradient(&weights, dy, &dx)?;
-        Ok(Some((dx, Low { x: None, low: None, dy, inputs: fused.inputs, outputs: fused.outputs })))
+        let (dy, shares) = fused.input_gradient(&weights, low.as_ref().map(|low| (low, 0)), dy, &dx)?;
+        let (inputs, outputs) = (fused.inputs, fused.outputs);
+        Ok(Some((dx, Low { x: None, low, dy, shares, inputs, outputs })))
     }
 
-    /// The gradients of adapters and biases; `low` is what the forward pass made of x, if that was kept.
+    /// The gradients of adapters and biases.
     ///
     /// # Errors
     /// When shapes or types don't fit.
     pub(crate) fn backward_after(
         &mut self,
         ctx: &Context,
-        ahead: Low,
+        mut ahead: Low,
         x: &Tensor,
-        low: Option<Tensor>,
         dy: &Tensor,
     ) -> Result<()> {
         self.add_bias_gradients(dy)?;
-        let low = match (low, self.fused(ctx, x)) {
-            (None, Some(fused)) => Some(fused.low(x)?),
-            (low, _) => low,
-        };
-        Low { low, ..ahead }.add_gradients(&mut self.parts, x, dy)
+        if let (None, Some(fused)) = (&ahead.low, self.fused(ctx, x)) {
+            ahead.low = Some(fused.low(x)?);
+        }
+        ahead.add_gradients(&mut self.parts, x, dy)
     }
 
     pub(super) fn fused(&self, ctx: &Context, like: &Tensor) -> Option<Fused<'_>> {
@@ -200,22 +207,44 @@ impl Fused<'_> {
     /// dx =, and what the gradients of the adapters are made of.
     pub(super) fn backward(&self, x: &Tensor, holds: Room, dy: &Tensor, dx: &Tensor) -> Result<Low> {
         let weights = self.weights(x)?;
-        let x = self.with_low(x, holds, &weights)?;
-        let dy = self.input_gradient(&weights, dy, dx)?;
-        Ok(Low { x, low: None, dy, inputs: self.inputs, outputs: self.outputs })
+        let copied = self.with_low(x, holds, &weights)?;
+        let low = (copied.as_ref().unwrap_or(x), self.inputs);
+        let (dy, shares) = self.input_gradient(&weights, Some(low), dy, dx)?;
+        Ok(Low { x: copied, low: None, dy, shares, inputs: self.inputs, outputs: self.outputs })
     }
 
-    /// dx =, dlow = beside dy; the copy of dy, where it had no room.
-    fn input_gradient(&self, weights: &Tensor, dy: &Tensor, dx: &Tensor) -> Result<Option<Tensor>> {
+    /// dx =, dlow = beside dy; the copy of dy, where it had no room, and dB, if low (a tensor and its first column) is there.
+    fn input_gradient(
+        &self,
+        weights: &Tensor,
+        low: Option<(&Tensor, usize)>,
+        dy: &Tensor,
+        dx: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Shares>)> {
         let (inputs, outputs, room) = (self.inputs, self.outputs, self.room);
         let copied = with_room(dy, outputs, room)?;
         let wide = copied.as_ref().unwrap_or(dy);
-        let b = Operand::block(weights, 0..outputs, inputs..inputs + room);
-        let own = Operand::columns(wide, 0..outputs);
-        multiply_on_gpu(self.scaling, own, b, 0.0, wide, outputs..outputs + room)?;
+        let one_pass = |low| {
+            Thin { parts: self.sizes(), scaling: self.scaling, dy: wide, weights: (weights, inputs), low }
+                .run()
+        };
+        let shares = low.map(one_pass).transpose()?.flatten();
+        if shares.is_none() {
+            let b = Operand::block(weights, 0..outputs, inputs..inputs + room);
+            let own = Operand::columns(wide, 0..outputs);
+            multiply_on_gpu(self.scaling, own, b, 0.0, wide, outputs..outputs + room)?;
+        }
         let dy = Operand::columns(wide, 0..outputs + room);
         multiply_on_gpu(1.0, dy, Operand::columns(weights, 0..inputs), 0.0, dx, 0..inputs)?;
-        Ok(copied)
+        Ok((copied, shares))
+    }
+
+    fn sizes(&self) -> thin::Parts {
+        std::array::from_fn(|i| {
+            self.parts.get(i).map_or((0, 0), |(part, low_rank)| {
+                (part.weight.rows(), low_rank.as_ref().map_or(0, |it| it.a.rows()))
+            })
+        })
     }
 
     /// low (N, R), by itself.
@@ -268,17 +297,24 @@ impl Low {
         let (low, first) = self.low.as_ref().map_or((x, self.inputs), |low| (low, 0));
         let (mut row, mut rank) = (0, 0);
         let mut a_gradients = Vec::with_capacity(parts.len());
-        for part in parts {
+        let mut b_gradients = [None; PARTS];
+        for (part, b_gradient) in parts.iter_mut().zip(&mut b_gradients) {
             let rows = part.weight.rows();
             part.weight.accumulate_grad(x, dy, row)?;
             if let Some((a, b)) = part.adapter.as_mut().and_then(|it| it.low_rank_gradients()) {
-                let dy = Operand::columns(dy, row..row + rows).transposed();
-                let low = Operand::columns(low, first + rank..first + rank + a.rows());
-                multiply(Default::default(), 1.0, dy, low, 1.0, b, 0..a.rows())?;
+                if self.shares.is_none() {
+                    let dy = Operand::columns(dy, row..row + rows).transposed();
+                    let low = Operand::columns(low, first + rank..first + rank + a.rows());
+                    multiply(Default::default(), 1.0, dy, low, 1.0, b, 0..a.rows())?;
+                }
+                *b_gradient = Some(&*b);
                 rank += a.rows();
                 a_gradients.push(a);
             }
             row += rows;
+        }
+        if let Some(shares) = &self.shares {
+            shares.add_to(b_gradients)?;
         }
         let dlow = Operand::columns(dy, self.outputs..self.outputs + rank).transposed();
         let own = Operand::columns(x, 0..self.inputs);

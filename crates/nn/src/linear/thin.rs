@@ -1,0 +1,113 @@
+//! The two thin products that read dy, dlow = s·dy·B and dB += dyᵀ·low, in one pass over it:
+//! `kernels/low_rank_backward.cu`. Each alone takes as long as reading dy does.
+
+use ferrotune_tensor::{DType, Error, Launch, Result, Tensor};
+
+use super::fused::PARTS;
+
+const MODULE: &str = "low_rank_backward";
+/// Largest ranks of the kernels, as their names have them.
+const RANKS: [usize; 2] = [16, 32];
+/// Strides, rows and ranks are multiples of this: what one access moves.
+const TOGETHER: usize = 8;
+/// Tokens that a step of a block takes.
+const STEP: usize = 32;
+/// With fewer tokens, launches take longer than reading.
+const FEWEST_TOKENS: usize = 512;
+/// Threads of a block that sums, and the numbers it does.
+const SUM_BLOCK: u32 = 256;
+
+/// Rows and rank of each part; a part without an adapter has rank 0.
+pub(super) type Parts = [(usize, usize); PARTS];
+
+/// dB as blocks of tokens have left it.
+pub(super) struct Shares {
+    /// (token blocks, column blocks · columns · padded), f32
+    db: Tensor,
+    parts: Parts,
+    padded: usize,
+    token_blocks: usize,
+    column_blocks: usize,
+}
+
+/// The operands, all on one GPU.
+pub(super) struct Thin<'a> {
+    pub(super) parts: Parts,
+    pub(super) scaling: f64,
+    /// (N, outputs + room): dlow is written into the room.
+    pub(super) dy: &'a Tensor,
+    /// E, and the column of it at which B begins.
+    pub(super) weights: (&'a Tensor, usize),
+    /// A tensor, and the column of it at which low begins.
+    pub(super) low: (&'a Tensor, usize),
+}
+
+impl Thin<'_> {
+    /// dlow =, and the shares of dB; none where the kernels don't take these sizes.
+    pub(super) fn run(&self) -> Result<Option<Shares>> {
+        let Thin { parts, dy, weights: (weights, b_column), low: (low, low_column), .. } = *self;
+        let gpu = dy.gpu().ok_or_else(|| Error::msg("the gradient is not on a GPU"))?;
+        let dtype = dy.dtype();
+        let rank = parts.iter().map(|it| it.1).max().unwrap_or(0);
+        let Some(padded) = RANKS.into_iter().find(|most| rank <= *most) else { return Ok(None) };
+        let sizes = [dy.cols(), weights.cols(), b_column, low.cols(), low_column];
+        let even = sizes.into_iter().chain(parts.iter().flat_map(|it| [it.0, it.1]));
+        let outputs: usize = parts.iter().map(|it| it.0).sum();
+        if !matches!(dtype, DType::F16 | DType::BF16)
+            || dy.rows() < FEWEST_TOKENS
+            || !even.into_iter().all(|it| it.is_multiple_of(TOGETHER))
+        {
+            return Ok(None);
+        }
+        let kernel = format!("low_rank_backward_{padded}");
+        let facts = gpu.launch_facts(MODULE, &kernel, dtype)?;
+        if facts.shared > gpu.shared_of_block {
+            return Ok(None);
+        }
+        let adapted = parts.iter().filter(|it| it.1 > 0);
+        let column_blocks: usize = adapted.map(|it| it.0.div_ceil(facts.rows)).sum();
+        // As many as run at once: more blocks of tokens are more shares of dB.
+        let at_once = gpu.multiprocessors * if padded == RANKS[0] { 2 } else { 1 };
+        let steps = dy.rows().div_ceil(STEP);
+        let tokens = steps.div_ceil((at_once / column_blocks).clamp(1, steps)) * STEP;
+        let token_blocks = dy.rows().div_ceil(tokens);
+        let floats = |rows: usize, cols: usize| Tensor::empty(rows, cols, DType::F32, &dy.device());
+        let dlow = floats(column_blocks, dy.rows() * padded)?;
+        let db = floats(token_blocks, column_blocks * facts.rows * padded)?;
+        let launch =
+            gpu.kernel(MODULE, &kernel, dtype)?.grid_of((column_blocks, token_blocks), facts.threads);
+        let launch = launch.shared(facts.shared).tensor(&dlow).tensor(&db).tensor(dy);
+        let launch = launch.tensor_at(weights, b_column).tensor_at(low, low_column);
+        let launch = sizes_of(launch, &parts).int(dy.rows()).int(dy.cols()).int(weights.cols());
+        // SAFETY: low_rank_backward(dlow_shares, db_shares, dy, b, low, rows0 … rows2, rank0 … rank2, n, dy_stride, b_stride,
+        // low_stride, tokens); the shapes are those of `Fused`.
+        unsafe { launch.int(low.cols()).int(tokens).run() }?;
+        let room = dy.cols() - outputs;
+        let blocks = (dy.rows() * room).div_ceil(SUM_BLOCK as usize);
+        let launch = gpu.kernel(MODULE, "low_rank_backward_sum", dtype)?.grid(blocks, SUM_BLOCK);
+        let launch = sizes_of(launch.tensor_at(dy, outputs).tensor(&dlow), &parts);
+        let launch = launch.int(dy.rows()).int(room).int(dy.cols()).int(padded);
+        // SAFETY: low_rank_backward_sum(dlow, shares, rows0 … rows2, rank0 … rank2, n, room, stride, padded, scaling)
+        unsafe { launch.float(self.scaling).run() }?;
+        Ok(Some(Shares { db, parts, padded, token_blocks, column_blocks }))
+    }
+}
+
+impl Shares {
+    /// Adds them to dB (rows, rank) of each part.
+    pub(super) fn add_to(&self, db: [Option<&Tensor>; PARTS]) -> Result<()> {
+        let gpu = self.db.gpu().ok_or_else(|| Error::msg("the gradients are not on a GPU"))?;
+        let all: usize = self.parts.iter().map(|(rows, rank)| rows * rank).sum();
+        let launch = gpu.plain_kernel(MODULE, "low_rank_backward_add")?;
+        let launch = launch.grid(all.div_ceil(SUM_BLOCK as usize), SUM_BLOCK);
+        let launch = db.into_iter().fold(launch, Launch::optional).tensor(&self.db);
+        let launch = sizes_of(launch, &self.parts).int(self.padded).int(self.token_blocks);
+        // SAFETY: low_rank_backward_add(db0 … db2, shares, rows0 … rows2, rank0 … rank2, padded, token_blocks, column_blocks)
+        unsafe { launch.int(self.column_blocks).run() }
+    }
+}
+
+fn sizes_of<'a>(launch: Launch<'a>, parts: &Parts) -> Launch<'a> {
+    let launch = parts.iter().fold(launch, |launch, (rows, _)| launch.int(*rows));
+    parts.iter().fold(launch, |launch, (_, rank)| launch.int(*rank))
+}
