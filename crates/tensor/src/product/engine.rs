@@ -29,6 +29,8 @@ impl Engine {
         match precision {
             _ if thin => Engine::plain(),
             Precision::Bf16 => Engine::bf16().or(Engine::plain()),
+            // Numbers are packed in the time of multiplying them so many times.
+            Precision::Full if m * n < SPLIT_FROM * (m + n) => Engine::plain(),
             Precision::Full => Engine::f32(),
         }
     }
@@ -245,3 +247,5 @@ fn is_amd() -> bool {
 const LANES: usize = 16;
 /// A side shorter than this makes a product thin.
 const THIN: usize = 32;
+/// From so many products on for each number that is packed, on average, splitting numbers pays.
+const SPLIT_FROM: usize = 80;
