@@ -24,8 +24,6 @@ pub(super) enum Right<'a> {
     Tiles { w: &'a dyn Tiles, transposed: bool },
 }
 
-/// Bytes of packed `b` that a task keeps in the L2 cache.
-const BLOCK_BYTES: usize = 512 << 10;
 /// Columns of a block, however little depth it has.
 const BLOCK_COLS: usize = 1024;
 /// Bytes of packed `a` at once; more rows than fit here read `b` again.
@@ -155,7 +153,7 @@ impl<'a> Product<'a> {
         let tile_rows = engine.tile_rows(a.rows, if few { WAYS } else { usize::MAX });
         let row_panels = a.rows.div_ceil(tile_rows);
         let col_panels = cols.div_ceil(COLS);
-        let widest = BLOCK_BYTES / 4 / COLS / engine.words(depth.min(a.cols));
+        let widest = engine.block_bytes() / 4 / COLS / engine.words(depth.min(a.cols));
         let widest = widest.clamp(1, BLOCK_COLS / COLS);
         let packing = match b {
             _ if b_in_place.is_some() => 0,
@@ -204,9 +202,9 @@ impl<'a> Product<'a> {
         let threads = threads.min((self.row_parts * self.col_blocks).max(self.row_panels / PANELS_TO_PACK));
         let k_blocks = self.a.cols.div_ceil(self.depth);
         let to_pack = if self.left == Left::Packed { self.row_panels.div_ceil(PANELS_TO_PACK) } else { 0 };
-        let words = (k_blocks - 1) * self.engine.words(self.depth)
-            + self.engine.words(self.a.cols - (k_blocks - 1) * self.depth);
-        let packed = if to_pack > 0 { self.row_panels * self.engine.panel(words) } else { 0 };
+        let panels = (k_blocks - 1) * self.engine.panel(self.depth)
+            + self.engine.panel(self.a.cols - (k_blocks - 1) * self.depth);
+        let packed = if to_pack > 0 { self.row_panels * panels } else { 0 };
         lend(&scratch::LEFT, packed, |packed| {
             let packed = Packed(packed.as_mut_ptr());
             let (to_do, done, tasks) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicUsize::new(0));
@@ -246,9 +244,8 @@ impl<'a> Product<'a> {
 
     /// Where a panel of packed `a` begins.
     fn panel(&self, packed: Packed, k: &Range<usize>, panel: usize) -> *mut f32 {
-        let before =
-            k.start / self.depth * self.row_panels * self.engine.panel(self.engine.words(self.depth));
-        packed.0.wrapping_add(before + panel * self.engine.panel(self.engine.words(k.len())))
+        let before = k.start / self.depth * self.row_panels * self.engine.panel(self.depth);
+        packed.0.wrapping_add(before + panel * self.engine.panel(k.len()))
     }
 
     fn k_blocks(&self) -> impl Iterator<Item = Range<usize>> {

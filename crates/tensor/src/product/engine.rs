@@ -5,8 +5,8 @@ use std::arch::x86_64::__cpuid;
 use half::bf16;
 
 pub(super) use super::kernel_avx512::{COLS, Tile};
-use super::pack::{self, Source};
-use super::{Precision, kernel_amx as amx, kernel_avx512 as avx512};
+use super::pack::{self, Beside, Source};
+use super::{Precision, kernel_amx as amx, kernel_avx512 as avx512, kernel_split as split};
 
 /// A family of micro-kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +17,8 @@ pub(super) enum Engine {
     Bf16,
     /// AMX on pairs of bf16.
     Amx,
+    /// AMX on f32, in parts of bf16.
+    Split(split::Right),
 }
 
 impl Engine {
@@ -25,13 +27,21 @@ impl Engine {
         // Thin products wait for memory: rounding would only add to them.
         let thin = m.min(n).min(k) < THIN;
         match precision {
-            Precision::Bf16 if !thin => Engine::bf16().or(Engine::f32()),
-            _ => Engine::f32(),
+            _ if thin => Engine::plain(),
+            Precision::Bf16 => Engine::bf16().or(Engine::plain()),
+            // Numbers are packed in the time of multiplying them so many times.
+            Precision::Full if m * n < SPLIT_FROM * (m + n) => Engine::plain(),
+            Precision::Full => Engine::f32(),
         }
     }
 
     /// The one for f32.
     pub(super) fn f32() -> Option<Engine> {
+        if amx::available() { Some(Engine::Split(split::Right::Three)) } else { Engine::plain() }
+    }
+
+    /// The one for f32 that takes its numbers whole.
+    fn plain() -> Option<Engine> {
         is_x86_feature_detected!("avx512f").then_some(Engine::F32)
     }
 
@@ -52,44 +62,70 @@ impl Engine {
             Engine::F32 => "AVX-512",
             Engine::Bf16 => "AVX512_BF16",
             Engine::Amx => "AMX-BF16",
+            Engine::Split(_) => "AMX-BF16 in six products",
         }
+    }
+
+    /// The same for a right operand that is bf16 as it is.
+    pub(super) fn with_right_in_bf16(self) -> Engine {
+        if let Engine::Split(_) = self { Engine::Split(split::Right::One) } else { self }
+    }
+
+    /// Operands are packed for tile registers.
+    fn has_tiles(self) -> bool {
+        matches!(self, Engine::Amx | Engine::Split(_))
     }
 
     /// Most rows of a tile.
     pub(super) fn rows(self) -> usize {
-        if self == Engine::Amx { amx::SIDE } else { avx512::ROWS }
+        if self.has_tiles() { amx::SIDE } else { avx512::ROWS }
     }
 
     /// Rows of each tile, at most so many where that can be chosen, and as even as may be.
     pub(super) fn tile_rows(self, rows: usize, most: usize) -> usize {
         match self {
-            Engine::Amx => amx::SIDE,
+            _ if self.has_tiles() => amx::SIDE,
             _ => rows.div_ceil(rows.div_ceil(avx512::ROWS.min(most))),
         }
     }
 
     /// k is cut into equal blocks of at most so many numbers: a panel of `a` is to stay in the L1 cache.
     pub(super) fn depth(self) -> usize {
-        if self == Engine::F32 { 384 } else { 768 }
+        match self {
+            Engine::F32 => 384,
+            Engine::Bf16 | Engine::Amx => 768,
+            Engine::Split(_) => split::DEPTH,
+        }
     }
 
-    /// 32-bit words that so many numbers of k take.
+    /// Bytes of packed `b` that a task keeps in the L2 cache.
+    pub(super) fn block_bytes(self) -> usize {
+        // Every CPU with AMX has 2 MiB of it.
+        if let Engine::Split(_) = self { 1 << 20 } else { 512 << 10 }
+    }
+
+    /// 32-bit words that so many numbers of a column of `b` take.
     pub(super) fn words(self, depth: usize) -> usize {
         match self {
             Engine::F32 => depth,
             Engine::Bf16 => depth.div_ceil(2),
             Engine::Amx => depth.div_ceil(2).next_multiple_of(amx::WORDS),
+            Engine::Split(right) => right.parts() * Engine::Amx.words(depth),
         }
     }
 
     /// 32-bit words that a panel of `a` takes.
-    pub(super) fn panel(self, words: usize) -> usize {
-        if self == Engine::Amx { amx::SIDE * words } else { LANES * words }
+    pub(super) fn panel(self, depth: usize) -> usize {
+        match self {
+            Engine::F32 | Engine::Bf16 => LANES * self.words(depth),
+            Engine::Amx => amx::SIDE * self.words(depth),
+            Engine::Split(_) => split::PARTS * Engine::Amx.panel(depth),
+        }
     }
 
-    /// Words of k are pairs of bf16.
+    /// Words of a column of `b` are pairs of bf16.
     pub(super) fn takes_bf16(self) -> bool {
-        self != Engine::F32
+        !matches!(self, Engine::F32 | Engine::Split(split::Right::Three))
     }
 
     /// Operands needn't be packed.
@@ -103,6 +139,7 @@ impl Engine {
             Engine::F32 => 8,
             Engine::Bf16 => 16,
             Engine::Amx => 128,
+            Engine::Split(_) => 64,
         }
     }
 
@@ -124,6 +161,13 @@ impl Engine {
                         pack::pack_bf16_tiles(lower, out.wrapping_add(step / 2), step);
                     }
                 }
+                Engine::Split(_) => {
+                    let (upper, lower) = source.halves();
+                    pack::pack_parts(upper, out, Beside::Words);
+                    if lower.lanes > 0 {
+                        pack::pack_parts(lower, out.wrapping_add(split::PART / 2), Beside::Words);
+                    }
+                }
             }
         }
     }
@@ -135,12 +179,15 @@ impl Engine {
     pub(super) unsafe fn pack_cols(self, source: Source, out: *mut f32, last: bool) {
         // SAFETY: the caller's; the engine exists only where its instructions do.
         unsafe {
-            if self == Engine::F32 {
-                return pack::pack_f32(source, out, COLS);
-            }
-            pack::pack_bf16(source, out, COLS);
-            if last {
-                self.pad(source.depth, out);
+            match self {
+                Engine::F32 => pack::pack_f32(source, out, COLS),
+                Engine::Split(_) => pack::pack_parts(source, out, Beside::Lanes(COLS)),
+                Engine::Bf16 | Engine::Amx => {
+                    pack::pack_bf16(source, out, COLS);
+                    if last {
+                        self.pad(source.depth, out);
+                    }
+                }
             }
         }
     }
@@ -170,7 +217,7 @@ impl Engine {
 
     /// Runs `work`, in which [`Engine::multiply`] may be called and foreign code may not.
     pub(super) fn ready<R>(self, work: impl FnOnce() -> R) -> R {
-        if self == Engine::Amx { amx::with_tiles(work) } else { work() }
+        if self.has_tiles() { amx::with_tiles(work) } else { work() }
     }
 
     /// # Safety
@@ -179,6 +226,8 @@ impl Engine {
         let table = match self {
             // SAFETY: the caller's.
             Engine::Amx => return unsafe { amx::multiply(rows, tile) },
+            // SAFETY: the same.
+            Engine::Split(right) => return unsafe { split::multiply(right, rows, tile) },
             Engine::Bf16 => &avx512::INTERLEAVED_BF16,
             Engine::F32 if by_rows => &avx512::ROWS_F32,
             Engine::F32 => &avx512::INTERLEAVED_F32,
@@ -198,3 +247,5 @@ fn is_amd() -> bool {
 const LANES: usize = 16;
 /// A side shorter than this makes a product thin.
 const THIN: usize = 32;
+/// From so many products on for each number that is packed, on average, splitting numbers pays.
+const SPLIT_FROM: usize = 80;

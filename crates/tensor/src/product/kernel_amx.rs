@@ -26,6 +26,7 @@ pub(super) fn available() -> bool {
             && __cpuid_count(7, 0).edx & tile_and_bf16 == tile_and_bf16
             && is_x86_feature_detected!("avx512bf16")
             && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
             && permitted()
     })
 }
@@ -90,7 +91,7 @@ static ZEROS: Zeros = Zeros([0.0; SIDE]);
 
 /// A tile that is not yet in `c`.
 #[repr(align(64))]
-struct Buffer([f32; SIDE * SIDE]);
+pub(super) struct Buffer(pub(super) [f32; SIDE * SIDE]);
 
 /// Multiplies a panel of `a` (packed as k in steps of 16 words × 32 rows × 16 words) by one of `b`.
 ///
@@ -205,7 +206,7 @@ unsafe fn model(tile: &Tile, from: (*const f32, usize), to: (*mut f32, usize)) {
 /// # Safety
 /// As [`multiply`].
 #[target_feature(enable = "avx512f")]
-unsafe fn store(rows: usize, tile: &Tile, buffer: &Buffer) {
+pub(super) unsafe fn store(rows: usize, tile: &Tile, buffer: &Buffer) {
     let (alpha, beta) = (_mm512_set1_ps(tile.alpha), _mm512_set1_ps(tile.beta));
     for row in 0..rows {
         for col in [0, 16] {

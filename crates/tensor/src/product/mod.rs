@@ -13,6 +13,8 @@ mod kernel_amx;
 #[cfg(target_arch = "x86_64")]
 mod kernel_avx512;
 #[cfg(target_arch = "x86_64")]
+mod kernel_split;
+#[cfg(target_arch = "x86_64")]
 mod pack;
 mod portable;
 #[cfg(target_arch = "x86_64")]
@@ -227,6 +229,7 @@ pub fn matmul_tiles(
     let threads = threads(a.rows, k, n);
     #[cfg(target_arch = "x86_64")]
     if let Some(engine) = engine::Engine::of(precision, a.rows, k, n) {
+        let engine = if w.as_bf16().is_some() { engine.with_right_in_bf16() } else { engine };
         return by_engine(engine, alpha, a, blocked::Right::Tiles { w, transposed }, beta, c, threads);
     }
     let _ = precision;

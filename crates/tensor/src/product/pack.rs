@@ -6,6 +6,7 @@ use std::arch::x86_64::*;
 use half::bf16;
 
 use super::kernel_avx512::lanes;
+use super::kernel_split::{PART, PARTS};
 
 /// Numbers to be packed: that of lane l at depth p is at `l · lane_step + p · depth_step`.
 #[derive(Clone, Copy)]
@@ -261,4 +262,113 @@ unsafe fn columns(source: Source, word: usize, count: usize) -> [__m512i; 16] {
 fn round(first: __m512, second: __m512) -> __m512i {
     // SAFETY: both are 512 bits without meaning.
     unsafe { std::mem::transmute(_mm512_cvtne2ps_pbh(second, first)) }
+}
+
+/// What lies side by side in what is packed.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Beside {
+    /// 16 lanes of a word, so many numbers before those of the next word: `b`.
+    Lanes(usize),
+    /// 16 words of a lane, then those of the next lane: `a` as tile registers take it.
+    Words,
+}
+
+/// In parts of bf16 (see [`super::kernel_split`]), each of 16 words, which are [`PART`] apart. Words past the depth are zeros,
+/// to a multiple of 16.
+///
+/// # Safety
+/// `source` can be read, `out` written for so many parts, and the CPU has AVX-512F and DQ.
+#[target_feature(enable = "avx512f,avx512dq")]
+pub(super) unsafe fn pack_parts(source: Source, out: *mut f32, beside: Beside) {
+    let even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    let odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    for (index, start) in (0..source.depth).step_by(32).enumerate() {
+        let out = out.wrapping_add(index * PARTS * PART);
+        // SAFETY: the caller's.
+        unsafe {
+            let (first, second) = (square(source, start, beside), square(source, start + 16, beside));
+            for i in 0..16 {
+                let (parts, at) = match beside {
+                    Beside::Lanes(step) => {
+                        let depths = if i < 8 { &first } else { &second };
+                        (parts(depths[2 * i % 16], depths[2 * i % 16 + 1]), i * step)
+                    }
+                    Beside::Words => {
+                        let even = _mm512_permutex2var_ps(first[i], even, second[i]);
+                        let odd = _mm512_permutex2var_ps(first[i], odd, second[i]);
+                        (parts(even, odd), 16 * i)
+                    }
+                };
+                for (part, words) in parts.iter().enumerate() {
+                    _mm512_storeu_si512(out.add(part * PART + at).cast(), *words);
+                }
+            }
+        }
+    }
+}
+
+/// 16 depths from `start` on of 16 lanes, a vector for each depth or for each lane.
+///
+/// # Safety
+/// As [`pack_parts`].
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn square(source: Source, start: usize, beside: Beside) -> [__m512; 16] {
+    let Source { lane_step, depth_step, .. } = source;
+    let depth = source.depth.saturating_sub(start).min(16);
+    let data = source.data.wrapping_add(start * depth_step);
+    let mut rows = [_mm512_setzero_si512(); 16];
+    let along_lanes = lane_step == 1;
+    if along_lanes {
+        let mask = lanes(source.lanes);
+        for (p, row) in rows.iter_mut().enumerate().take(depth) {
+            // SAFETY: the mask keeps to the lanes that exist, `take` to the depth.
+            *row = unsafe { _mm512_maskz_loadu_epi32(mask, data.wrapping_add(p * depth_step).cast()) };
+        }
+    } else {
+        let mask = lanes(depth);
+        for (l, row) in rows.iter_mut().enumerate().take(source.lanes) {
+            let lane = data.wrapping_add(l * lane_step);
+            // SAFETY: masks and counts keep to the depth that exists, `take` to the lanes.
+            *row = unsafe {
+                if depth_step == 1 {
+                    _mm512_maskz_loadu_epi32(mask, lane.cast())
+                } else {
+                    let mut numbers = [0.0_f32; 16];
+                    for (p, number) in numbers.iter_mut().enumerate().take(depth) {
+                        *number = *lane.add(p * depth_step);
+                    }
+                    _mm512_loadu_si512(numbers.as_ptr().cast())
+                }
+            };
+        }
+    }
+    let rows = if along_lanes == (beside != Beside::Words) { rows } else { transpose(rows) };
+    rows.map(|it| _mm512_castsi512_ps(it))
+}
+
+/// Words of h, m and l of 16 even and 16 odd depths.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn parts(even: __m512, odd: __m512) -> [__m512i; PARTS] {
+    let (even, odd) = (split(even), split(odd));
+    std::array::from_fn(|it| _mm512_or_si512(_mm512_srli_epi32::<16>(even[it]), odd[it]))
+}
+
+/// `x = h + m + l`, exactly, each in the upper half of 32 bits. h is the nearest, so that m is of either sign
+/// and what is left out of products has no bias; near f32's largest number it is the largest there is. Of
+/// an infinity or NaN, m is that.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn split(x: __m512) -> [__m512i; PARTS] {
+    const SMALLER_WITH_SIGN_OF_FIRST: i32 = 2;
+    let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+    let largest = _mm512_set1_ps(f32::from_bits(0x7f7f_0000));
+    let bounded = _mm512_castps_si512(_mm512_range_ps::<SMALLER_WITH_SIGN_OF_FIRST>(x, largest));
+    let h = _mm512_and_si512(_mm512_add_epi32(bounded, _mm512_set1_epi32(0x8000)), upper);
+    let rest = _mm512_sub_ps(x, _mm512_castsi512_ps(h));
+    let m = _mm512_and_si512(_mm512_castps_si512(rest), upper);
+    let l = _mm512_castps_si512(_mm512_sub_ps(rest, _mm512_castsi512_ps(m)));
+    // Of numbers so small that they are denormal, l may have more bits.
+    [h, m, _mm512_and_si512(l, upper)]
 }
