@@ -233,9 +233,10 @@ low_rank_backward_add(float* db0, float* db1, float* db2, const float* shares, i
         sum_dlow(dlow, shares, {rows0, rows1, rows2}, {rank0, rank1, rank2}, n, room, stride, padded, scaling);                       \
     }
 
+// compute_75 has too little shared memory.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 #define DEFINE_BOTH(NAME, T) DEFINE(NAME, T, 16, 2) DEFINE(NAME, T, 32, 1)
 DEFINE_BOTH(f16, f16)
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 DEFINE_BOTH(bf16, bf16)
 #endif
 FOR_NUMBER_TYPES(DEFINE_SUM)

@@ -53,7 +53,9 @@ impl Thin<'_> {
         let sizes = [dy.cols(), weights.cols(), b_column, low.cols(), low_column];
         let even = sizes.into_iter().chain(parts.iter().flat_map(|it| [it.0, it.1]));
         let outputs: usize = parts.iter().map(|it| it.0).sum();
-        if !matches!(dtype, DType::F16 | DType::BF16)
+        // The kernels begin with the architecture that has bf16.
+        if !gpu.has_bf16()
+            || !matches!(dtype, DType::F16 | DType::BF16)
             || dy.rows() < FEWEST_TOKENS
             || !even.into_iter().all(|it| it.is_multiple_of(TOGETHER))
         {
