@@ -16,8 +16,11 @@
 
 constexpr int PARTS = 3;
 constexpr int COLUMNS = 512;
-constexpr int STEP = 32;
 constexpr int THREADS = 256;
+
+// compute_75 has too little shared memory for the pass itself.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+constexpr int STEP = 32;
 constexpr int WARPS = THREADS / WARP;
 constexpr int QUARTERS = 4;  // of the columns: dlow's products are shared out by 16 tokens and these
 constexpr int STAGES = 2;
@@ -173,6 +176,8 @@ __device__ void low_rank_backward(float* dlow_shares, float* db_shares, const T*
     }
 }
 
+#endif
+
 template <typename T>
 __device__ void sum_dlow(T* dlow, const float* shares, const int (&rows)[PARTS], const int (&ranks)[PARTS], int n, int room, int stride,
                          int padded, float scaling) {
@@ -233,7 +238,6 @@ low_rank_backward_add(float* db0, float* db1, float* db2, const float* shares, i
         sum_dlow(dlow, shares, {rows0, rows1, rows2}, {rank0, rank1, rank2}, n, room, stride, padded, scaling);                       \
     }
 
-// compute_75 has too little shared memory.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 #define DEFINE_BOTH(NAME, T) DEFINE(NAME, T, 16, 2) DEFINE(NAME, T, 32, 1)
 DEFINE_BOTH(f16, f16)

@@ -209,7 +209,7 @@ fn passes(mlp: &mut Mlp, device: &Device, dtype: DType, rounded: DType, recomput
 }
 
 /// More than the kernels for single launches ask for, and no multiple of what they take at once.
-const TOKENS: usize = 1111;
+const TOKENS: usize = 4111;
 
 #[test]
 fn adapters_of_many_tokens_get_the_gradients_of_the_cpu() {

@@ -13,7 +13,7 @@ const TOGETHER: usize = 8;
 /// Tokens that a step of a block takes.
 const STEP: usize = 32;
 /// With fewer tokens, launches take longer than reading.
-const FEWEST_TOKENS: usize = 512;
+const FEWEST_TOKENS: usize = 4096;
 /// Threads of a block that sums, and the numbers it does.
 const SUM_BLOCK: u32 = 256;
 
