@@ -122,20 +122,20 @@ macro_rules! kernel {
 }
 
 kernel! {
-    /// `al·b + am·b + ah·b`, with 8 tiles loaded.
+    /// `am·b + al·b + ah·b`, with 8 tiles loaded: what six products give where two parts of `b` are 0, to the bit.
     three_products, "2048",
     "tileloaddt1 tmm6, [{b} + {wide}]"
-    "tileloadd tmm4, [{a} + {narrow} + 4096]"
+    "tileloadd tmm4, [{a} + {narrow} + 2048]"
     "tdpbf16ps tmm0, tmm4, tmm6"
     "tileloaddt1 tmm7, [{b} + {wide} + 64]"
     "tdpbf16ps tmm1, tmm4, tmm7"
-    "tileloadd tmm5, [{a} + {narrow} + 5120]"
+    "tileloadd tmm5, [{a} + {narrow} + 3072]"
     "tdpbf16ps tmm2, tmm5, tmm6"
     "tdpbf16ps tmm3, tmm5, tmm7"
-    "tileloadd tmm4, [{a} + {narrow} + 2048]"
+    "tileloadd tmm4, [{a} + {narrow} + 4096]"
     "tdpbf16ps tmm0, tmm4, tmm6"
     "tdpbf16ps tmm1, tmm4, tmm7"
-    "tileloadd tmm5, [{a} + {narrow} + 3072]"
+    "tileloadd tmm5, [{a} + {narrow} + 5120]"
     "tdpbf16ps tmm2, tmm5, tmm6"
     "tdpbf16ps tmm3, tmm5, tmm7"
     "tileloadd tmm4, [{a} + {narrow}]"
@@ -189,16 +189,16 @@ kernel! {
     "tdpbf16ps tmm3, tmm5, tmm7"
 }
 
-/// The same, number by number.
+/// The same, number by number. Sums are f64, for the instruction's own are more exact than f32's one by one.
 #[cfg(test)]
 unsafe fn model(tile: &Tile, steps: usize, right: Right, to: *mut f32) {
     let products: &[(usize, usize)] = match right {
-        Right::One => &[(2, 0), (1, 0), (0, 0)],
+        Right::One => &[(1, 0), (2, 0), (0, 0)],
         Right::Three => &[(0, 2), (0, 1), (1, 1), (1, 0), (2, 0), (0, 0)],
     };
     for row in 0..SIDE {
         for col in 0..COLS {
-            let mut sum = 0.0;
+            let mut sum = 0.0_f64;
             for step in 0..steps {
                 for (left, other) in products {
                     for word in 0..WORDS {
@@ -208,12 +208,12 @@ unsafe fn model(tile: &Tile, steps: usize, right: Right, to: *mut f32) {
                             let b = tile.b.add((step * right.parts() + other) * PART + word * COLS + col);
                             (halves(*a), halves(*b))
                         };
-                        sum += a[0] * b[0] + a[1] * b[1];
+                        sum += f64::from(a[0] * b[0]) + f64::from(a[1] * b[1]);
                     }
                 }
             }
             // SAFETY: the caller's.
-            unsafe { *to.add(row * SIDE + col) = sum };
+            unsafe { *to.add(row * SIDE + col) = sum as f32 };
         }
     }
 }

@@ -38,7 +38,7 @@ pub use tensors::{Operand, multiply, multiply_on_gpu};
 /// [`bf16_products`] says what the second choice comes to here.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Precision {
-    /// Operands as they are.
+    /// Operands as they are. With AMX, f32 ones are multiplied in parts that add up to them, as exactly as in f32.
     #[default]
     Full,
     /// f32 operands are rounded to bf16 (nearest even) first where that is faster. Thin products, and

@@ -202,7 +202,9 @@ fn nothing_to_add_up_leaves_scaled_values() {
 #[test]
 fn results_do_not_depend_on_the_number_of_threads() {
     for precision in [Precision::Full, Precision::Bf16] {
-        for (m, k, n) in [(100, 900, 300), (1, 900, 300), (16, 512, 576), (64, 192, 40), (300, 700, 16)] {
+        for (m, k, n) in
+            [(100, 900, 300), (1, 900, 300), (16, 512, 576), (64, 192, 40), (300, 700, 16), (256, 9000, 128)]
+        {
             let (a, w) = (numbers(&[1], m * k), Grid::new(n, k));
             let run = |threads| {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
@@ -229,30 +231,127 @@ fn short_operands_are_refused() {
     matmul(Precision::Full, 1.0, a, Matrix::new(&[0.0; 3], 3, 1), 0.0, MatrixMut::new(&mut [0.0; 2], 2, 1));
 }
 
+/// Whether operands can be packed for AMX.
+#[cfg(target_arch = "x86_64")]
+fn packs_for_amx() -> bool {
+    is_x86_feature_detected!("avx512bf16")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
+}
+
+#[cfg(target_arch = "x86_64")]
+const SPLIT: engine::Engine = engine::Engine::Split(kernel_split::Right::Three);
+
 /// On a CPU without AMX this checks the packed layout through a model of the instructions.
 #[cfg(target_arch = "x86_64")]
 #[test]
 fn amx_products_equal_plain_loops() {
     use blocked::{Right, product};
-    if !is_x86_feature_detected!("avx512bf16") || !is_x86_feature_detected!("avx512bw") {
+    if !packs_for_amx() {
         return;
     }
-    for (m, k, n) in SHAPES {
-        for left in [Lie::Rows, Lie::Columns, Lie::Strided] {
-            let mut a = Vec::new();
-            let a = lay(left, &mut a, m, k);
-            let w = Grid::new(n, k);
-            let b = |p: usize, j: usize| f64::from(w.values[j * k + p]);
-            check_product("AMX, transposed tiles", Precision::Bf16, a, &b, n, |alpha, beta, c| {
-                let b = Right::Tiles { w: &w, transposed: true };
-                product(engine::Engine::Amx, alpha, a, b, beta, c, 2);
+    for (precision, engine) in [(Precision::Bf16, engine::Engine::Amx), (Precision::Full, SPLIT)] {
+        for (m, k, n) in SHAPES {
+            for left in [Lie::Rows, Lie::Columns, Lie::Strided] {
+                let mut a = Vec::new();
+                let a = lay(left, &mut a, m, k);
+                for right in [Lie::Rows, Lie::Columns, Lie::Strided] {
+                    let mut b = Vec::new();
+                    let b = lay(right, &mut b, k, n);
+                    let at = |p, j| get(&b, p, j);
+                    check_product("AMX", precision, a, &at, n, |alpha, beta, c| {
+                        product(engine, alpha, a, Right::Dense(b), beta, c, 2);
+                    });
+                }
+                let w = Grid::new(n, k);
+                let b = |p: usize, j: usize| f64::from(w.values[j * k + p]);
+                check_product("AMX, transposed tiles", precision, a, &b, n, |alpha, beta, c| {
+                    let b = Right::Tiles { w: &w, transposed: true };
+                    product(engine, alpha, a, b, beta, c, 2);
+                });
+                let w = Grid::new(k, n);
+                let b = |p: usize, j: usize| f64::from(w.values[p * n + j]);
+                check_product("AMX, tiles", precision, a, &b, n, |alpha, beta, c| {
+                    let b = Right::Tiles { w: &w, transposed: false };
+                    product(engine, alpha, a, b, beta, c, 2);
+                });
+            }
+        }
+    }
+}
+
+/// Numbers that are normally distributed, times powers of two up to so high and down to so low.
+#[cfg(target_arch = "x86_64")]
+fn normal(key: u64, count: usize, powers: f64) -> Vec<f32> {
+    let parts = numbers(&[key], 3 * count);
+    let unit = |it: f32| (f64::from(it) + 1.0) / 2.0;
+    let number = |it: &[f32]| {
+        let radius = (-2.0 * unit(it[0]).max(1e-12).ln()).sqrt();
+        (radius * (std::f64::consts::TAU * unit(it[1])).cos() * (powers * f64::from(it[2])).exp2()) as f32
+    };
+    parts.chunks_exact(3).map(number).collect()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn split_products_are_as_exact_as_those_of_f32() {
+    use blocked::{Right, product};
+    if !packs_for_amx() {
+        return;
+    }
+    let (m, n) = (40, 40);
+    for (k, powers) in [64, 576, 1536, 8192].into_iter().flat_map(|k| [0.0, 10.0, 30.0].map(|it| (k, it))) {
+        let (a, b) = (normal(1, m * k, powers), normal(2, k * n, powers));
+        let exact: Vec<f64> = (0..m * n)
+            .map(|at| (0..k).map(|p| f64::from(a[at / n * k + p]) * f64::from(b[p * n + at % n])).sum())
+            .collect();
+        let norm = |it: &mut dyn Iterator<Item = f64>| it.map(|it| it * it).sum::<f64>().sqrt();
+        let size = norm(&mut exact.iter().copied());
+        let [plain, split] = [engine::Engine::F32, SPLIT].map(|engine| {
+            let mut c = vec![f32::NAN; m * n];
+            let (a, b) = (Matrix::new(&a, m, k), Right::Dense(Matrix::new(&b, k, n)));
+            product(engine, 1.0, a, b, 0.0, MatrixMut::new(&mut c, m, n), 2);
+            let errors = || c.iter().zip(&exact).map(|(c, exact)| f64::from(*c) - exact);
+            (norm(&mut errors()) / size, errors().fold(0.0, |max: f64, it| max.max(it.abs())) / size)
+        });
+        assert!(
+            split.0 <= 2.0 * plain.0 && split.1 <= 4.0 * plain.1,
+            "{k} {powers}: {split:?}, f32 {plain:?}"
+        );
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn split_products_keep_infinities_nans_and_the_largest_numbers() {
+    use blocked::{Right, product};
+    if !packs_for_amx() {
+        return;
+    }
+    let (m, k, n) = (40, 700, 70);
+    let special = [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MAX, -f32::MAX, 3.3961776e38, 1e-42];
+    let special = special.into_iter().chain([f32::from_bits(0x7f80_0001), f32::from_bits(0xffff_ffff)]);
+    for (it, beta) in special.flat_map(|it| [(it, 0.0), (it, 1.0)]) {
+        // In a and in b; times 1, whose lower parts are 0, times less than 1, and times 0.
+        for (in_a, others) in [(true, 1.0), (true, 0.3), (true, 0.0), (false, 1.0), (false, -0.3)] {
+            let (mut a, mut b) = (numbers(&[1], m * k), vec![others; k * n]);
+            b.iter_mut().skip(1).step_by(5).for_each(|it| *it *= 0.1);
+            if in_a {
+                a[7 * k + 650] = it
+            } else {
+                b[650 * n + 7] = it
+            }
+            let [plain, split] = [engine::Engine::F32, SPLIT].map(|engine| {
+                let mut c = vec![0.5; m * n];
+                let (a, b) = (Matrix::new(&a, m, k), Right::Dense(Matrix::new(&b, k, n)));
+                product(engine, 1.0, a, b, beta, MatrixMut::new(&mut c, m, n), 2);
+                c
             });
-            let w = Grid::new(k, n);
-            let b = |p: usize, j: usize| f64::from(w.values[p * n + j]);
-            check_product("AMX, tiles", Precision::Bf16, a, &b, n, |alpha, beta, c| {
-                let b = Right::Tiles { w: &w, transposed: false };
-                product(engine::Engine::Amx, alpha, a, b, beta, c, 2);
-            });
+            for (at, (plain, split)) in plain.iter().zip(&split).enumerate() {
+                let same = plain == split || plain.is_nan() && split.is_nan();
+                let near = (plain - split).abs() <= 1e-4 + 1e-5 * plain.abs();
+                assert!(same || near, "{it} in a: {in_a}, times {others}, at {at}: {split}, not {plain}");
+            }
         }
     }
 }
@@ -281,9 +380,10 @@ impl Tiles for Halves {
 #[test]
 fn weights_in_bf16_give_the_bits_of_rounded_ones() {
     use blocked::{Right, product};
-    if !is_x86_feature_detected!("avx512bf16") || !is_x86_feature_detected!("avx512bw") {
+    if !packs_for_amx() {
         return;
     }
+    let rounded = |it: f32| half::bf16::from_f32(it).to_f32();
     for (m, k, n) in SHAPES {
         for transposed in [true, false] {
             let (rows, cols) = if transposed { (n, k) } else { (k, n) };
@@ -291,14 +391,19 @@ fn weights_in_bf16_give_the_bits_of_rounded_ones() {
             let halves = grid.values.iter().map(|it| half::bf16::from_f32(*it)).collect();
             let halves = Halves(Grid::new(rows, cols), halves);
             let a = numbers(&[5], m * k);
-            let multiply = |w: &dyn Tiles| {
+            let multiply = |engine: engine::Engine, w: &dyn Tiles| {
                 let mut c = vec![f32::NAN; m * n];
                 let b = Right::Tiles { w, transposed };
                 let c_of = MatrixMut::new(&mut c, m, n);
-                product(engine::Engine::Amx, 1.0, Matrix::new(&a, m, k), b, 0.0, c_of, 2);
+                product(engine, 1.0, Matrix::new(&a, m, k), b, 0.0, c_of, 2);
                 c
             };
-            assert_eq!(multiply(&grid), multiply(&halves), "{m}×{k}×{n}, transposed {transposed}");
+            let what = format!("{m}×{k}×{n}, transposed {transposed}");
+            let amx = engine::Engine::Amx;
+            assert_eq!(multiply(amx, &grid), multiply(amx, &halves), "{what}");
+            let grid = Grid { rows, cols, values: grid.values.iter().copied().map(rounded).collect() };
+            let with_halves = multiply(SPLIT.with_right_in_bf16(), &halves);
+            assert_eq!(multiply(SPLIT, &grid), with_halves, "{what}, f32");
         }
     }
 }
