@@ -208,7 +208,7 @@ fn passes(mlp: &mut Mlp, device: &Device, dtype: DType, rounded: DType, recomput
     [y.to_f32().unwrap(), dx.to_f32().unwrap()].into_iter().chain(gradients).collect()
 }
 
-/// More than the kernels for single launches ask for, and no multiple of what they take at once.
+/// As many as the pass that makes dlow and dB together asks for, and no multiple of what it takes at once.
 const TOKENS: usize = 4111;
 
 #[test]

@@ -93,11 +93,8 @@ impl Attention {
         // wait for the longest.
         let few = 2 * kv_heads * blocks.rows() < 3 * gpu.multiprocessors;
         let share = if few { 1 } else { group };
-        let apart = (share < group).then(|| {
-            let parts = || qkv.empty_like(rows, heads / share * self.head_dim);
-            Ok::<_, Error>((parts()?, parts()?))
-        });
-        let apart = apart.transpose()?;
+        let parts = || qkv.empty_like(rows, heads * self.head_dim);
+        let apart = if share < group { Some((parts()?, parts()?)) } else { None };
         let launch =
             self.kernel(gpu, BACKWARD, "attention_backward_dkv", dtype, (heads / share, blocks.rows()))?;
         let (k_start, v_start) = (self.k_columns().start, self.v_columns().start);
@@ -112,10 +109,8 @@ impl Attention {
         // kv_stride, dout_stride, heads, group, scale, window, softcap, share)
         unsafe { self.scores_arguments(launch).int(share).run() }?;
         if let Some((dk, dv)) = apart {
-            let (facts, cols) = (
-                gpu.launch_facts(&self.module(BACKWARD)?, "attention_backward_sum", dtype)?,
-                kv_heads * self.head_dim,
-            );
+            let facts = gpu.launch_facts(&self.module(BACKWARD)?, "attention_backward_sum", dtype)?;
+            let cols = kv_heads * self.head_dim;
             let grid = ((rows * cols).div_ceil(facts.rows), 2);
             let launch = self.kernel(gpu, BACKWARD, "attention_backward_sum", dtype, grid)?;
             let launch = launch.tensor_at(&dqkv, k_start).tensor_at(&dqkv, v_start).tensor(&dk).tensor(&dv);

@@ -12,10 +12,14 @@ use super::thin::{self, Shares, Thin};
 use super::{Linear, LowRank, Part, add_bias};
 use crate::{Coded, Context, StoredRows};
 
-/// Widths are kept multiples of this, so that rows begin at addresses that are read fastest;
+/// Widths are kept multiples of this, so that rows begin at addresses that are read fastest.
 const ALIGNMENT: usize = 8;
-/// beyond this, multiples of it: cuBLASLt takes longer for 48 columns than for 64.
+/// Larger widths than this are multiples of it: cuBLASLt takes longer for 48 columns than for 64.
 const WIDE_ALIGNMENT: usize = 32;
+/// Threads of a block of `kernels/low_rank.cu`, and the numbers that one writes of the border, and of codes.
+const BLOCK: u32 = 256;
+const BORDER_PIECE: usize = 2048;
+const CODED_PIECE: usize = 8192;
 /// Parts that `kernels/low_rank.cu` takes: q, k and v.
 pub(super) const PARTS: usize = 3;
 
@@ -148,20 +152,22 @@ impl Fused<'_> {
         let (inputs, outputs, room) = (self.inputs, self.outputs, self.room);
         let mut all = like.empty_like(outputs + room, inputs + room)?;
         let coded = self.coded();
-        let mut row = 0;
-        for (part, _) in self.parts.iter().filter(|_| coded.is_none()) {
-            part.weight.write_dense(&mut all, row)?;
-            row += part.weight.rows();
+        if coded.is_none() {
+            let mut row = 0;
+            for (part, _) in &self.parts {
+                part.weight.write_dense(&mut all, row)?;
+                row += part.weight.rows();
+            }
         }
         let gpu = all.gpu().ok_or_else(|| Error::msg("the weights are not on a GPU"))?;
         let low_rank = |i: usize| self.parts.get(i).and_then(|(_, low_rank)| low_rank.as_ref());
         let rows = |i: usize| self.parts.get(i).map_or(0, |it| it.0.weight.rows());
-        let border = ((inputs + outputs) * room).div_ceil(2048);
+        let border = ((inputs + outputs) * room).div_ceil(BORDER_PIECE);
         let (name, blocks) = match &coded {
-            Some(_) => ("low_rank_coded", (0..PARTS).map(|i| (rows(i) * inputs).div_ceil(8192)).sum()),
+            Some(_) => ("low_rank_coded", (0..PARTS).map(|i| (rows(i) * inputs).div_ceil(CODED_PIECE)).sum()),
             None => ("low_rank_border", 0),
         };
-        let mut launch = gpu.kernel("low_rank", name, all.dtype())?.grid(border + blocks, 256).tensor(&all);
+        let mut launch = gpu.kernel("low_rank", name, all.dtype())?.grid(border + blocks, BLOCK).tensor(&all);
         launch = (0..PARTS).fold(launch, |it, i| it.optional(low_rank(i).map(|it| it.a)));
         launch = (0..PARTS).fold(launch, |it, i| it.optional(low_rank(i).map(|it| it.b)));
         launch = (0..PARTS).fold(launch, |it, i| it.int(rows(i)));
@@ -326,7 +332,8 @@ impl Low {
         multiply(Default::default(), 1.0, dlow, own, 0.0, &mut sum, 0..self.inputs)?;
         let gpu = x.gpu().ok_or_else(|| Error::msg("the gradients are not on a GPU"))?;
         let part = |i: usize| a_gradients.get(i).map(|it| &**it);
-        let launch = gpu.plain_kernel("low_rank", "low_rank_add")?.grid(sum.len().div_ceil(256), 256);
+        let launch =
+            gpu.plain_kernel("low_rank", "low_rank_add")?.grid(sum.len().div_ceil(BLOCK as usize), BLOCK);
         let launch = (0..PARTS).fold(launch, |it, i| it.optional(part(i))).tensor(&sum);
         let launch = (0..PARTS).fold(launch, |it, i| it.int(part(i).map_or(0, Tensor::rows)));
         // SAFETY: low_rank_add(da0 … da2, sum, rank0 … rank2, inputs)

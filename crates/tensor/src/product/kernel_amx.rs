@@ -178,13 +178,15 @@ unsafe fn add_up(tile: &Tile, from: (*const f32, usize), to: (*mut f32, usize)) 
     }
 }
 
+/// The two bf16 of a word.
+pub(super) fn halves(word: f32) -> [f32; 2] {
+    let bits = word.to_bits();
+    [f32::from_bits(bits << 16), f32::from_bits(bits & 0xffff_0000)]
+}
+
 /// The same, number by number.
 #[cfg(test)]
 unsafe fn model(tile: &Tile, from: (*const f32, usize), to: (*mut f32, usize)) {
-    let halves = |word: f32| {
-        let bits = word.to_bits();
-        [f32::from_bits(bits << 16), f32::from_bits(bits & 0xffff_0000)]
-    };
     for row in 0..SIDE {
         for col in 0..SIDE {
             // SAFETY: the caller's.

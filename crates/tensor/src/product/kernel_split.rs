@@ -18,7 +18,7 @@ use std::mem::MaybeUninit;
 
 #[cfg(test)]
 use super::kernel_amx::available;
-use super::kernel_amx::{Buffer, SIDE, WORDS, store};
+use super::kernel_amx::{Buffer, SIDE, WORDS, halves, store};
 use super::kernel_avx512::{self as avx512, COLS, Tile};
 
 /// Parts of a number.
@@ -72,7 +72,7 @@ pub(super) unsafe fn multiply(right: Right, rows: usize, tile: &Tile) {
 /// A micro-kernel: `to = a·b`. Meanwhile lines of `c` are asked for, those of eight rows each turn: the stores would wait
 /// for them. Products are added from small to large.
 macro_rules! kernel {
-    ($(#[$doc:meta])* $name:ident, $b_bytes:literal, $($line:literal)*) => {
+    ($(#[$doc:meta])* $name:ident, $b_bytes:literal, $($line:expr),* $(,)?) => {
         $(#[$doc])*
         ///
         /// # Safety
@@ -121,72 +121,79 @@ macro_rules! kernel {
     };
 }
 
+/// The four products of the tiles that are loaded.
+macro_rules! products {
+    () => {
+        "tdpbf16ps tmm0, tmm4, tmm6
+        tdpbf16ps tmm1, tmm4, tmm7
+        tdpbf16ps tmm2, tmm5, tmm6
+        tdpbf16ps tmm3, tmm5, tmm7"
+    };
+}
+
+/// Loads both tiles of a part of `a`, so many bytes on, and multiplies what is loaded of `b`.
+macro_rules! times_b {
+    ($upper:literal, $lower:literal) => {
+        concat!(
+            "tileloadd tmm4, [{a} + {narrow} + ",
+            $upper,
+            "]\n",
+            "tdpbf16ps tmm0, tmm4, tmm6\n",
+            "tdpbf16ps tmm1, tmm4, tmm7\n",
+            "tileloadd tmm5, [{a} + {narrow} + ",
+            $lower,
+            "]\n",
+            "tdpbf16ps tmm2, tmm5, tmm6\n",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+        )
+    };
+}
+
+/// The same for both tiles of a part of `b`, loaded between.
+macro_rules! first_times_b {
+    ($upper:literal, $lower:literal, $left:literal, $right:literal) => {
+        concat!(
+            "tileloaddt1 tmm6, [{b} + {wide} + ",
+            $left,
+            "]\n",
+            "tileloadd tmm4, [{a} + {narrow} + ",
+            $upper,
+            "]\n",
+            "tdpbf16ps tmm0, tmm4, tmm6\n",
+            "tileloaddt1 tmm7, [{b} + {wide} + ",
+            $right,
+            "]\n",
+            "tdpbf16ps tmm1, tmm4, tmm7\n",
+            "tileloadd tmm5, [{a} + {narrow} + ",
+            $lower,
+            "]\n",
+            "tdpbf16ps tmm2, tmm5, tmm6\n",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+        )
+    };
+}
+
 kernel! {
     /// `am·b + al·b + ah·b`, with 8 tiles loaded: what six products give where two parts of `b` are 0, to the bit.
     three_products, "2048",
-    "tileloaddt1 tmm6, [{b} + {wide}]"
-    "tileloadd tmm4, [{a} + {narrow} + 2048]"
-    "tdpbf16ps tmm0, tmm4, tmm6"
-    "tileloaddt1 tmm7, [{b} + {wide} + 64]"
-    "tdpbf16ps tmm1, tmm4, tmm7"
-    "tileloadd tmm5, [{a} + {narrow} + 3072]"
-    "tdpbf16ps tmm2, tmm5, tmm6"
-    "tdpbf16ps tmm3, tmm5, tmm7"
-    "tileloadd tmm4, [{a} + {narrow} + 4096]"
-    "tdpbf16ps tmm0, tmm4, tmm6"
-    "tdpbf16ps tmm1, tmm4, tmm7"
-    "tileloadd tmm5, [{a} + {narrow} + 5120]"
-    "tdpbf16ps tmm2, tmm5, tmm6"
-    "tdpbf16ps tmm3, tmm5, tmm7"
-    "tileloadd tmm4, [{a} + {narrow}]"
-    "tdpbf16ps tmm0, tmm4, tmm6"
-    "tdpbf16ps tmm1, tmm4, tmm7"
-    "tileloadd tmm5, [{a} + {narrow} + 1024]"
-    "tdpbf16ps tmm2, tmm5, tmm6"
-    "tdpbf16ps tmm3, tmm5, tmm7"
+    first_times_b!(2048, 3072, 0, 64),
+    times_b!(4096, 5120),
+    times_b!(0, 1024),
 }
 
 kernel! {
     /// `ah·bl + am·bm + ah·bm + al·bh + am·bh + ah·bh`, with 14 tiles loaded.
     six_products, "6144",
-    "tileloaddt1 tmm6, [{b} + {wide} + 4096]"
-    "tileloadd tmm4, [{a} + {narrow}]"
-    "tdpbf16ps tmm0, tmm4, tmm6"
-    "tileloaddt1 tmm7, [{b} + {wide} + 4160]"
-    "tdpbf16ps tmm1, tmm4, tmm7"
-    "tileloadd tmm5, [{a} + {narrow} + 1024]"
-    "tdpbf16ps tmm2, tmm5, tmm6"
-    "tdpbf16ps tmm3, tmm5, tmm7"
-    "tileloaddt1 tmm6, [{b} + {wide} + 2048]"
-    "tileloaddt1 tmm7, [{b} + {wide} + 2112]"
-    "tdpbf16ps tmm0, tmm4, tmm6"
-    "tdpbf16ps tmm1, tmm4, tmm7"
-    "tdpbf16ps tmm2, tmm5, tmm6"
-    "tdpbf16ps tmm3, tmm5, tmm7"
-    "tileloadd tmm4, [{a} + {narrow} + 2048]"
-    "tdpbf16ps tmm0, tmm4, tmm6"
-    "tdpbf16ps tmm1, tmm4, tmm7"
-    "tileloadd tmm5, [{a} + {narrow} + 3072]"
-    "tdpbf16ps tmm2, tmm5, tmm6"
-    "tdpbf16ps tmm3, tmm5, tmm7"
-    "tileloaddt1 tmm6, [{b} + {wide}]"
-    "tileloaddt1 tmm7, [{b} + {wide} + 64]"
-    "tdpbf16ps tmm0, tmm4, tmm6"
-    "tdpbf16ps tmm1, tmm4, tmm7"
-    "tdpbf16ps tmm2, tmm5, tmm6"
-    "tdpbf16ps tmm3, tmm5, tmm7"
-    "tileloadd tmm4, [{a} + {narrow} + 4096]"
-    "tdpbf16ps tmm0, tmm4, tmm6"
-    "tdpbf16ps tmm1, tmm4, tmm7"
-    "tileloadd tmm5, [{a} + {narrow} + 5120]"
-    "tdpbf16ps tmm2, tmm5, tmm6"
-    "tdpbf16ps tmm3, tmm5, tmm7"
-    "tileloadd tmm4, [{a} + {narrow}]"
-    "tdpbf16ps tmm0, tmm4, tmm6"
-    "tdpbf16ps tmm1, tmm4, tmm7"
-    "tileloadd tmm5, [{a} + {narrow} + 1024]"
-    "tdpbf16ps tmm2, tmm5, tmm6"
-    "tdpbf16ps tmm3, tmm5, tmm7"
+    first_times_b!(0, 1024, 4096, 4160),
+    "tileloaddt1 tmm6, [{b} + {wide} + 2048]",
+    "tileloaddt1 tmm7, [{b} + {wide} + 2112]",
+    products!(),
+    times_b!(2048, 3072),
+    "tileloaddt1 tmm6, [{b} + {wide}]",
+    "tileloaddt1 tmm7, [{b} + {wide} + 64]",
+    products!(),
+    times_b!(4096, 5120),
+    times_b!(0, 1024),
 }
 
 /// The same, number by number. Sums are f64, for the instruction's own are more exact than f32's one by one.
@@ -216,12 +223,6 @@ unsafe fn model(tile: &Tile, steps: usize, right: Right, to: *mut f32) {
             unsafe { *to.add(row * SIDE + col) = sum as f32 };
         }
     }
-}
-
-/// The two bf16 of a word.
-fn halves(word: f32) -> [f32; 2] {
-    let bits = word.to_bits();
-    [f32::from_bits(bits << 16), f32::from_bits(bits & 0xffff_0000)]
 }
 
 /// Whether all sums are.
