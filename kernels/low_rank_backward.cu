@@ -10,7 +10,8 @@
 // shares =, dlow =, db +=. All strides, rows of parts and ranks are multiples of 8, and all addresses of 16 bytes.
 //
 // Launch: low_rank_backward: THREADS threads, grid.x = column blocks (of each part with an adapter by itself), grid.y = token blocks of
-// `tokens`, a multiple of STEP;  …_sum and …_add: 256 threads, grid.x counts 256 numbers of dlow or of all db a block (any grid is right)
+// `tokens`, a multiple of STEP;  low_rank_backward_sum: THREADS threads, which take RUN neighbouring numbers each of all db and of dlow
+// (any grid is right)
 
 #include "common.cuh"
 
@@ -23,7 +24,7 @@ constexpr int THREADS = 256;
 constexpr int STEP = 32;
 constexpr int WARPS = THREADS / WARP;
 constexpr int QUARTERS = 4;  // of the columns: dlow's products are shared out by 16 tokens and these
-constexpr int STAGES = 2;
+constexpr int STAGES = 3;
 
 constexpr int ROW_BYTES = COLUMNS * 2, TILE_BYTES = STEP * ROW_BYTES;
 template <int RANK>
@@ -89,15 +90,19 @@ __device__ void low_rank_backward(float* dlow_shares, float* db_shares, const T*
         cp_async_commit();
     };
 
-    // The block's rows of B come through the second stage into registers, as the fragments that all steps multiply by.
-    const unsigned b_tile = tiles + TILE_BYTES;
+    // The block's rows of B come through the last stage into registers, as the fragments that all steps multiply by.
+    const unsigned b_tile = tiles + (STAGES - 1) * TILE_BYTES;
     for (int i = thread; i < COLUMNS * TILES; i += THREADS) {
         const int row = i / TILES, column = i % TILES * 8;
         cp_async_16(b_tile + i * 16, b + static_cast<long long>(row) * b_stride + column, row < place.columns && column < place.rank);
     }
     cp_async_commit();
-    if (steps > 0) load(0);
-    cp_async_wait_all();
+#pragma unroll
+    for (int step = 0; step < STAGES - 1; step++) {
+        if (step < steps) load(step);
+        else cp_async_commit();
+    }
+    cp_async_wait<STAGES - 1>();
     __syncthreads();
     const int quarter = warp / 2, token_tile = warp % 2 * 16;
     unsigned b_own[DEPTH][TILES][2];
@@ -112,15 +117,14 @@ __device__ void low_rank_backward(float* dlow_shares, float* db_shares, const T*
             b_own[k][tile + 1][0] = four[2], b_own[k][tile + 1][1] = four[3];
         }
     }
-    __syncthreads();
 
     float db[OWN][TILES][4] = {};  // (the warp's columns, ranks)
 #pragma unroll 1
     for (int step = 0; step < steps; step++) {
-        if (step + 1 < steps) load(step + 1);
-        if (step + 1 < steps) cp_async_wait<1>();
-        else cp_async_wait<0>();
-        __syncthreads();
+        cp_async_wait<STAGES - 2>();
+        __syncthreads();  // and all are done with the stage that is loaded next, which is the last step's
+        if (step + STAGES - 1 < steps) load(step + STAGES - 1);
+        else cp_async_commit();
         const unsigned tile = tiles + step % STAGES * TILE_BYTES, low_tile = lows + step % STAGES * LOW_BYTES<RANK>;
 
         float dlow[TILES][4] = {};  // (16 tokens, ranks), over a quarter of the columns
@@ -178,47 +182,54 @@ __device__ void low_rank_backward(float* dlow_shares, float* db_shares, const T*
 
 #endif
 
-template <typename T>
-__device__ void sum_dlow(T* dlow, const float* shares, const int (&rows)[PARTS], const int (&ranks)[PARTS], int n, int room, int stride,
-                         int padded, float scaling) {
-    for_each_run<1>(n, room, [&](int token, int column) {
-        float sum = 0;
-        int rank = column, block = 0;
-#pragma unroll
-        for (int part = 0; part < PARTS; part++) {
-            const int blocks = ranks[part] > 0 ? (rows[part] + COLUMNS - 1) / COLUMNS : 0;
-            if (rank >= 0 && rank < ranks[part]) {
-                for (int i = block; i < block + blocks; i++) sum += shares[(static_cast<long long>(i) * n + token) * padded + rank];
-            }
-            rank -= ranks[part];
-            block += blocks;
-        }
-        dlow[static_cast<long long>(token) * stride + column] = from_f32<T>(scaling * sum);
-    });
+constexpr int RUN = 4;
+
+// The sum of `count` shares of RUN numbers, `apart` from each other, in order.
+__device__ __forceinline__ float4 sum_shares(const float* from, long long apart, int count) {
+    float4 sum = {0, 0, 0, 0};
+#pragma unroll 8
+    for (int i = 0; i < count; i++) {
+        const float4 share = *reinterpret_cast<const float4*>(from + i * apart);
+        sum.x += share.x, sum.y += share.y, sum.z += share.z, sum.w += share.w;
+    }
+    return sum;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-low_rank_backward_add(float* db0, float* db1, float* db2, const float* shares, int rows0, int rows1, int rows2, int rank0, int rank1, int rank2,
-                      int padded, int token_blocks, int column_blocks) {
-    float* const db[PARTS] = {db0, db1, db2};
-    const int rows[PARTS] = {rows0, rows1, rows2}, ranks[PARTS] = {rank0, rank1, rank2};
-    const int all = rows0 * rank0 + rows1 * rank1 + rows2 * rank2;
-    const long long apart = static_cast<long long>(column_blocks) * COLUMNS * padded;
-    for (int i = blockIdx.x * THREADS + threadIdx.x; i < all; i += gridDim.x * THREADS) {
-        int own = i, block = 0;
+template <typename T>
+__device__ void sum(T* dlow, const float* dlow_shares, float* const (&db)[PARTS], const float* db_shares, const int (&rows)[PARTS],
+                    const int (&ranks)[PARTS], int n, int room, int stride, int padded, int token_blocks, int column_blocks, float scaling) {
+    const int db_runs = (rows[0] * ranks[0] + rows[1] * ranks[1] + rows[2] * ranks[2]) / RUN;
+    const long long all = db_runs + static_cast<long long>(n) * room / RUN;
+    for (long long i = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x; i < all; i += static_cast<long long>(gridDim.x) * THREADS) {
+        const bool of_db = i < db_runs;
+        // The number's place: in its part's db, or in its token's dlow.
+        int own = of_db ? static_cast<int>(i) * RUN : static_cast<int>((i - db_runs) % (room / RUN)) * RUN;
+        const long long token = of_db ? 0 : (i - db_runs) / (room / RUN);
+        int block = 0;  // the part's first
+        Run<T, RUN> run;
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
-            const int count = rows[part] * ranks[part];
+            const int rank = ranks[part], count = of_db ? rows[part] * rank : rank;
+            const int blocks = rank > 0 ? (rows[part] + COLUMNS - 1) / COLUMNS : 0;
             if (own >= 0 && own < count) {
-                const int row = own / ranks[part], rank = own - row * ranks[part];
-                const float* from = shares + (static_cast<long long>(block) * COLUMNS + row) * padded + rank;
-                float sum = 0;
-                for (int k = 0; k < token_blocks; k++) sum += from[k * apart];
-                db[part][own] += sum;
+                if (of_db) {
+                    const float* from = db_shares + (static_cast<long long>(block) * COLUMNS + own / rank) * padded + own % rank;
+                    const float4 share = sum_shares(from, static_cast<long long>(column_blocks) * COLUMNS * padded, token_blocks);
+                    float4* to = reinterpret_cast<float4*>(db[part] + own);
+                    const float4 before = *to;
+                    *to = {before.x + share.x, before.y + share.y, before.z + share.z, before.w + share.w};
+                } else {
+                    const float* from = dlow_shares + (static_cast<long long>(block) * n + token) * padded + own;
+                    const float4 share = sum_shares(from, static_cast<long long>(n) * padded, blocks);
+                    const float sums[RUN] = {share.x, share.y, share.z, share.w};
+#pragma unroll
+                    for (int k = 0; k < RUN; k++) run.values[k] = from_f32<T>(scaling * sums[k]);
+                }
             }
             own -= count;
-            block += ranks[part] > 0 ? (rows[part] + COLUMNS - 1) / COLUMNS : 0;
+            block += blocks;
         }
+        if (!of_db) store_run(dlow + token * stride + (i - db_runs) % (room / RUN) * RUN, run);
     }
 }
 
@@ -233,9 +244,11 @@ low_rank_backward_add(float* db0, float* db1, float* db2, const float* shares, i
     }
 #define DEFINE_SUM(NAME, T)                                                                                                           \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                                             \
-    low_rank_backward_sum_##NAME(T* dlow, const float* shares, int rows0, int rows1, int rows2, int rank0, int rank1, int rank2,      \
-                                 int n, int room, int stride, int padded, float scaling) {                                            \
-        sum_dlow(dlow, shares, {rows0, rows1, rows2}, {rank0, rank1, rank2}, n, room, stride, padded, scaling);                       \
+    low_rank_backward_sum_##NAME(T* dlow, const float* dlow_shares, float* db0, float* db1, float* db2, const float* db_shares,       \
+                                 int rows0, int rows1, int rows2, int rank0, int rank1, int rank2, int n, int room, int stride,       \
+                                 int padded, int token_blocks, int column_blocks, float scaling) {                                    \
+        sum<T>(dlow, dlow_shares, {db0, db1, db2}, db_shares, {rows0, rows1, rows2}, {rank0, rank1, rank2}, n, room, stride, padded,  \
+               token_blocks, column_blocks, scaling);                                                                                 \
     }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800

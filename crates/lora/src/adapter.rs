@@ -192,11 +192,13 @@ impl Adapter for LoraAdapter {
     /// Not while inputs are dropped: those of the weight are whole.
     fn low_rank(&self, ctx: &Context) -> Option<LowRank<'_>> {
         let whole = !ctx.training || self.dropout == 0.0;
-        whole.then(|| LowRank { a: self.a.operand(), b: self.b.operand(), scaling: self.scaling })
-    }
-
-    fn low_rank_gradients(&mut self) -> Option<(&mut Tensor, &mut Tensor)> {
-        Some((&mut self.a.grad, &mut self.b.grad))
+        whole.then(|| LowRank {
+            a: self.a.operand(),
+            b: self.b.operand(),
+            scaling: self.scaling,
+            a_gradient: &self.a.grad,
+            b_gradient: &self.b.grad,
+        })
     }
 
     fn merged(&self, weight: &dyn Weight) -> Result<Tensor> {
@@ -244,7 +246,7 @@ mod tests {
             let weight = Box::new(weight(rows, 12, seed));
             Part { name: name.into(), weight, bias: None, adapter: Some(Box::new(adapter)) }
         };
-        Adapted(Linear { parts: vec![part("q", 9, 10), part("k", 5, 20)] })
+        Adapted(Linear::new(vec![part("q", 9, 10), part("k", 5, 20)]))
     }
 
     #[test]

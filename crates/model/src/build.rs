@@ -218,7 +218,7 @@ impl Builder<'_, '_> {
             Ok(part)
         };
         let wanted = linears.iter().filter(|it| parts.contains(&it.part.as_str()));
-        Ok(Linear { parts: wanted.map(part).collect::<Result<_>>()? })
+        Ok(Linear::new(wanted.map(part).collect::<Result<_>>()?))
     }
 }
 

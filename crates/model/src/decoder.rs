@@ -112,6 +112,21 @@ impl Decoder {
         self.head_weight.as_ref().unwrap_or(&self.embedding.table)
     }
 
+    /// Lets projections stay in memory as a GPU's products read them ([`Linear::keep_whole`]), as many as `bytes` are
+    /// enough for; the bytes that they will take.
+    pub fn keep_whole(&mut self, bytes: u64) -> u64 {
+        let (mut left, dtype) = (bytes, self.dtype);
+        for block in &mut self.blocks {
+            let (attention, mlp) = (&mut block.attention.body, &mut block.mlp.body);
+            for linear in [&mut attention.qkv, &mut attention.o].into_iter().chain(mlp.linears_mut()) {
+                let rest = left.checked_sub(linear.whole_bytes(dtype));
+                linear.keep_whole(rest.is_some());
+                left = rest.unwrap_or(left);
+            }
+        }
+        bytes - left
+    }
+
     /// Moves the embedding's table to the host, unless it is the head's too or is trained: a gigabyte of a large model,
     /// of which a batch needs a few rows. False where it stays.
     ///

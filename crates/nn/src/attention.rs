@@ -59,13 +59,16 @@ pub struct AttentionSaved {
     pub out: Tensor,
     /// (N, H): log Σ exp of each query's scores; f32 on a GPU.
     pub lse: Tensor,
+    /// (N, R): what the adapters of q, k and v made of the input, on a GPU.
+    pub low: Option<Tensor>,
     /// What is beside `out`.
     pub room: Room,
 }
 
 impl SavedTensors for AttentionSaved {
     fn tensors(&mut self) -> Vec<&mut Tensor> {
-        self.projected.iter_mut().chain([&mut self.qkv, &mut self.out, &mut self.lse]).collect()
+        let always = [&mut self.qkv, &mut self.out, &mut self.lse];
+        self.projected.iter_mut().chain(always).chain(&mut self.low).collect()
     }
 }
 
@@ -266,11 +269,18 @@ impl Layer for Attention {
     fn recompute(&self, ctx: &Context, x: &Tensor) -> Result<AttentionSaved> {
         let (projected, qkv) = self.project(ctx, x)?;
         let (out, lse) = self.attend(ctx, &qkv)?;
-        Ok(AttentionSaved { projected, qkv, out, lse, room: Room::Empty })
+        Ok(AttentionSaved { projected, qkv, out, lse, low: self.qkv.low_beside(ctx, x)?, room: Room::Empty })
     }
 
-    fn backward(&mut self, ctx: &Context, x: &Tensor, saved: AttentionSaved, dy: Tensor) -> Result<Tensor> {
-        let dout = self.o.backward_with_room(ctx, &saved.out, saved.room, &dy)?;
+    fn backward(
+        &mut self,
+        ctx: &Context,
+        x: &Tensor,
+        mut saved: AttentionSaved,
+        dy: Tensor,
+    ) -> Result<Tensor> {
+        let room = std::mem::replace(&mut saved.room, Room::Empty);
+        let dout = self.o.backward_with_room(ctx, &saved.out, room, &dy)?;
         let mut dqkv = self.attend_backward(ctx, &saved, &dout)?;
         if let Some(rope) = &self.rope {
             rope.turn(ctx, &mut dqkv, 0..self.k_columns().end, self.head_dim, Direction::Backward)?;
@@ -284,7 +294,7 @@ impl Layer for Attention {
                 norm.backward_columns(projected, k, &mut dqkv)?;
             }
         }
-        self.qkv.backward(ctx, x, &dqkv)
+        self.qkv.backward_with_room(ctx, x, saved.low.into(), &dqkv)
     }
 
     fn room(&self, ctx: &Context, like: &Tensor) -> usize {

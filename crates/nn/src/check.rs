@@ -95,7 +95,7 @@ mod tests {
             let weight = Box::new(DenseWeight { value: value.into(), precision: Precision::Full });
             Part { name: format!("part{i}"), weight, bias, adapter: None }
         };
-        Linear { parts: sizes.iter().enumerate().map(part).collect() }
+        Linear::new(sizes.iter().enumerate().map(part).collect())
     }
 
     fn norm(kind: NormKind, group: usize, seed: u64) -> Norm {

@@ -8,7 +8,9 @@ mod thin;
 
 pub use fused::Room;
 
-use ferrotune_tensor::{Real, Result, Tensor, for_real};
+use std::sync::OnceLock;
+
+use ferrotune_tensor::{DType, Real, Result, Tensor, for_real};
 use rayon::prelude::*;
 
 use crate::numbers::{add_column_sums, on_host};
@@ -54,11 +56,6 @@ pub trait Adapter: Send + Sync {
         None
     }
 
-    /// The gradients of A and B of [`Adapter::low_rank`].
-    fn low_rank_gradients(&mut self) -> Option<(&mut Tensor, &mut Tensor)> {
-        None
-    }
-
     /// The adapted weight as f32 numbers (output, input).
     ///
     /// # Errors
@@ -74,6 +71,10 @@ pub struct LowRank<'a> {
     pub b: &'a Tensor,
     /// What B·A is multiplied by.
     pub scaling: f64,
+    /// (R, input), f32; kernels add to it.
+    pub a_gradient: &'a Tensor,
+    /// (output, R), f32; kernels add to it.
+    pub b_gradient: &'a Tensor,
 }
 
 /// One projection of a [`Linear`].
@@ -100,9 +101,28 @@ impl Part {
 pub struct Linear {
     /// In the order of their columns in the output.
     pub parts: Vec<Part>,
+    /// Weights and adapters as a GPU's products read them (`fused.rs`), from one pass to the next.
+    whole: Option<Box<OnceLock<Tensor>>>,
 }
 
 impl Linear {
+    /// Of projections that read the same input.
+    pub fn new(parts: Vec<Part>) -> Linear {
+        Linear { parts, whole: None }
+    }
+
+    /// Whether weights and adapters stay in memory as a GPU's products read them. Else they are laid out so for each
+    /// pass, for which weights in codes are dequantised. Weights that are trained never stay.
+    pub fn keep_whole(&mut self, keep: bool) {
+        let frozen = self.parts.iter_mut().all(|it| it.weight.parameters().is_empty());
+        self.whole = (keep && frozen).then(Box::default);
+    }
+
+    /// Bytes that [`Linear::keep_whole`] takes, for activations of this type.
+    pub fn whole_bytes(&self, dtype: DType) -> u64 {
+        fused::whole_bytes(self.rows(), self.cols(), dtype)
+    }
+
     /// Output features of all parts.
     pub fn rows(&self) -> usize {
         self.parts.iter().map(|part| part.weight.rows()).sum()
@@ -188,8 +208,8 @@ impl Linear {
     ) -> Result<()> {
         self.add_bias_gradients(dy)?;
         if let Some(fused) = self.fused(ctx, x) {
-            let low = fused.backward(x, holds, dy, dx)?;
-            return low.add_gradients(&mut self.parts, x, dy);
+            fused.backward(x, holds, dy, dx)?;
+            return self.add_weight_gradients(x, dy);
         }
         let own = self.without_room(x)?;
         let x = own.as_ref().unwrap_or(x);
@@ -215,6 +235,16 @@ impl Linear {
         let mut own = x.empty_like(x.rows(), self.cols())?;
         own.write_block((0, 0), x, (0..x.rows(), 0..self.cols()))?;
         Ok(Some(own))
+    }
+
+    /// dW += dyᵀ·x
+    fn add_weight_gradients(&mut self, x: &Tensor, dy: &Tensor) -> Result<()> {
+        let mut at = 0;
+        for part in &mut self.parts {
+            part.weight.accumulate_grad(x, dy, at)?;
+            at += part.weight.rows();
+        }
+        Ok(())
     }
 
     /// dbias += Σ dy

@@ -59,13 +59,15 @@ pub struct Mlp {
 pub struct MlpSaved {
     /// (N, 2F): gate, then up; (N, F) without a gate.
     pub gate_up: Tensor,
-    /// (N, R): what `down`'s adapter made of act(gate)·up, where it isn't made again.
+    /// (N, R): what the adapters of gate and up made of the input, on a GPU.
     pub low: Option<Tensor>,
+    /// (N, R): what `down`'s adapter made of act(gate)·up, where it isn't made again.
+    pub down_low: Option<Tensor>,
 }
 
 impl SavedTensors for MlpSaved {
     fn tensors(&mut self) -> Vec<&mut Tensor> {
-        [&mut self.gate_up].into_iter().chain(&mut self.low).collect()
+        [&mut self.gate_up].into_iter().chain(&mut self.low).chain(&mut self.down_low).collect()
     }
 }
 
@@ -145,18 +147,19 @@ impl Layer for Mlp {
         let mut saved = self.recompute(ctx, x)?;
         let hidden = self.hidden(ctx, &saved.gate_up)?;
         let y = self.down.forward(ctx, &hidden)?;
-        saved.low = self.down.low_beside(ctx, &hidden)?;
+        saved.down_low = self.down.low_beside(ctx, &hidden)?;
         Ok((y, saved))
     }
 
     fn recompute(&self, ctx: &Context, x: &Tensor) -> Result<MlpSaved> {
         let room = self.gate_up.room(ctx, x); // for its gradient, which takes its place
-        Ok(MlpSaved { gate_up: self.gate_up.forward_with_room(ctx, x, room)?, low: None })
+        let gate_up = self.gate_up.forward_with_room(ctx, x, room)?;
+        Ok(MlpSaved { gate_up, low: self.gate_up.low_beside(ctx, x)?, down_low: None })
     }
 
     fn backward(&mut self, ctx: &Context, x: &Tensor, saved: MlpSaved, dy: Tensor) -> Result<Tensor> {
-        let MlpSaved { mut gate_up, low } = saved;
-        if let Some((dhidden, ahead)) = self.down.backward_ahead(ctx, low, &dy)? {
+        let MlpSaved { mut gate_up, low, down_low } = saved;
+        if let Some((dhidden, ahead)) = self.down.backward_ahead(ctx, down_low, &dy)? {
             self.hidden_backward(&mut gate_up, &dhidden, true)?;
             self.down.backward_after(ctx, ahead, &dhidden, &dy)?;
         } else {
@@ -165,7 +168,7 @@ impl Layer for Mlp {
             drop(hidden);
             self.hidden_backward(&mut gate_up, &dhidden, false)?;
         }
-        self.gate_up.backward(ctx, x, &gate_up)
+        self.gate_up.backward_with_room(ctx, x, low.into(), &gate_up)
     }
 
     fn room(&self, ctx: &Context, like: &Tensor) -> usize {

@@ -60,8 +60,8 @@ impl Arm {
 
     fn linears(&self, values: &Tensor) -> (Linear, Linear) {
         let (there, here) = self.weights(values);
-        let linear = |weight: DenseWeight| Linear {
-            parts: vec![Part { name: "w".into(), weight: Box::new(weight), bias: None, adapter: None }],
+        let linear = |weight: DenseWeight| {
+            Linear::new(vec![Part { name: "w".into(), weight: Box::new(weight), bias: None, adapter: None }])
         };
         (linear(there), linear(here))
     }

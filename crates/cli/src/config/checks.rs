@@ -172,6 +172,8 @@ impl RunConfig {
             "recompute",
             "`recompute: all` or `lean` and `disable_gradient_checkpointing: true` exclude each other; choose one",
         );
+        let cache = self.weight_cache_gib.is_none_or(|gib| (0.0..1e6).contains(&gib));
+        check(cache, "weight_cache_gib", "expected GiB, 0 or more");
         let one_device = matches!(self.device.as_str(), "auto" | "cpu" | "cuda")
             || self.device.strip_prefix("cuda:").is_some_and(|ordinal| ordinal.parse::<usize>().is_ok());
         let several = self.device.contains(',') || self.device == "balanced";

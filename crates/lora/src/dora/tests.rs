@@ -124,7 +124,7 @@ fn parts_of_a_layer_are_adapted_side_by_side() {
         let adapter: Box<dyn Adapter> = Box::new(adapter(rows, seed, 0.0));
         Part { name: "q".into(), weight: Box::new(weight(rows, seed)), bias: None, adapter: Some(adapter) }
     };
-    let layer = Linear { parts: vec![part(9, 10), part(5, 20)] };
+    let layer = Linear::new(vec![part(9, 10), part(5, 20)]);
     let (ctx, x) = (Context::new(vec![0, 7]), seeded(7, 12, 1));
     let parts = [(adapter(9, 10, 0.0), weight(9, 10)), (adapter(5, 20, 0.0), weight(5, 20))];
     let expected = Adapted { parts, along: Along::Magnitude }.forward(&ctx, &x).unwrap().0;

@@ -99,10 +99,7 @@ impl ModelSpec {
     /// are in memory; the others keep their input.
     pub fn blocks_kept(&self, plan: &MemoryPlan, available: u64) -> usize {
         let blocks = self.layers.len();
-        let leanest = self.memory(&MemoryPlan { recompute: true, ..*plan });
-        // Moments come with the first step, and gradients of a block's insides with its backward.
-        let fixed = leanest.adapters / 2 + 2 * leanest.logits + 2 * leanest.activations;
-        let mut free = available.saturating_sub(fixed);
+        let mut free = available.saturating_sub(self.beside_kept(plan));
         let fits = |layer: &usize| {
             let whole = self.kept_per_token(*layer, plan) * plan.tokens as u64;
             let left = free.checked_sub(whole);
@@ -110,6 +107,19 @@ impl ModelSpec {
             left.is_some()
         };
         (0..blocks).take_while(fits).count()
+    }
+
+    /// Bytes that are left where all blocks keep all, when so many are free once the weights are in memory.
+    pub fn left_beside(&self, plan: &MemoryPlan, available: u64) -> u64 {
+        let kept = self.memory(&MemoryPlan { recompute: false, ..*plan }).activations;
+        available.saturating_sub(self.beside_kept(plan)).saturating_sub(kept)
+    }
+
+    /// Bytes that training takes beside the weights and what blocks keep: moments come with the first step, and
+    /// gradients of a block's insides with its backward.
+    fn beside_kept(&self, plan: &MemoryPlan) -> u64 {
+        let leanest = self.memory(&MemoryPlan { recompute: true, ..*plan });
+        leanest.adapters / 2 + 2 * leanest.logits + 2 * leanest.activations
     }
 
     /// Bytes that a block keeps of one token: x, q, k, v, out, mid, gate, up, of experts what these two became (on a

@@ -100,7 +100,7 @@ impl Experts {
         dy: Tensor,
     ) -> Result<Tensor> {
         let gpu = x.gpu().ok_or_else(|| Error::msg("the input of experts is not on a GPU"))?;
-        let holds = if saved.hidden.is_some() { Room::Low } else { Room::Empty };
+        let beside = saved.hidden.is_some();
         let hidden = match &saved.hidden {
             Some(_) => None,
             None => Some(self.hidden(gpu, ctx, &saved)?),
@@ -115,6 +115,7 @@ impl Experts {
         for (expert, slots) in self.experts.iter_mut().zip(&routed.slots).filter(|it| !it.1.is_empty()) {
             let (hidden, dout) = (hidden.shared_rows(slots.clone())?, dout.shared_rows(slots.clone())?);
             let mut dhidden = dhidden.shared_rows(slots.clone())?;
+            let holds = if beside { Room::Low } else { Room::Empty };
             expert.down.backward_into(ctx, &hidden, holds, &dout, &mut dhidden)?;
         }
         drop((hidden, dout));

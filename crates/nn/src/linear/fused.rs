@@ -6,9 +6,11 @@
 //! What adapters add then costs R more columns of a large product, not another pass over y and dx. The
 //! tensors x and dy have room for low and dlow beside their own columns; one without is copied.
 
-use ferrotune_tensor::{DType, Error, Operand, Result, Tensor, multiply, multiply_on_gpu};
+use std::sync::OnceLock;
 
-use super::thin::{self, Shares, Thin};
+use ferrotune_tensor::{DType, Error, Operand, Result, Tensor, multiply_on_gpu};
+
+use super::thin::Thin;
 use super::{Linear, LowRank, Part, add_bias};
 use crate::{Coded, Context, StoredRows};
 
@@ -23,19 +25,27 @@ const CODED_PIECE: usize = 8192;
 /// Parts that `kernels/low_rank.cu` takes: q, k and v.
 pub(super) const PARTS: usize = 3;
 
-/// What the columns beside an input hold when the backward pass reads it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Where the backward pass finds what the forward pass made of an input for the adapters, low.
 pub enum Room {
-    /// Nothing in particular.
+    /// Nowhere: it is made again.
     Empty,
-    /// What the forward pass wrote there: it is the same tensor.
+    /// Beside the input, which is the same tensor.
     Low,
+    /// (N, R): in a tensor of its own.
+    Kept(Tensor),
+}
+
+impl From<Option<Tensor>> for Room {
+    fn from(low: Option<Tensor>) -> Room {
+        low.map_or(Room::Empty, Room::Kept)
+    }
 }
 
 /// A [`Linear`] whose adapters are all of low rank with one scaling.
 pub(super) struct Fused<'a> {
     parts: Vec<(&'a Part, Option<LowRank<'a>>)>,
     scaling: f64,
+    whole: Option<&'a OnceLock<Tensor>>,
     inputs: usize,
     outputs: usize,
     /// R of all parts together, rounded up.
@@ -43,17 +53,18 @@ pub(super) struct Fused<'a> {
 }
 
 /// What the backward pass leaves for the adapters' gradients.
-pub(crate) struct Low {
-    /// (N, input + R): x where it had no room, and low.
-    x: Option<Tensor>,
-    /// (N, R): low, where it isn't beside x.
+pub(crate) struct Ahead {
+    /// (N, R): low, if it was kept.
     low: Option<Tensor>,
-    /// (N, output + R): dy where it had no room, and dlow.
-    dy: Option<Tensor>,
-    /// dB, where one pass over dy has made it together with dlow.
-    shares: Option<Shares>,
-    inputs: usize,
-    outputs: usize,
+    dy: WithLow,
+}
+
+/// The gradient of an output once dlow is beside it.
+struct WithLow {
+    /// (N, output + R), where the gradient itself had no room.
+    copied: Option<Tensor>,
+    /// Whether the pass over it that made dlow has also added to dB.
+    b_added: bool,
 }
 
 impl Linear {
@@ -86,13 +97,12 @@ impl Linear {
         ctx: &Context,
         low: Option<Tensor>,
         dy: &Tensor,
-    ) -> Result<Option<(Tensor, Low)>> {
+    ) -> Result<Option<(Tensor, Ahead)>> {
         let Some(fused) = self.fused(ctx, dy) else { return Ok(None) };
         let dx = dy.empty_like(dy.rows(), fused.inputs)?;
         let weights = fused.weights(dy)?;
-        let (dy, shares) = fused.input_gradient(&weights, low.as_ref().map(|low| (low, 0)), dy, &dx)?;
-        let (inputs, outputs) = (fused.inputs, fused.outputs);
-        Ok(Some((dx, Low { x: None, low, dy, shares, inputs, outputs })))
+        let dy = fused.input_gradient(&weights, low.as_ref().map(|low| (low, 0)), dy, &dx)?;
+        Ok(Some((dx, Ahead { low, dy })))
     }
 
     /// The gradients of adapters and biases.
@@ -102,15 +112,16 @@ impl Linear {
     pub(crate) fn backward_after(
         &mut self,
         ctx: &Context,
-        mut ahead: Low,
+        ahead: Ahead,
         x: &Tensor,
         dy: &Tensor,
     ) -> Result<()> {
         self.add_bias_gradients(dy)?;
-        if let (None, Some(fused)) = (&ahead.low, self.fused(ctx, x)) {
-            ahead.low = Some(fused.low(x)?);
+        if let Some(fused) = self.fused(ctx, x) {
+            let low = ahead.low.map_or_else(|| fused.low(x), Ok)?;
+            fused.add_gradients(x, (&low, 0), dy, &ahead.dy)?;
         }
-        ahead.add_gradients(&mut self.parts, x, dy)
+        self.add_weight_gradients(x, dy)
     }
 
     pub(super) fn fused(&self, ctx: &Context, like: &Tensor) -> Option<Fused<'_>> {
@@ -125,7 +136,7 @@ impl Linear {
                 Some(adapter) if ctx.adapters => Some(adapter.low_rank(ctx)?),
                 _ => None,
             };
-            if let Some(LowRank { a, b, scaling: own }) = &low_rank {
+            if let Some(LowRank { a, b, scaling: own, .. }) = &low_rank {
                 let rank = a.rows();
                 let fits = (a.shape(), b.shape()) == ((rank, self.cols()), (part.weight.rows(), rank));
                 if !fits || *scaling.get_or_insert(*own) != *own {
@@ -138,6 +149,7 @@ impl Linear {
         // Without adapters there is nothing to fuse: weights are multiplied where they are.
         (ranks > 0).then(|| Fused {
             scaling: scaling.unwrap_or(0.0),
+            whole: self.whole.as_deref(),
             inputs: self.cols(),
             outputs: self.rows(),
             room: ranks.next_multiple_of(if ranks > WIDE_ALIGNMENT { WIDE_ALIGNMENT } else { ALIGNMENT }),
@@ -147,12 +159,18 @@ impl Linear {
 }
 
 impl Fused<'_> {
-    /// E
+    /// E. Of one that was kept only the border is written: the rest doesn't change.
     fn weights(&self, like: &Tensor) -> Result<Tensor> {
         let (inputs, outputs, room) = (self.inputs, self.outputs, self.room);
-        let mut all = like.empty_like(outputs + room, inputs + room)?;
-        let coded = self.coded();
-        if coded.is_none() {
+        let shape = (outputs + room, inputs + room);
+        let kept = self.whole.and_then(OnceLock::get);
+        let kept = kept.filter(|it| it.shape() == shape && it.dtype() == like.dtype());
+        let mut all = match kept {
+            Some(kept) => kept.shared_rows(0..shape.0)?,
+            None => like.empty_like(shape.0, shape.1)?,
+        };
+        let coded = if kept.is_some() { None } else { self.coded() };
+        if kept.is_none() && coded.is_none() {
             let mut row = 0;
             for (part, _) in &self.parts {
                 part.weight.write_dense(&mut all, row)?;
@@ -185,6 +203,9 @@ impl Fused<'_> {
         // low_rank_coded, which goes on with border_blocks, round_to, tables, codes0 …, absmax0 …, nested0 …,
         // offset0 …; `fused` has seen that there are no more parts and that the shapes fit.
         unsafe { launch.run() }?;
+        if let (Some(whole), None) = (self.whole, kept) {
+            let _ = whole.set(all.shared_rows(0..shape.0)?);
+        }
         Ok(all)
     }
 
@@ -202,7 +223,7 @@ impl Fused<'_> {
     /// The first columns of y.
     pub(super) fn forward(&self, x: &Tensor, y: &mut Tensor) -> Result<()> {
         let weights = self.weights(x)?;
-        let copied = self.with_low(x, Room::Empty, &weights)?;
+        let copied = self.with_low(x, &weights)?;
         let wide = self.inputs + self.room;
         let x = Operand::columns(copied.as_ref().unwrap_or(x), 0..wide);
         let weights = Operand::block(&weights, 0..self.outputs, 0..wide);
@@ -210,47 +231,101 @@ impl Fused<'_> {
         self.add_biases(y)
     }
 
-    /// dx =, and what the gradients of the adapters are made of.
-    pub(super) fn backward(&self, x: &Tensor, holds: Room, dy: &Tensor, dx: &Tensor) -> Result<Low> {
+    /// dx =, dA +=, dB +=
+    pub(super) fn backward(&self, x: &Tensor, holds: Room, dy: &Tensor, dx: &Tensor) -> Result<()> {
         let weights = self.weights(x)?;
-        let copied = self.with_low(x, holds, &weights)?;
-        let low = (copied.as_ref().unwrap_or(x), self.inputs);
-        let (dy, shares) = self.input_gradient(&weights, Some(low), dy, dx)?;
-        Ok(Low { x: copied, low: None, dy, shares, inputs: self.inputs, outputs: self.outputs })
+        let (copied, kept) = match holds {
+            Room::Kept(low) => (None, Some(low)),
+            Room::Low if x.cols() >= self.inputs + self.room => (None, None),
+            Room::Low | Room::Empty => (self.with_low(x, &weights)?, None),
+        };
+        let low = kept.as_ref().map_or((copied.as_ref().unwrap_or(x), self.inputs), |low| (low, 0));
+        let with_low = self.input_gradient(&weights, Some(low), dy, dx)?;
+        self.add_gradients(x, low, dy, &with_low)
     }
 
-    /// dx =, dlow = beside dy; the copy of dy, where it had no room, and dB, if low (a tensor and its first column) is there.
+    /// dx =, dlow = beside dy; dB += if low (a tensor and its first column) is there and one pass can do both.
     fn input_gradient(
         &self,
         weights: &Tensor,
         low: Option<(&Tensor, usize)>,
         dy: &Tensor,
         dx: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Shares>)> {
+    ) -> Result<WithLow> {
         let (inputs, outputs, room) = (self.inputs, self.outputs, self.room);
         let copied = with_room(dy, outputs, room)?;
         let wide = copied.as_ref().unwrap_or(dy);
-        let one_pass = |low| {
-            Thin { parts: self.sizes(), scaling: self.scaling, dy: wide, weights: (weights, inputs), low }
-                .run()
+        let b_added = match low {
+            None => false,
+            Some(low) => {
+                let (parts, b_gradients) = (self.sizes(), self.b_gradients());
+                let weights = (weights, inputs);
+                Thin { parts, scaling: self.scaling, dy: wide, weights, low, b_gradients }.run()?
+            }
         };
-        let shares = low.map(one_pass).transpose()?.flatten();
-        if shares.is_none() {
+        if !b_added {
             let b = Operand::block(weights, 0..outputs, inputs..inputs + room);
             let own = Operand::columns(wide, 0..outputs);
             multiply_on_gpu(self.scaling, own, b, 0.0, wide, outputs..outputs + room)?;
         }
         let dy = Operand::columns(wide, 0..outputs + room);
         multiply_on_gpu(1.0, dy, Operand::columns(weights, 0..inputs), 0.0, dx, 0..inputs)?;
-        Ok((copied, shares))
+        Ok(WithLow { copied, b_added })
     }
 
-    fn sizes(&self) -> thin::Parts {
+    /// dA += dlowᵀ·x,  dB += dyᵀ·low unless that is done
+    fn add_gradients(
+        &self,
+        x: &Tensor,
+        (low, first): (&Tensor, usize),
+        dy: &Tensor,
+        with_low: &WithLow,
+    ) -> Result<()> {
+        let (mut row, mut rank) = (0, 0);
+        let mut a_gradients = Vec::with_capacity(self.parts.len());
+        for (part, low_rank) in &self.parts {
+            let rows = part.weight.rows();
+            if let Some(LowRank { a, b_gradient, a_gradient, .. }) = low_rank {
+                let ranks = first + rank..first + rank + a.rows();
+                if !with_low.b_added {
+                    let dy = Operand::columns(dy, row..row + rows).transposed();
+                    multiply_on_gpu(1.0, dy, Operand::columns(low, ranks), 1.0, b_gradient, 0..a.rows())?;
+                }
+                rank += a.rows();
+                a_gradients.push(*a_gradient);
+            }
+            row += rows;
+        }
+        let dlow = with_low.copied.as_ref().unwrap_or(dy);
+        let dlow = Operand::columns(dlow, self.outputs..self.outputs + rank).transposed();
+        let own = Operand::columns(x, 0..self.inputs);
+        if let [a] = a_gradients[..] {
+            return multiply_on_gpu(1.0, dlow, own, 1.0, a, 0..self.inputs);
+        }
+        // x is read once for all parts.
+        let sum = Tensor::empty(rank, self.inputs, DType::F32, &x.device())?;
+        multiply_on_gpu(1.0, dlow, own, 0.0, &sum, 0..self.inputs)?;
+        let gpu = x.gpu().ok_or_else(|| Error::msg("the gradients are not on a GPU"))?;
+        let part = |i: usize| a_gradients.get(i).copied();
+        let launch =
+            gpu.plain_kernel("low_rank", "low_rank_add")?.grid(sum.len().div_ceil(BLOCK as usize), BLOCK);
+        let launch = (0..PARTS).fold(launch, |it, i| it.optional(part(i))).tensor(&sum);
+        let launch = (0..PARTS).fold(launch, |it, i| it.int(part(i).map_or(0, Tensor::rows)));
+        // SAFETY: low_rank_add(da0 … da2, sum, rank0 … rank2, inputs)
+        unsafe { launch.int(self.inputs).run() }
+    }
+
+    /// Rows and rank of each part.
+    fn sizes(&self) -> [(usize, usize); PARTS] {
         std::array::from_fn(|i| {
             self.parts.get(i).map_or((0, 0), |(part, low_rank)| {
                 (part.weight.rows(), low_rank.as_ref().map_or(0, |it| it.a.rows()))
             })
         })
+    }
+
+    fn b_gradients(&self) -> [Option<&Tensor>; PARTS] {
+        std::array::from_fn(|i| self.parts.get(i).and_then(|it| Some(it.1.as_ref()?.b_gradient)))
     }
 
     /// low (N, R), by itself.
@@ -271,16 +346,14 @@ impl Fused<'_> {
         Ok(low)
     }
 
-    /// Writes low beside x, unless it is there; the copy of x, where it had no room.
-    fn with_low(&self, x: &Tensor, holds: Room, weights: &Tensor) -> Result<Option<Tensor>> {
+    /// Writes low beside x; the copy of x, where it had no room.
+    fn with_low(&self, x: &Tensor, weights: &Tensor) -> Result<Option<Tensor>> {
         let (inputs, room) = (self.inputs, self.room);
         let copied = with_room(x, inputs, room)?;
-        if holds == Room::Empty || copied.is_some() {
-            let a = Operand::block(weights, self.outputs..self.outputs + room, 0..inputs);
-            let wide = copied.as_ref().unwrap_or(x);
-            let x = Operand::columns(wide, 0..inputs);
-            multiply_on_gpu(self.scaling, x, a.transposed(), 0.0, wide, inputs..inputs + room)?;
-        }
+        let a = Operand::block(weights, self.outputs..self.outputs + room, 0..inputs);
+        let wide = copied.as_ref().unwrap_or(x);
+        let own = Operand::columns(wide, 0..inputs);
+        multiply_on_gpu(self.scaling, own, a.transposed(), 0.0, wide, inputs..inputs + room)?;
         Ok(copied)
     }
 
@@ -296,49 +369,10 @@ impl Fused<'_> {
     }
 }
 
-impl Low {
-    /// dA += dlowᵀ·x,  dB += dyᵀ·low
-    pub(super) fn add_gradients(&self, parts: &mut [Part], x: &Tensor, dy: &Tensor) -> Result<()> {
-        let (x, dy) = (self.x.as_ref().unwrap_or(x), self.dy.as_ref().unwrap_or(dy));
-        let (low, first) = self.low.as_ref().map_or((x, self.inputs), |low| (low, 0));
-        let (mut row, mut rank) = (0, 0);
-        let mut a_gradients = Vec::with_capacity(parts.len());
-        let mut b_gradients = [None; PARTS];
-        for (part, b_gradient) in parts.iter_mut().zip(&mut b_gradients) {
-            let rows = part.weight.rows();
-            part.weight.accumulate_grad(x, dy, row)?;
-            if let Some((a, b)) = part.adapter.as_mut().and_then(|it| it.low_rank_gradients()) {
-                if self.shares.is_none() {
-                    let dy = Operand::columns(dy, row..row + rows).transposed();
-                    let low = Operand::columns(low, first + rank..first + rank + a.rows());
-                    multiply(Default::default(), 1.0, dy, low, 1.0, b, 0..a.rows())?;
-                }
-                *b_gradient = Some(&*b);
-                rank += a.rows();
-                a_gradients.push(a);
-            }
-            row += rows;
-        }
-        if let Some(shares) = &self.shares {
-            shares.add_to(b_gradients)?;
-        }
-        let dlow = Operand::columns(dy, self.outputs..self.outputs + rank).transposed();
-        let own = Operand::columns(x, 0..self.inputs);
-        if let [a] = &mut a_gradients[..] {
-            return multiply(Default::default(), 1.0, dlow, own, 1.0, a, 0..self.inputs);
-        }
-        // x is read once for all parts.
-        let mut sum = Tensor::empty(rank, self.inputs, DType::F32, &x.device())?;
-        multiply(Default::default(), 1.0, dlow, own, 0.0, &mut sum, 0..self.inputs)?;
-        let gpu = x.gpu().ok_or_else(|| Error::msg("the gradients are not on a GPU"))?;
-        let part = |i: usize| a_gradients.get(i).map(|it| &**it);
-        let launch =
-            gpu.plain_kernel("low_rank", "low_rank_add")?.grid(sum.len().div_ceil(BLOCK as usize), BLOCK);
-        let launch = (0..PARTS).fold(launch, |it, i| it.optional(part(i))).tensor(&sum);
-        let launch = (0..PARTS).fold(launch, |it, i| it.int(part(i).map_or(0, Tensor::rows)));
-        // SAFETY: low_rank_add(da0 … da2, sum, rank0 … rank2, inputs)
-        unsafe { launch.int(self.inputs).run() }
-    }
+/// Bytes of E with the room that usual ranks take.
+pub(super) fn whole_bytes(outputs: usize, inputs: usize, dtype: DType) -> u64 {
+    let room = 2 * WIDE_ALIGNMENT;
+    ((outputs + room) * (inputs + room) * dtype.size_in_bytes()) as u64
 }
 
 /// A copy with room, unless the tensor has it.

@@ -14,25 +14,14 @@ const TOGETHER: usize = 8;
 const STEP: usize = 32;
 /// With fewer tokens, launches take longer than reading.
 const FEWEST_TOKENS: usize = 4096;
-/// Threads of a block that sums, and the numbers it does.
+/// Threads of a block that sums, and the neighbouring numbers that each does at once.
 const SUM_BLOCK: u32 = 256;
-
-/// Rows and rank of each part; a part without an adapter has rank 0.
-pub(super) type Parts = [(usize, usize); PARTS];
-
-/// dB as blocks of tokens have left it.
-pub(super) struct Shares {
-    /// (token blocks, column blocks · columns · padded), f32
-    db: Tensor,
-    parts: Parts,
-    padded: usize,
-    token_blocks: usize,
-    column_blocks: usize,
-}
+const SUM_RUN: usize = 4;
 
 /// The operands, all on one GPU.
 pub(super) struct Thin<'a> {
-    pub(super) parts: Parts,
+    /// Rows and rank of each part; a part without an adapter has rank 0.
+    pub(super) parts: [(usize, usize); PARTS],
     pub(super) scaling: f64,
     /// (N, outputs + room): dlow is written into the room.
     pub(super) dy: &'a Tensor,
@@ -40,16 +29,18 @@ pub(super) struct Thin<'a> {
     pub(super) weights: (&'a Tensor, usize),
     /// A tensor, and the column of it at which low begins.
     pub(super) low: (&'a Tensor, usize),
+    /// dB (rows, rank) of each part.
+    pub(super) b_gradients: [Option<&'a Tensor>; PARTS],
 }
 
 impl Thin<'_> {
-    /// dlow =, and the shares of dB; none where the kernels don't take these sizes.
-    pub(super) fn run(&self) -> Result<Option<Shares>> {
+    /// dlow =, dB +=; false, and nothing done, where the kernels don't take these sizes.
+    pub(super) fn run(&self) -> Result<bool> {
         let Thin { parts, dy, weights: (weights, b_column), low: (low, low_column), .. } = *self;
         let gpu = dy.gpu().ok_or_else(|| Error::msg("the gradient is not on a GPU"))?;
         let dtype = dy.dtype();
         let rank = parts.iter().map(|it| it.1).max().unwrap_or(0);
-        let Some(padded) = RANKS.into_iter().find(|most| rank <= *most) else { return Ok(None) };
+        let Some(padded) = RANKS.into_iter().find(|most| rank <= *most) else { return Ok(false) };
         let sizes = [dy.cols(), weights.cols(), b_column, low.cols(), low_column];
         let even = sizes.into_iter().chain(parts.iter().flat_map(|it| [it.0, it.1]));
         let outputs: usize = parts.iter().map(|it| it.0).sum();
@@ -59,12 +50,12 @@ impl Thin<'_> {
             || dy.rows() < FEWEST_TOKENS
             || !even.into_iter().all(|it| it.is_multiple_of(TOGETHER))
         {
-            return Ok(None);
+            return Ok(false);
         }
         let kernel = format!("low_rank_backward_{padded}");
         let facts = gpu.launch_facts(MODULE, &kernel, dtype)?;
         if facts.shared > gpu.shared_of_block {
-            return Ok(None);
+            return Ok(false);
         }
         let adapted = parts.iter().filter(|it| it.1 > 0);
         let column_blocks: usize = adapted.map(|it| it.0.div_ceil(facts.rows)).sum();
@@ -85,31 +76,21 @@ impl Thin<'_> {
         // low_stride, tokens); the shapes are those of `Fused`.
         unsafe { launch.int(low.cols()).int(tokens).run() }?;
         let room = dy.cols() - outputs;
-        let blocks = (dy.rows() * room).div_ceil(SUM_BLOCK as usize);
-        let launch = gpu.kernel(MODULE, "low_rank_backward_sum", dtype)?.grid(blocks, SUM_BLOCK);
-        let launch = sizes_of(launch.tensor_at(dy, outputs).tensor(&dlow), &parts);
-        let launch = launch.int(dy.rows()).int(room).int(dy.cols()).int(padded);
-        // SAFETY: low_rank_backward_sum(dlow, shares, rows0 … rows2, rank0 … rank2, n, room, stride, padded, scaling)
-        unsafe { launch.float(self.scaling).run() }?;
-        Ok(Some(Shares { db, parts, padded, token_blocks, column_blocks }))
+        let b_sums: usize = parts.iter().map(|(rows, rank)| rows * rank).sum();
+        let runs = (b_sums + dy.rows() * room) / SUM_RUN;
+        let launch = gpu.kernel(MODULE, "low_rank_backward_sum", dtype)?;
+        let launch =
+            launch.grid(runs.div_ceil(SUM_BLOCK as usize), SUM_BLOCK).tensor_at(dy, outputs).tensor(&dlow);
+        let launch = self.b_gradients.into_iter().fold(launch, Launch::optional).tensor(&db);
+        let launch = sizes_of(launch, &parts).int(dy.rows()).int(room).int(dy.cols()).int(padded);
+        // SAFETY: low_rank_backward_sum(dlow, dlow_shares, db0 … db2, db_shares, rows0 … rows2, rank0 … rank2, n, room, stride,
+        // padded, token_blocks, column_blocks, scaling)
+        unsafe { launch.int(token_blocks).int(column_blocks).float(self.scaling).run() }?;
+        Ok(true)
     }
 }
 
-impl Shares {
-    /// Adds them to dB (rows, rank) of each part.
-    pub(super) fn add_to(&self, db: [Option<&Tensor>; PARTS]) -> Result<()> {
-        let gpu = self.db.gpu().ok_or_else(|| Error::msg("the gradients are not on a GPU"))?;
-        let all: usize = self.parts.iter().map(|(rows, rank)| rows * rank).sum();
-        let launch = gpu.plain_kernel(MODULE, "low_rank_backward_add")?;
-        let launch = launch.grid(all.div_ceil(SUM_BLOCK as usize), SUM_BLOCK);
-        let launch = db.into_iter().fold(launch, Launch::optional).tensor(&self.db);
-        let launch = sizes_of(launch, &self.parts).int(self.padded).int(self.token_blocks);
-        // SAFETY: low_rank_backward_add(db0 … db2, shares, rows0 … rows2, rank0 … rank2, padded, token_blocks, column_blocks)
-        unsafe { launch.int(self.column_blocks).run() }
-    }
-}
-
-fn sizes_of<'a>(launch: Launch<'a>, parts: &Parts) -> Launch<'a> {
+fn sizes_of<'a>(launch: Launch<'a>, parts: &[(usize, usize); PARTS]) -> Launch<'a> {
     let launch = parts.iter().fold(launch, |launch, (rows, _)| launch.int(*rows));
     parts.iter().fold(launch, |launch, (_, rank)| launch.int(*rank))
 }

@@ -15,7 +15,7 @@ use crate::config::{self, BestMetric, EvalStrategy, RunConfig, SaveStrategy};
 use crate::run::{Run, RunBatches, available_memory, memory_plan};
 
 /// Keys that a resumed run may change.
-const FREE_KEYS: [&str; 36] = [
+const FREE_KEYS: [&str; 37] = [
     "export_dir",
     "export_format",
     "export_size",
@@ -41,6 +41,7 @@ const FREE_KEYS: [&str; 36] = [
     "num_threads",
     "device",
     "recompute",
+    "weight_cache_gib",
     "disable_gradient_checkpointing",
     "max_new_tokens",
     "do_sample",
@@ -180,4 +181,17 @@ pub(super) fn recompute(run: &Run, longest_batch: usize) -> Vec<Recompute> {
         }
     };
     (0..blocks).map(|block| if block < kept { Recompute::Keep } else { Recompute::Recompute }).collect()
+}
+
+/// Bytes for weights as a GPU's products read them.
+pub(super) fn weight_cache(run: &Run, longest_batch: usize) -> u64 {
+    match (run.config.weight_cache_gib, run.config.recompute_policy(), run.computing.device.gpu()) {
+        (_, _, None) => 0,
+        (Some(gib), ..) => (gib * f64::from(1 << 30)) as u64,
+        (None, config::Recompute::Auto, Some(gpu)) => {
+            let plan = memory_plan(&run.config, &run.model.files, &run.computing, longest_batch);
+            run.model.files.spec.left_beside(&plan, gpu.available_memory() / 10 * 9) / 2
+        }
+        _ => 0,
+    }
 }
