@@ -71,6 +71,7 @@ static MODULES: &[(&str, u32, &str)] = &[
     ("low_rank", 80, include_str!("low_rank.sm_80.ptx")),
     ("low_rank_backward", 75, include_str!("low_rank_backward.sm_75.ptx")),
     ("low_rank_backward", 80, include_str!("low_rank_backward.sm_80.ptx")),
+    ("low_rank_forward", 80, include_str!("low_rank_forward.sm_80.ptx")),
     ("matmul", 75, include_str!("matmul.sm_75.ptx")),
     ("matmul", 80, include_str!("matmul.sm_80.ptx")),
     ("nf4", 75, include_str!("nf4.sm_75.ptx")),

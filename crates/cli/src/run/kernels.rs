@@ -19,7 +19,14 @@ pub(super) fn load_kernels(spec: &ModelSpec, computing: &BuildOptions, purpose: 
         ["elementwise", "embedding", "nf4", "norm", "rope"].map(str::to_string).to_vec();
     let (others, of_heads): (&[&str], &[&str]) = match purpose {
         Purpose::Training => (
-            &["activation", "cross_entropy", "low_rank", "low_rank_backward", "optimizer"],
+            &[
+                "activation",
+                "cross_entropy",
+                "low_rank",
+                "low_rank_backward",
+                "low_rank_forward",
+                "optimizer",
+            ],
             &["attention_forward", "attention_backward"],
         ),
         Purpose::Generation => {

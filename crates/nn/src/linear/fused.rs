@@ -6,11 +6,12 @@
 //! What adapters add then costs R more columns of a large product, not another pass over y and dx. The
 //! tensors x and dy have room for low and dlow beside their own columns; one without is copied.
 
+use std::ops::Range;
 use std::sync::OnceLock;
 
 use ferrotune_tensor::{DType, Error, Operand, Result, Tensor, multiply_on_gpu};
 
-use super::thin::Thin;
+use super::thin::{Thin, ThinForward};
 use super::{Linear, LowRank, Part, add_bias};
 use crate::{Coded, Context, StoredRows};
 
@@ -330,30 +331,38 @@ impl Fused<'_> {
 
     /// low (N, R), by itself.
     fn low(&self, x: &Tensor) -> Result<Tensor> {
-        let (low, mut rank) = (x.empty_like(x.rows(), self.room)?, 0);
+        let (low, mut first) = (x.empty_like(x.rows(), self.room)?, 0);
         for LowRank { a, .. } in self.parts.iter().filter_map(|(_, low_rank)| low_rank.as_ref()) {
-            let own = Operand::columns(x, 0..self.inputs);
-            multiply_on_gpu(
-                self.scaling,
-                own,
-                Operand::new(a).transposed(),
-                0.0,
-                &low,
-                rank..rank + a.rows(),
-            )?;
-            rank += a.rows();
+            self.low_of((x, self.inputs), (a, 0..a.rows()), (&low, first), a.rows())?;
+            first += a.rows();
         }
         Ok(low)
+    }
+
+    /// `room` columns of low, from some column of a matrix on, of the first columns of x and rows of a matrix that begin with them.
+    fn low_of(
+        &self,
+        (x, inputs): (&Tensor, usize),
+        (a, rows): (&Tensor, Range<usize>),
+        (low, first): (&Tensor, usize),
+        room: usize,
+    ) -> Result<()> {
+        let (rank, scaling) = (rows.len(), self.scaling);
+        let thin = ThinForward { scaling, x, inputs, a: (a, rows.start), rank, low: (low, first), room };
+        if thin.run()? {
+            return Ok(());
+        }
+        let a = Operand::block(a, rows, 0..inputs).transposed();
+        multiply_on_gpu(scaling, Operand::columns(x, 0..inputs), a, 0.0, low, first..first + room)
     }
 
     /// Writes low beside x; the copy of x, where it had no room.
     fn with_low(&self, x: &Tensor, weights: &Tensor) -> Result<Option<Tensor>> {
         let (inputs, room) = (self.inputs, self.room);
         let copied = with_room(x, inputs, room)?;
-        let a = Operand::block(weights, self.outputs..self.outputs + room, 0..inputs);
         let wide = copied.as_ref().unwrap_or(x);
-        let own = Operand::columns(wide, 0..inputs);
-        multiply_on_gpu(self.scaling, own, a.transposed(), 0.0, wide, inputs..inputs + room)?;
+        let a = (weights, self.outputs..self.outputs + room);
+        self.low_of((wide, inputs), a, (wide, inputs), room)?;
         Ok(copied)
     }
 

@@ -1,11 +1,12 @@
-//! The two thin products that read dy, dlow = s·dy·B and dB += dyᵀ·low, in one pass over it:
-//! `kernels/low_rank_backward.cu`. Each alone takes as long as reading dy does.
+//! Thin products, which take as long as reading their larger operand does: low = s·x·Aᵀ (`kernels/low_rank_forward.cu`), and the
+//! two that read dy, dlow = s·dy·B and dB += dyᵀ·low, in one pass over it (`kernels/low_rank_backward.cu`).
 
 use ferrotune_tensor::{DType, Error, Launch, Result, Tensor};
 
 use super::fused::PARTS;
 
 const MODULE: &str = "low_rank_backward";
+const FORWARD_MODULE: &str = "low_rank_forward";
 /// Largest ranks of the kernels, as their names have them.
 const RANKS: [usize; 2] = [16, 32];
 /// Strides, rows and ranks are multiples of this: what one access moves.
@@ -17,6 +18,62 @@ const FEWEST_TOKENS: usize = 4096;
 /// Threads of a block that sums, and the neighbouring numbers that each does at once.
 const SUM_BLOCK: u32 = 256;
 const SUM_RUN: usize = 4;
+
+/// Largest columns of low that the kernels of `low_rank_forward.cu` take, and the tokens of a block, as their names have them.
+const FORWARD_RANKS: [usize; 2] = [16, 32];
+const FORWARD_TOKENS: [usize; 2] = [16, 32];
+/// With fewer tokens, there are too few blocks.
+const FEWEST_FORWARD: usize = 512;
+
+/// low = s·x·Aᵀ, all on one GPU.
+pub(super) struct ThinForward<'a> {
+    pub(super) scaling: f64,
+    /// (N, inputs), and perhaps more columns.
+    pub(super) x: &'a Tensor,
+    pub(super) inputs: usize,
+    /// A matrix, and the row of it at which A (rank, inputs) begins.
+    pub(super) a: (&'a Tensor, usize),
+    pub(super) rank: usize,
+    /// A matrix, and the column of it at which low (N, room) begins; it is 0 from rank on.
+    pub(super) low: (&'a Tensor, usize),
+    pub(super) room: usize,
+}
+
+impl ThinForward<'_> {
+    /// False, and nothing done, where the kernels don't take these sizes.
+    pub(super) fn run(&self) -> Result<bool> {
+        let ThinForward { scaling, x, inputs, a: (a, a_row), rank, low: (low, low_column), room } = *self;
+        let gpu = x.gpu().ok_or_else(|| Error::msg("the input is not on a GPU"))?;
+        let (n, dtype) = (x.rows(), x.dtype());
+        let Some(padded) = FORWARD_RANKS.into_iter().find(|most| room <= *most) else { return Ok(false) };
+        let even = [x.cols(), inputs, a.cols(), rank, low.cols(), low_column, room];
+        if !takes(x, FEWEST_FORWARD) || !even.into_iter().all(|it| it.is_multiple_of(TOGETHER)) {
+            return Ok(false);
+        }
+        // Where there are too few for all processors to have a block, smaller ones.
+        let few = n < FORWARD_TOKENS[1] * gpu.multiprocessors * 3 / 4;
+        let kernel = format!("low_rank_forward_{padded}_{}", FORWARD_TOKENS[usize::from(!few)]);
+        let facts = gpu.launch_facts(FORWARD_MODULE, &kernel, dtype)?;
+        if facts.shared > gpu.shared_of_block {
+            return Ok(false);
+        }
+        let launch = gpu.kernel(FORWARD_MODULE, &kernel, dtype)?;
+        let launch = launch.grid(n.div_ceil(facts.rows), facts.threads).shared(facts.shared);
+        let launch = launch.tensor_at(low, low_column).tensor(x).tensor_at(a, a_row * a.cols());
+        let launch = launch.int(n).int(inputs).int(rank).int(room).int(x.cols()).int(a.cols());
+        // SAFETY: low_rank_forward(low, x, a, n, inputs, rank, room, x_stride, a_stride, low_stride, scaling); the shapes are
+        // those of `Fused`.
+        unsafe { launch.int(low.cols()).float(scaling).run() }?;
+        Ok(true)
+    }
+}
+
+/// Whether there are such kernels for x: they begin with the architecture that has bf16.
+fn takes(x: &Tensor, fewest: usize) -> bool {
+    x.gpu().is_some_and(|it| it.has_bf16())
+        && matches!(x.dtype(), DType::F16 | DType::BF16)
+        && x.rows() >= fewest
+}
 
 /// The operands, all on one GPU.
 pub(super) struct Thin<'a> {
@@ -44,12 +101,7 @@ impl Thin<'_> {
         let sizes = [dy.cols(), weights.cols(), b_column, low.cols(), low_column];
         let even = sizes.into_iter().chain(parts.iter().flat_map(|it| [it.0, it.1]));
         let outputs: usize = parts.iter().map(|it| it.0).sum();
-        // The kernels begin with the architecture that has bf16.
-        if !gpu.has_bf16()
-            || !matches!(dtype, DType::F16 | DType::BF16)
-            || dy.rows() < FEWEST_TOKENS
-            || !even.into_iter().all(|it| it.is_multiple_of(TOGETHER))
-        {
+        if !takes(dy, FEWEST_TOKENS) || !even.into_iter().all(|it| it.is_multiple_of(TOGETHER)) {
             return Ok(false);
         }
         let kernel = format!("low_rank_backward_{padded}");
