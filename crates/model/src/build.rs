@@ -91,6 +91,7 @@ impl Builder<'_, '_> {
             (Device::Cpu, Precision::Bf16) => value.cast(DType::BF16)?,
             (Device::Cpu, Precision::Full) => value,
         };
+        self.weights.forget(name);
         Ok(DenseWeight { value: value.into(), precision: *precision })
     }
 
@@ -212,6 +213,7 @@ impl Builder<'_, '_> {
             let in_context =
                 |error: Error| Error::file(self.weights.path(), format!("tensor `{weight}`: {error}"));
             let mut part = (self.make_part)(&spec, self.weights.get(&weight)?).map_err(in_context)?;
+            self.weights.forget(&weight);
             if it.bias {
                 part.bias = Some(self.vector(&names::bias(index, &it.part), it.out_features)?.into());
             }
