@@ -9,11 +9,12 @@
 //   db_shares    // (token blocks, column blocks·COLUMNS, RANK), RANK being 16 or 32, as large as the largest rank asks for
 // shares =, dlow =, db +=. All strides, rows of parts and ranks are multiples of 8, and all addresses of 16 bytes.
 //
-// Launch: low_rank_backward: THREADS threads, grid.x = column blocks (of each part with an adapter by itself), grid.y = token blocks of
+// Launch: low_rank_backward_RANK_STAGES: THREADS threads, grid.x = column blocks (of each part with an adapter by itself), grid.y = token blocks of
 // `tokens`, a multiple of STEP;  low_rank_backward_sum: THREADS threads, which take RUN neighbouring numbers each of all db and of dlow
 // (any grid is right)
 
 #include "common.cuh"
+#include "tile.cuh"
 
 constexpr int PARTS = 3;
 constexpr int COLUMNS = 512;
@@ -24,12 +25,11 @@ constexpr int THREADS = 256;
 constexpr int STEP = 32;
 constexpr int WARPS = THREADS / WARP;
 constexpr int QUARTERS = 4;  // of the columns: dlow's products are shared out by 16 tokens and these
-constexpr int STAGES = 3;
 
 constexpr int ROW_BYTES = COLUMNS * 2, TILE_BYTES = STEP * ROW_BYTES;
 template <int RANK>
 constexpr int LOW_BYTES = STEP * RANK * 2;
-template <int RANK>
+template <int RANK, int STAGES>
 constexpr int SHARED_BYTES = STAGES * (TILE_BYTES + LOW_BYTES<RANK>) + QUARTERS * STEP * RANK * 4;
 
 // A block of columns: the part that it is of, and where that stands.
@@ -54,12 +54,7 @@ struct Place {
     }
 };
 
-// Where 16 bytes of a tile are; spread so that eight rows of one column lie in different banks.
-__device__ __forceinline__ unsigned in_tile(unsigned tile, int row, int column) {
-    return tile + row * ROW_BYTES + ((column / 8 ^ row % 8) << 4);
-}
-
-template <int RANK, typename T>
+template <int RANK, int STAGES, typename T>
 __device__ void low_rank_backward(float* dlow_shares, float* db_shares, const T* dy, const T* b, const T* low, const int (&rows)[PARTS],
                                   const int (&ranks)[PARTS], int n, int dy_stride, int b_stride, int low_stride, int tokens) {
     constexpr int TILES = RANK / 8;  // of ranks, as products take them
@@ -79,7 +74,7 @@ __device__ void low_rank_backward(float* dlow_shares, float* db_shares, const T*
 #pragma unroll
         for (int i = thread; i < STEP * COLUMNS / 8; i += THREADS) {
             const int row = i / (COLUMNS / 8), column = i % (COLUMNS / 8) * 8;
-            cp_async_16(in_tile(tiles + stage * TILE_BYTES, row, column), dy + static_cast<long long>(token + row) * dy_stride + column,
+            cp_async_16(in_tile<ROW_BYTES>(tiles + stage * TILE_BYTES, row, column), dy + static_cast<long long>(token + row) * dy_stride + column,
                         token + row < end && column < place.columns);
         }
         if (thread < STEP * TILES) {
@@ -131,7 +126,7 @@ __device__ void low_rank_backward(float* dlow_shares, float* db_shares, const T*
 #pragma unroll
         for (int k = 0; k < DEPTH; k++) {
             unsigned a[4];
-            ldmatrix_x4(a, in_tile(tile, token_tile + lane % 16, (quarter * DEPTH + k) * 16 + lane / 16 * 8));
+            ldmatrix_x4(a, in_tile<ROW_BYTES>(tile, token_tile + lane % 16, (quarter * DEPTH + k) * 16 + lane / 16 * 8));
 #pragma unroll
             for (int i = 0; i < TILES; i++) mma_m16n8k16<T>(dlow[i], a, b_own[k][i]);
         }
@@ -155,7 +150,7 @@ __device__ void low_rank_backward(float* dlow_shares, float* db_shares, const T*
             for (int own = 0; own < OWN; own++) {
                 unsigned a[4];
                 const int row = k * 16 + lane / 16 * 8 + lane % 8, column = (warp * OWN + own) * 16 + lane / 8 % 2 * 8;
-                ldmatrix_x4_transposed(a, in_tile(tile, row, column));
+                ldmatrix_x4_transposed(a, in_tile<ROW_BYTES>(tile, row, column));
 #pragma unroll
                 for (int i = 0; i < TILES; i++) mma_m16n8k16<T>(db[own][i], a, low_own[i]);
             }
@@ -233,14 +228,14 @@ __device__ void sum(T* dlow, const float* dlow_shares, float* const (&db)[PARTS]
     }
 }
 
-#define DEFINE(NAME, T, RANK, RESIDENT)                                                                                               \
-    extern "C" __device__ int low_rank_backward_##RANK##_##NAME##_launch[3] = {COLUMNS, THREADS, SHARED_BYTES<RANK>};                 \
+#define DEFINE(NAME, T, RANK, STAGES, RESIDENT)                                                                                       \
+    extern "C" __device__ int low_rank_backward_##RANK##_##STAGES##_##NAME##_launch[3] = {COLUMNS, THREADS, SHARED_BYTES<RANK, STAGES>}; \
     extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)                                                                   \
-    low_rank_backward_##RANK##_##NAME(float* dlow_shares, float* db_shares, const T* dy, const T* b, const T* low, int rows0, int rows1, \
-                                      int rows2, int rank0, int rank1, int rank2, int n, int dy_stride, int b_stride, int low_stride, \
-                                      int tokens) {                                                                                   \
-        low_rank_backward<RANK, T>(dlow_shares, db_shares, dy, b, low, {rows0, rows1, rows2}, {rank0, rank1, rank2}, n, dy_stride,    \
-                                   b_stride, low_stride, tokens);                                                                     \
+    low_rank_backward_##RANK##_##STAGES##_##NAME(float* dlow_shares, float* db_shares, const T* dy, const T* b, const T* low,         \
+                                                 int rows0, int rows1, int rows2, int rank0, int rank1, int rank2, int n,             \
+                                                 int dy_stride, int b_stride, int low_stride, int tokens) {                           \
+        low_rank_backward<RANK, STAGES, T>(dlow_shares, db_shares, dy, b, low, {rows0, rows1, rows2}, {rank0, rank1, rank2}, n,       \
+                                           dy_stride, b_stride, low_stride, tokens);                                                  \
     }
 #define DEFINE_SUM(NAME, T)                                                                                                           \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                                             \
@@ -252,8 +247,9 @@ __device__ void sum(T* dlow, const float* dlow_shares, float* const (&db)[PARTS]
     }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-#define DEFINE_BOTH(NAME, T) DEFINE(NAME, T, 16, 2) DEFINE(NAME, T, 32, 1)
-DEFINE_BOTH(f16, f16)
-DEFINE_BOTH(bf16, bf16)
+// Three stages where a processor has the memory for them, as on compute_90.
+#define DEFINE_ALL(NAME, T) DEFINE(NAME, T, 16, 2, 2) DEFINE(NAME, T, 16, 3, 2) DEFINE(NAME, T, 32, 2, 1) DEFINE(NAME, T, 32, 3, 1)
+DEFINE_ALL(f16, f16)
+DEFINE_ALL(bf16, bf16)
 #endif
 FOR_NUMBER_TYPES(DEFINE_SUM)

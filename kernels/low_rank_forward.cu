@@ -1,11 +1,11 @@
 // What the adapters' first halves make of an input (crates/nn/src/linear/fused.rs):
 //   low = scaling·x·Aᵀ
 //   x    // (N, inputs), rows x_stride apart
-//   a    // (rank, inputs), rows a_stride apart: those of all parts one below the other, as low_rank.cu writes them below W
-//   low  // (N, room), rows low_stride apart: may be the columns beside x; 0 from rank on
+//   a    // (room, inputs), rows a_stride apart: those of all parts one below the other, as low_rank.cu writes them below W
+//   low  // (N, room), rows low_stride apart: may be the columns beside x
 // low =. The product does next to nothing with what it reads, so all processors have to ask for x at once: a block takes few tokens and
 // all of their columns, its warps share the columns out, and add up at the end. A is read again for every block, from the L2 cache.
-// Strides, inputs, rank and room are multiples of 8, room ≤ RANK (16 or 32: with 64, cuBLASLt is faster), and all addresses are of 16 bytes. compute_75 has too little
+// Strides, inputs and room are multiples of 8, room ≤ RANK (16 or 32: with 64, cuBLASLt is faster), and all addresses are of 16 bytes. compute_75 has too little
 // shared memory.
 //
 // Launch: THREADS threads, grid.x = N / TOKENS, rounded up
@@ -13,6 +13,7 @@
 // archs: 80
 
 #include "common.cuh"
+#include "tile.cuh"
 
 constexpr int THREADS = 256, WARPS = THREADS / WARP;
 constexpr int COLUMNS = 256;  // of a step
@@ -21,24 +22,19 @@ constexpr int STAGES = 4;     // so that a processor has more in flight than a c
 template <int RANK, int TOKENS>
 constexpr int SHARED_BYTES = STAGES * (TOKENS + RANK) * ROW_BYTES;
 
-// Where 16 bytes of a tile are; spread so that eight rows of one column lie in different banks.
-__device__ __forceinline__ unsigned in_tile(unsigned tile, int row, int column) {
-    return tile + row * ROW_BYTES + ((column / 8 ^ row % 8) << 4);
-}
-
 // `rows` rows of COLUMNS columns, 0 where there is nothing to copy.
 template <typename T>
 __device__ __forceinline__ void load_tile(unsigned tile, int rows, const T* from, int stride, int valid_rows, int valid_columns) {
 #pragma unroll
     for (int i = threadIdx.x; i < rows * COLUMNS / 8; i += THREADS) {
         const int row = i / (COLUMNS / 8), column = i % (COLUMNS / 8) * 8;
-        cp_async_16(in_tile(tile, row, column), from + static_cast<long long>(row) * stride + column, row < valid_rows && column < valid_columns);
+        cp_async_16(in_tile<ROW_BYTES>(tile, row, column), from + static_cast<long long>(row) * stride + column, row < valid_rows && column < valid_columns);
     }
 }
 
 template <int RANK, int TOKENS, typename T>
-__device__ void low_rank_forward(T* low, const T* x, const T* a, int n, int inputs, int rank, int room, int x_stride, int a_stride,
-                                 int low_stride, float scaling) {
+__device__ void low_rank_forward(T* low, const T* x, const T* a, int n, int inputs, int room, int x_stride, int a_stride, int low_stride,
+                                 float scaling) {
     constexpr int TOKEN_TILES = TOKENS / 16, RANK_TILES = RANK / 8, STAGE_BYTES = (TOKENS + RANK) * ROW_BYTES;
     static_assert(WARPS * TOKENS * RANK * 4 <= SHARED_BYTES<RANK, TOKENS>, "the sums of all warps take the tiles' place");
     DYNAMIC_SHARED(unsigned char, shared);
@@ -52,7 +48,7 @@ __device__ void low_rank_forward(T* low, const T* x, const T* a, int n, int inpu
             const unsigned tile = tiles + step % STAGES * STAGE_BYTES;
             const int column = step * COLUMNS;
             load_tile(tile, TOKENS, x + column, x_stride, n - first, inputs - column);
-            load_tile(tile + TOKENS * ROW_BYTES, RANK, a + column, a_stride, rank, inputs - column);
+            load_tile(tile + TOKENS * ROW_BYTES, RANK, a + column, a_stride, room, inputs - column);
         }
         cp_async_commit();
     };
@@ -71,11 +67,11 @@ __device__ void low_rank_forward(T* low, const T* x, const T* a, int n, int inpu
             const int column = (k * WARPS + warp) * 16;
             unsigned x_own[TOKEN_TILES][4];
 #pragma unroll
-            for (int i = 0; i < TOKEN_TILES; i++) ldmatrix_x4(x_own[i], in_tile(x_tile, i * 16 + lane % 16, column + lane / 16 * 8));
+            for (int i = 0; i < TOKEN_TILES; i++) ldmatrix_x4(x_own[i], in_tile<ROW_BYTES>(x_tile, i * 16 + lane % 16, column + lane / 16 * 8));
 #pragma unroll
             for (int j = 0; j < RANK_TILES; j += 2) {
                 unsigned four[4];
-                ldmatrix_x4(four, in_tile(a_tile, j * 8 + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8));
+                ldmatrix_x4(four, in_tile<ROW_BYTES>(a_tile, j * 8 + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8));
                 const unsigned b[2][2] = {{four[0], four[1]}, {four[2], four[3]}};
 #pragma unroll
                 for (int i = 0; i < TOKEN_TILES; i++) {
@@ -120,9 +116,9 @@ __device__ void low_rank_forward(T* low, const T* x, const T* a, int n, int inpu
 #define DEFINE(NAME, T, RANK, TOKENS)                                                                                                       \
     extern "C" __device__ int low_rank_forward_##RANK##_##TOKENS##_##NAME##_launch[3] = {TOKENS, THREADS, SHARED_BYTES<RANK, TOKENS>};       \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                                                   \
-    low_rank_forward_##RANK##_##TOKENS##_##NAME(T* low, const T* x, const T* a, int n, int inputs, int rank, int room, int x_stride,         \
-                                                int a_stride, int low_stride, float scaling) {                                              \
-        low_rank_forward<RANK, TOKENS, T>(low, x, a, n, inputs, rank, room, x_stride, a_stride, low_stride, scaling);                        \
+    low_rank_forward_##RANK##_##TOKENS##_##NAME(T* low, const T* x, const T* a, int n, int inputs, int room, int x_stride, int a_stride,     \
+                                                int low_stride, float scaling) {                                                            \
+        low_rank_forward<RANK, TOKENS, T>(low, x, a, n, inputs, room, x_stride, a_stride, low_stride, scaling);                              \
     }
 #define DEFINE_ALL(NAME, T)                                     \
     DEFINE(NAME, T, 16, 16)                                     \

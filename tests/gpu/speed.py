@@ -149,7 +149,8 @@ def main():
             lines = [json.loads(line) for line in Path("/tmp/speed-out/trainer_log.jsonl").read_text().splitlines()]
             tokens = [line["total_tokens"] for line in lines]
             times = [line["total_tokens"] / line["throughput"] for line in lines]
-            steps = [b - a for a, b in zip(times, times[1:])][2:]
+            steps = [b - a for a, b in zip(times, times[1:])]
+            steps = steps[2:] or steps[-1:]
             per_step = tokens[1] - tokens[0]
             pace = per_step / statistics.median(steps)
             bound = rate * 1e12 / (step_flops(shape, per_step, args.length) / per_step)

@@ -1,6 +1,7 @@
 //! Speed and memory of training.
 
 use std::fs;
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Instant;
 
@@ -11,10 +12,8 @@ const ROW: &str = "512";
 
 /// `cargo xtask bench cpu`: SmolLM2, LoRA r=16 on the seven kinds, rows of 512 tokens.
 pub fn cpu() -> Result<()> {
-    run(&mut cargo(&["build", "--release", "--locked", "--package", "ferrotune-cli"]))?;
+    let folder = built()?;
     let model = test_model::fetch()?;
-    let folder = root().join("target").join("bench");
-    fs::create_dir_all(&folder).map_err(|error| format!("can't create {}: {error}", folder.display()))?;
     let rows = folder.join("rows.jsonl");
     fs::write(&rows, long_rows(64)).map_err(|error| format!("can't write {}: {error}", rows.display()))?;
 
@@ -42,6 +41,36 @@ pub fn cpu() -> Result<()> {
         println!("{name}: process start to end of a run of one step: {first:.2} s");
     }
     Ok(())
+}
+
+/// `cargo xtask bench gpu CONFIG [key=value …]`: steps of a config as they are, then with each kernel measured. The second run
+/// prints a token's operations, the card's own rate of products, the share of it that was reached, and a line for each kernel:
+/// time, share of the step, rate, and that beside the best the card does. Evaluation data would be measured too.
+pub fn gpu(config: &str, keys: &[&str]) -> Result<()> {
+    let out = format!("output_dir={}", built()?.join("gpu").display());
+    let train = |name: &str, profile: bool| {
+        println!("── {name}");
+        let mut command = Command::new(program());
+        command.args(["train", config, "device=cuda", "max_steps=8", "logging_steps=1", "save_strategy=no"]);
+        // Nothing of a config that isn't training, and nothing that others see.
+        command.args(["push_to_hub=false", "resume_from_checkpoint=false", "do_predict=false", "eval_strategy=no"]);
+        command.args([out.as_str(), "overwrite_output_dir=true", "val_size=0"]).args(keys);
+        if profile {
+            command.env("FERROTUNE_PROFILE", "1");
+        }
+        run(&mut command)
+    };
+    train("speed", false)?;
+    train("kernels", true)
+}
+
+/// Builds the program; the folder for what is measured with it.
+fn built() -> Result<PathBuf> {
+    // The whole workspace, as other verbs build it: another choice of packages would be built anew.
+    run(&mut cargo(&["build", "--release", "--locked", "--workspace", "--bins"]))?;
+    let folder = root().join("target").join("bench");
+    fs::create_dir_all(&folder).map_err(|error| format!("can't create {}: {error}", folder.display()))?;
+    Ok(folder)
 }
 
 /// Rows that are longer than any row of the bench; each differs, none means anything.

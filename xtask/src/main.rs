@@ -28,6 +28,7 @@ const USAGE: &str = "cargo xtask <verb>
   quickstart           builds, fetches SmolLM2, fine-tunes it, shows its answers before and after
   gpu-test             builds what tests/gpu/run.py needs on a machine with a GPU, into target/gpu-test
   bench cpu            speed and memory of training on this machine's cores
+  bench gpu CONFIG [key=value …]  a few steps of a config (a path from the top) on the GPU: speed, operations, and how far each kernel is from its bound
   fuzz [kind] [--runs N]   hostile chat templates (template), damaged files: json, jsonl, csv, tsv, txt, parquet, arrow,
                        safetensors, bnb, gguf
   peers [words]        trains a tiny model of each family, and lets transformers, PEFT and bitsandbytes read what leaves;
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
         ["quickstart"] => quickstart::run_all(),
         ["gpu-test"] => gpu_test::prepare(),
         ["bench", "cpu"] => bench::cpu(),
+        ["bench", "gpu", config, keys @ ..] => bench::gpu(config, keys),
         ["fuzz", words @ ..] => fuzz::run_all(words),
         ["peers", words @ ..] => peers::run_all(words),
         ["fetch-model"] => test_model::fetch().map(|path| println!("{}", path.display())),

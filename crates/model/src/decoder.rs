@@ -113,13 +113,14 @@ impl Decoder {
     }
 
     /// Lets projections stay in memory as a GPU's products read them ([`Linear::keep_whole`]), as many as `bytes` are
-    /// enough for; the bytes that they will take.
+    /// enough for; the bytes that they will take in training.
     pub fn keep_whole(&mut self, bytes: u64) -> u64 {
         let (mut left, dtype) = (bytes, self.dtype);
+        let ctx = Context { training: true, ..Context::new(vec![0]) };
         for block in &mut self.blocks {
             let (attention, mlp) = (&mut block.attention.body, &mut block.mlp.body);
             for linear in [&mut attention.qkv, &mut attention.o].into_iter().chain(mlp.linears_mut()) {
-                let rest = left.checked_sub(linear.whole_bytes(dtype));
+                let rest = linear.whole_bytes(&ctx, dtype).and_then(|taken| left.checked_sub(taken));
                 linear.keep_whole(rest.is_some());
                 left = rest.unwrap_or(left);
             }

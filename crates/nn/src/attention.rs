@@ -61,8 +61,8 @@ pub struct AttentionSaved {
     pub lse: Tensor,
     /// (N, R): what the adapters of q, k and v made of the input, on a GPU.
     pub low: Option<Tensor>,
-    /// What is beside `out`.
-    pub room: Room,
+    /// Whether what `o`'s adapter made of `out` is beside it.
+    pub low_beside_out: bool,
 }
 
 impl SavedTensors for AttentionSaved {
@@ -262,24 +262,18 @@ impl Layer for Attention {
     fn forward(&self, ctx: &Context, x: &Tensor) -> Result<(Tensor, AttentionSaved)> {
         let mut saved = self.recompute(ctx, x)?;
         let y = self.o.forward(ctx, &saved.out)?;
-        saved.room = Room::Low;
+        saved.low_beside_out = true;
         Ok((y, saved))
     }
 
     fn recompute(&self, ctx: &Context, x: &Tensor) -> Result<AttentionSaved> {
         let (projected, qkv) = self.project(ctx, x)?;
         let (out, lse) = self.attend(ctx, &qkv)?;
-        Ok(AttentionSaved { projected, qkv, out, lse, low: self.qkv.low_beside(ctx, x)?, room: Room::Empty })
+        Ok(AttentionSaved { projected, qkv, out, lse, low: self.qkv.low_beside(ctx, x)?, low_beside_out: false })
     }
 
-    fn backward(
-        &mut self,
-        ctx: &Context,
-        x: &Tensor,
-        mut saved: AttentionSaved,
-        dy: Tensor,
-    ) -> Result<Tensor> {
-        let room = std::mem::replace(&mut saved.room, Room::Empty);
+    fn backward(&mut self, ctx: &Context, x: &Tensor, saved: AttentionSaved, dy: Tensor) -> Result<Tensor> {
+        let room = if saved.low_beside_out { Room::Low } else { Room::Empty };
         let dout = self.o.backward_with_room(ctx, &saved.out, room, &dy)?;
         let mut dqkv = self.attend_backward(ctx, &saved, &dout)?;
         if let Some(rope) = &self.rope {

@@ -112,15 +112,16 @@ impl Linear {
     }
 
     /// Whether weights and adapters stay in memory as a GPU's products read them. Else they are laid out so for each
-    /// pass, for which weights in codes are dequantised. Weights that are trained never stay.
+    /// pass, for which weights in codes are dequantised. Weights that are trained when this is called never stay.
     pub fn keep_whole(&mut self, keep: bool) {
         let frozen = self.parts.iter_mut().all(|it| it.weight.parameters().is_empty());
         self.whole = (keep && frozen).then(Box::default);
     }
 
-    /// Bytes that [`Linear::keep_whole`] takes, for activations of this type.
-    pub fn whole_bytes(&self, dtype: DType) -> u64 {
-        fused::whole_bytes(self.rows(), self.cols(), dtype)
+    /// Bytes that [`Linear::keep_whole`] takes on a GPU, for activations of this type; none where it keeps nothing in such a
+    /// pass: without adapters, or where they are more than low-rank products.
+    pub fn whole_bytes(&self, ctx: &Context, dtype: DType) -> Option<u64> {
+        self.fused_on_gpu(ctx).map(|fused| fused.bytes(dtype))
     }
 
     /// Output features of all parts.

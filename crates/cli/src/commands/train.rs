@@ -84,7 +84,9 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
     model.neftune_noise_alpha = run.config.neftune_noise_alpha.unwrap_or(0.0);
     model.recompute = recompute(&run, longest_batch);
     let cached = model.keep_whole(weight_cache(&run, longest_batch));
-    tracing::info!("weights of {} stay as products read them", bytes(cached));
+    if cached > 0 {
+        tracing::info!("{} of memory for weights as products read them", bytes(cached));
+    }
     if !model.recompute.contains(&Recompute::Keep) {
         model.embedding_to_host()?;
     }
@@ -111,7 +113,7 @@ pub fn run(args: &TrainArgs, console: &Console) -> anyhow::Result<Outcome> {
         log: LogWriter::new(&run.output_dir, done),
         events: run.config.reports_to_tensorboard().then(|| EventWriter::new(&run.output_dir)),
         interrupted: interrupted()?,
-        weights_cached: cached > 0 && run.config.weight_cache_gib.is_none(),
+        weights_cached: cached > 0,
     };
     let summary =
         train(&settings, resumed, &mut model, batches.source(), &NextToken, optimizer.as_mut(), &mut hooks);

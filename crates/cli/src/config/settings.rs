@@ -295,7 +295,7 @@ settings! {
         fp16: bool = false,
         /// Activations in the backward pass: keep, all (computed again), lean (the same, inputs on the host), offload (to the host) or auto.
         recompute: Recompute = Recompute::Auto,
-        /// GiB of a GPU's memory in which weights stay as products read them, so that 4-bit ones needn't be dequantised for each pass; null: half of what `recompute: auto` leaves.
+        /// GiB of a GPU's memory in which adapted weights stay as products read them: 4-bit ones needn't be dequantised for each pass then, others not copied; null: half of what `recompute: auto` leaves.
         weight_cache_gib: Option<f64> = None,
         /// The same as `recompute: keep`.
         disable_gradient_checkpointing: bool = false,

@@ -123,7 +123,7 @@ impl ModelSpec {
     }
 
     /// Bytes that a block keeps of one token: x, q, k, v, out, mid, gate, up, of experts what these two became (on a
-    /// GPU), what the adapters' first halves gave, and in f32 the two norms' reciprocals and one sum for each head.
+    /// GPU), what the adapters' first halves gave and the columns that outputs and gradients have to spare for it, and in f32 the two norms' reciprocals and one sum for each head.
     fn kept_per_token(&self, layer: usize, plan: &MemoryPlan) -> u64 {
         let layer = &self.layers[layer];
         let (attention, experts) = (&layer.attention, layer.mlp.experts);
@@ -132,7 +132,8 @@ impl ModelSpec {
             experts.map_or(0, |it| 2 * it.num_experts_per_tok * self.hidden_size + it.num_experts);
         let streams = 2 * self.hidden_size + 2 * attention.q_width() + 2 * attention.kv_width();
         let inner = inner * (1 + usize::from(layer.mlp.gated) + usize::from(experts.is_some()));
-        let adapters = layer.linears_of_a_token(self.hidden_size).count() * plan.lora_rank;
+        // Beside out and kept of it, beside gate and up as their gradient, and kept of the others' inputs.
+        let adapters = (layer.linears_of_a_token(self.hidden_size).count() + 2) * plan.lora_rank;
         let f32s = 2 + attention.num_attention_heads;
         ((streams + inner + expert_rows + adapters) * plan.activation_bytes + f32s * 4) as u64
     }

@@ -126,7 +126,11 @@ impl Linear {
     }
 
     pub(super) fn fused(&self, ctx: &Context, like: &Tensor) -> Option<Fused<'_>> {
-        like.gpu()?;
+        like.gpu().and_then(|_| self.fused_on_gpu(ctx))
+    }
+
+    /// As it would be with an input on a GPU.
+    pub(super) fn fused_on_gpu(&self, ctx: &Context) -> Option<Fused<'_>> {
         if self.parts.len() > PARTS {
             return None;
         }
@@ -160,6 +164,11 @@ impl Linear {
 }
 
 impl Fused<'_> {
+    /// Bytes of E.
+    pub(super) fn bytes(&self, dtype: DType) -> u64 {
+        ((self.outputs + self.room) * (self.inputs + self.room) * dtype.size_in_bytes()) as u64
+    }
+
     /// E. Of one that was kept only the border is written: the rest doesn't change.
     fn weights(&self, like: &Tensor) -> Result<Tensor> {
         let (inputs, outputs, room) = (self.inputs, self.outputs, self.room);
@@ -333,27 +342,25 @@ impl Fused<'_> {
     fn low(&self, x: &Tensor) -> Result<Tensor> {
         let (low, mut first) = (x.empty_like(x.rows(), self.room)?, 0);
         for LowRank { a, .. } in self.parts.iter().filter_map(|(_, low_rank)| low_rank.as_ref()) {
-            self.low_of((x, self.inputs), (a, 0..a.rows()), (&low, first), a.rows())?;
+            self.low_of(x, (a, 0..a.rows()), (&low, first))?;
             first += a.rows();
         }
         Ok(low)
     }
 
-    /// `room` columns of low, from some column of a matrix on, of the first columns of x and rows of a matrix that begin with them.
+    /// low of some rows of A, from some column of a matrix on.
     fn low_of(
         &self,
-        (x, inputs): (&Tensor, usize),
+        x: &Tensor,
         (a, rows): (&Tensor, Range<usize>),
         (low, first): (&Tensor, usize),
-        room: usize,
     ) -> Result<()> {
-        let (rank, scaling) = (rows.len(), self.scaling);
-        let thin = ThinForward { scaling, x, inputs, a: (a, rows.start), rank, low: (low, first), room };
-        if thin.run()? {
+        let (inputs, rank, scaling) = (self.inputs, rows.len(), self.scaling);
+        if (ThinForward { scaling, x, inputs, a: (a, rows.start), low: (low, first), rank }).run()? {
             return Ok(());
         }
         let a = Operand::block(a, rows, 0..inputs).transposed();
-        multiply_on_gpu(scaling, Operand::columns(x, 0..inputs), a, 0.0, low, first..first + room)
+        multiply_on_gpu(scaling, Operand::columns(x, 0..inputs), a, 0.0, low, first..first + rank)
     }
 
     /// Writes low beside x; the copy of x, where it had no room.
@@ -361,8 +368,7 @@ impl Fused<'_> {
         let (inputs, room) = (self.inputs, self.room);
         let copied = with_room(x, inputs, room)?;
         let wide = copied.as_ref().unwrap_or(x);
-        let a = (weights, self.outputs..self.outputs + room);
-        self.low_of((wide, inputs), a, (wide, inputs), room)?;
+        self.low_of(wide, (weights, self.outputs..self.outputs + room), (wide, inputs))?;
         Ok(copied)
     }
 
@@ -376,12 +382,6 @@ impl Fused<'_> {
         }
         Ok(())
     }
-}
-
-/// Bytes of E with the room that usual ranks take.
-pub(super) fn whole_bytes(outputs: usize, inputs: usize, dtype: DType) -> u64 {
-    let room = 2 * WIDE_ALIGNMENT;
-    ((outputs + room) * (inputs + room) * dtype.size_in_bytes()) as u64
 }
 
 /// A copy with room, unless the tensor has it.

@@ -40,7 +40,7 @@ pub(super) struct Hooks<'a> {
     pub(super) log: LogWriter,
     pub(super) events: Option<EventWriter>,
     pub(super) interrupted: Arc<AtomicBool>,
-    /// Whether weights stay in a GPU's memory as products read them, so many as `recompute: auto` has room for.
+    /// Whether weights stay in a GPU's memory as products read them.
     pub(super) weights_cached: bool,
 }
 
@@ -105,16 +105,16 @@ impl RunHooks<Decoder> for Hooks<'_> {
         Ok(())
     }
 
-    /// `recompute: auto` does without the cache of weights, then computes half of the blocks that were kept again.
+    /// First the cache of weights goes; then `recompute: auto` computes half of the blocks that were kept again.
     fn spare_memory(&mut self, model: &mut Decoder, error: &Error) -> bool {
+        if std::mem::take(&mut self.weights_cached) {
+            model.keep_whole(0);
+            self.console.warn(format!("{error}; going on without `weight_cache_gib`"));
+            return true;
+        }
         let kept = model.recompute.iter().filter(|it| **it == Recompute::Keep).count();
         if kept == 0 || self.run.config.recompute_policy() != config::Recompute::Auto {
             return false;
-        }
-        if std::mem::take(&mut self.weights_cached) {
-            model.keep_whole(0);
-            self.console.warn(format!("{error}; going on without the cache of weights"));
-            return true;
         }
         let (left, blocks) = (kept / 2, model.recompute.len());
         model.recompute[left..].fill(Recompute::Recompute);

@@ -176,8 +176,10 @@ pub(super) fn recompute(run: &Run, longest_batch: usize) -> Vec<Recompute> {
         config::Recompute::Offload => return vec![Recompute::Offload; blocks],
         config::Recompute::Auto => {
             let plan = memory_plan(&run.config, &run.model.files, &run.computing, longest_batch);
-            available_memory(&run.computing)
-                .map_or(blocks, |available| run.model.files.spec.blocks_kept(&plan, available / 10 * 9))
+            let cached = asked_cache(run).unwrap_or(0);
+            available_memory(&run.computing).map_or(blocks, |available| {
+                run.model.files.spec.blocks_kept(&plan, (available / 10 * 9).saturating_sub(cached))
+            })
         }
     };
     (0..blocks).map(|block| if block < kept { Recompute::Keep } else { Recompute::Recompute }).collect()
@@ -185,13 +187,18 @@ pub(super) fn recompute(run: &Run, longest_batch: usize) -> Vec<Recompute> {
 
 /// Bytes for weights as a GPU's products read them.
 pub(super) fn weight_cache(run: &Run, longest_batch: usize) -> u64 {
-    match (run.config.weight_cache_gib, run.config.recompute_policy(), run.computing.device.gpu()) {
+    match (asked_cache(run), run.config.recompute_policy(), run.computing.device.gpu()) {
         (_, _, None) => 0,
-        (Some(gib), ..) => (gib * f64::from(1 << 30)) as u64,
+        (Some(bytes), ..) => bytes,
         (None, config::Recompute::Auto, Some(gpu)) => {
             let plan = memory_plan(&run.config, &run.model.files, &run.computing, longest_batch);
             run.model.files.spec.left_beside(&plan, gpu.available_memory() / 10 * 9) / 2
         }
         _ => 0,
     }
+}
+
+/// What `weight_cache_gib` asks for, in bytes.
+fn asked_cache(run: &Run) -> Option<u64> {
+    run.config.weight_cache_gib.map(|gib| (gib * f64::from(1 << 30)) as u64)
 }
