@@ -33,7 +33,7 @@ fn shows_what_is_trained_on() {
     assert!(ran.stdout.starts_with(expected), "{}", ran.stdout);
     let ran = ran
         .prints("<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n⟦I am Ferris.<|im_end|>⟧")
-        .prints("data set  rows.jsonl (openai): 3 rows\n          2: the same as an earlier row (rows.jsonl:2, rows.jsonl:3)\nsamples   3; 0 rows left out\n")
+        .prints("data set  rows.jsonl (openai): 3 rows\n          2: the same as an earlier row (rows.jsonl:2, rows.jsonl:3)\nsamples   3\n")
         .prints("cutoff    2,048; none is longer\nsteps     9 of 1 sample\n");
     assert!(!ran.stdout.contains("sample 2"), "{}", ran.stdout);
 

@@ -53,7 +53,12 @@ pub fn gpu(config: &str, keys: &[&str]) -> Result<()> {
         let mut command = Command::new(program());
         command.args(["train", config, "device=cuda", "max_steps=8", "logging_steps=1", "save_strategy=no"]);
         // Nothing of a config that isn't training, and nothing that others see.
-        command.args(["push_to_hub=false", "resume_from_checkpoint=false", "do_predict=false", "eval_strategy=no"]);
+        command.args([
+            "push_to_hub=false",
+            "resume_from_checkpoint=false",
+            "do_predict=false",
+            "eval_strategy=no",
+        ]);
         command.args([out.as_str(), "overwrite_output_dir=true", "val_size=0"]).args(keys);
         if profile {
             command.env("FERROTUNE_PROFILE", "1");

@@ -33,6 +33,13 @@ impl RunConfig {
     /// When the file can't be read or any key or value is wrong: one [`Usage`] error that lists all of them.
     pub fn load(file: Option<&Path>, words: &[String]) -> anyhow::Result<RunConfig> {
         let text = match file {
+            Some(path) if path.extension().is_some_and(|it| it == "jsonl") => {
+                let shown = path.display();
+                let message = format!(
+                    "{shown}: this is data; a config is a YAML file, in which `dataset: {shown}` names it"
+                );
+                return Err(Usage::one(message).into());
+            }
             Some(path) => Some(read_file(path)?),
             None => None,
         };

@@ -42,10 +42,19 @@ impl std::fmt::Display for RunState {
     }
 }
 
+/// Whether a folder holds a run: a log, or a checkpoint.
+pub fn is_run(folder: &Path) -> bool {
+    folder.join("trainer_log.jsonl").is_file() || !checkpoints(folder).is_empty()
+}
+
 impl RunLog {
-    /// The run in this folder; none where it holds no log.
+    /// The run in this folder; none where it holds neither a log nor a checkpoint.
     pub fn read(folder: &Path) -> Option<RunLog> {
-        let text = fs::read_to_string(folder.join("trainer_log.jsonl")).ok()?;
+        if !is_run(folder) {
+            return None;
+        }
+        // One that was stopped early may have logged nothing yet.
+        let text = fs::read_to_string(folder.join("trainer_log.jsonl")).unwrap_or_default();
         let lines: Vec<Value> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
         let curve = |key: &str| -> Vec<(f64, f64)> {
             lines.iter().filter_map(|it| Some((it["current_steps"].as_f64()?, it[key].as_f64()?))).collect()

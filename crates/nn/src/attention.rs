@@ -269,7 +269,14 @@ impl Layer for Attention {
     fn recompute(&self, ctx: &Context, x: &Tensor) -> Result<AttentionSaved> {
         let (projected, qkv) = self.project(ctx, x)?;
         let (out, lse) = self.attend(ctx, &qkv)?;
-        Ok(AttentionSaved { projected, qkv, out, lse, low: self.qkv.low_beside(ctx, x)?, low_beside_out: false })
+        Ok(AttentionSaved {
+            projected,
+            qkv,
+            out,
+            lse,
+            low: self.qkv.low_beside(ctx, x)?,
+            low_beside_out: false,
+        })
     }
 
     fn backward(&mut self, ctx: &Context, x: &Tensor, saved: AttentionSaved, dy: Tensor) -> Result<Tensor> {

@@ -63,7 +63,10 @@ fn export(
     let read = |folder: &PathBuf| read_adapter(folder, &model.files.spec);
     let adapters = config.adapter_name_or_path.iter().map(read).collect::<anyhow::Result<Vec<_>>>()?;
     model.set_template(&config)?;
-    warn_of_few_bits(&mut config, &model.files, !adapters.is_empty(), console)?;
+    // An adapter alone has nothing of the base's weights.
+    if config.export_format != ExportFormat::GgufAdapter {
+        warn_of_few_bits(&mut config, &model.files, !adapters.is_empty(), console)?;
+    }
     let card = merged_card(&model.name, adapters.last());
 
     if config.export_format == ExportFormat::GgufAdapter {

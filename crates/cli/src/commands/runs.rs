@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::Outcome;
 use crate::args::RunsArgs;
 use crate::console::Console;
-use crate::run_log::RunLog;
+use crate::run_log::{RunLog, is_run};
 
 /// How far below the folder runs are looked for.
 const DEPTH: usize = 4;
@@ -16,8 +16,10 @@ const DEPTH: usize = 4;
 pub fn run(args: &RunsArgs, console: &Console) -> anyhow::Result<Outcome> {
     let mut folders = Vec::new();
     find(&args.folder, DEPTH, &mut folders);
-    let written =
-        |folder: &PathBuf| fs::metadata(folder.join("trainer_log.jsonl")).and_then(|it| it.modified()).ok();
+    let written = |folder: &PathBuf| {
+        let log = fs::metadata(folder.join("trainer_log.jsonl"));
+        log.or_else(|_| fs::metadata(folder)).and_then(|it| it.modified()).ok()
+    };
     folders.sort_by_key(|it| std::cmp::Reverse((written(it), it.clone())));
     let runs: Vec<(PathBuf, RunLog)> =
         folders.into_iter().filter_map(|it| Some((it.clone(), RunLog::read(&it)?))).collect();
@@ -50,9 +52,9 @@ pub fn run(args: &RunsArgs, console: &Console) -> anyhow::Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-/// Folders with a log; a run's own folders are not looked into.
+/// Folders of runs; a run's own folders are not looked into.
 fn find(folder: &Path, depth: usize, found: &mut Vec<PathBuf>) {
-    if folder.join("trainer_log.jsonl").is_file() {
+    if is_run(folder) {
         found.push(folder.to_path_buf());
         return;
     }

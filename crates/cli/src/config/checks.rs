@@ -4,6 +4,9 @@ use super::choices::*;
 use super::kinds::Steps;
 use super::settings::RunConfig;
 
+/// More threads than any machine has use for: they would spend their time looking for work.
+const MOST_THREADS: usize = 1024;
+
 impl RunConfig {
     /// What no single key shows: values out of range and keys that contradict each other.
     pub(super) fn contradictions(&self) -> Vec<(&'static str, String)> {
@@ -160,7 +163,8 @@ impl RunConfig {
             "loftq makes up for what 4 bits lose; set `quantization_bit: 4`",
         );
         check(!(loftq && self.pissa_init), "init_lora_weights", "loftq and `pissa_init` exclude each other");
-        check(self.num_threads != Some(0), "num_threads", "expected 1 or more");
+        let threads = self.num_threads.is_none_or(|it| (1..=MOST_THREADS).contains(&it));
+        check(threads, "num_threads", &format!("expected 1 to {MOST_THREADS}"));
         check(self.export_size > 0.0, "export_size", "expected more than 0");
         check(self.max_new_tokens > 0, "max_new_tokens", "expected 1 or more");
         check(self.temperature >= 0.0, "temperature", "expected 0 or more");
@@ -173,7 +177,7 @@ impl RunConfig {
             "`recompute: all` or `lean` and `disable_gradient_checkpointing: true` exclude each other; choose one",
         );
         let cache = self.weight_cache_gib.is_none_or(|gib| (0.0..1e6).contains(&gib));
-        check(cache, "weight_cache_gib", "expected GiB, 0 or more");
+        check(cache, "weight_cache_gib", "expected GiB, from 0 to a million");
         let one_device = matches!(self.device.as_str(), "auto" | "cpu" | "cuda")
             || self.device.strip_prefix("cuda:").is_some_and(|ordinal| ordinal.parse::<usize>().is_ok());
         let several = self.device.contains(',') || self.device == "balanced";

@@ -112,9 +112,12 @@ pub fn check_trained(config: &RunConfig, model: &OpenModel) -> anyhow::Result<()
         return checked.map_err(|error| Usage::one(error.to_string()).into());
     }
     if model.files.kind != FileKind::Folder {
-        let message =
-            "training whole weights needs a model folder as Hugging Face lays it out, not a GGUF file";
-        return Err(mistake(config, "finetuning_type", message));
+        let message = format!(
+            "training whole weights needs a model folder as Hugging Face lays it out, and the model is a GGUF file, {}; \
+             name a folder (with another `cache_dir`, a name is fetched anew), or use `finetuning_type: lora`",
+            model.files.path.display()
+        );
+        return Err(mistake(config, "finetuning_type", &message));
     }
     if model.files.four_bit.is_some() {
         let message = "weights in 4 bits can't be trained themselves; use `finetuning_type: lora`, or the 16-bit original";

@@ -143,8 +143,7 @@ impl Thin<'_> {
         let floats = |rows: usize, cols: usize| Tensor::empty(rows, cols, DType::F32, &dy.device());
         let dlow = floats(column_blocks, dy.rows() * padded)?;
         let db = floats(token_blocks, column_blocks * facts.rows * padded)?;
-        let launch =
-            gpu.kernel(MODULE, kernel, dtype)?.grid_of((column_blocks, token_blocks), facts.threads);
+        let launch = gpu.kernel(MODULE, kernel, dtype)?.grid_of((column_blocks, token_blocks), facts.threads);
         let launch = launch.shared(facts.shared).tensor(&dlow).tensor(&db).tensor(dy);
         let launch = launch.tensor_at(weights, b_column).tensor_at(low, low_column);
         let launch = sizes_of(launch, &parts).int(dy.rows()).int(dy.cols()).int(weights.cols());

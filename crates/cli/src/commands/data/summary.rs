@@ -81,7 +81,11 @@ pub fn write(out: &mut impl Write, data: &OpenData, config: &RunConfig, cost: &C
             writeln!(out, "          {}", noticed(doubt))?;
         }
     }
-    writeln!(out, "samples   {}; {} left out", count(report.samples), rows(report.dropped.len()))?;
+    let further = match report.dropped.len() {
+        0 => String::new(),
+        dropped => format!("; {} left out", rows(dropped)),
+    };
+    writeln!(out, "samples   {}{further}", count(report.samples))?;
     for reason in left_out(data) {
         writeln!(out, "          {}", noticed(&reason))?;
     }
