@@ -142,7 +142,7 @@ fn sets_are_mixed() {
     let check = |words: &[&str], samples: usize| {
         let words: Vec<&str> =
             ["data", "c.yaml", "dataset=a.jsonl,b.jsonl"].iter().chain(words).copied().collect();
-        dir.ferrotune(&words).succeeds().prints(&format!("samples   {samples};"));
+        dir.ferrotune(&words).succeeds().prints(&format!("samples   {samples}\n"));
     };
     check(&[], 8);
     check(&["mix_strategy=interleave_under"], 4);
@@ -186,7 +186,7 @@ fn a_stream_is_trained_on_and_resumed_exactly() {
     dir.ferrotune(&["train", "c.yaml", "num_threads=1", "output_dir=again", checkpoint]).succeeds();
     let losses = dir.losses("out");
     assert_eq!((losses.len(), &losses[4..]), (9, &dir.losses("again")[..]));
-    dir.ferrotune(&["data", "c.yaml"]).succeeds().prints("samples   8;");
+    dir.ferrotune(&["data", "c.yaml"]).succeeds().prints("samples   8\n");
 }
 
 #[test]
@@ -239,7 +239,7 @@ fn tables_are_read() {
         let path = repository("tests/fixtures/rows").join(name);
         let set = format!("dataset={}", path.display());
         let ran =
-            dir.ferrotune(&["data", "c.yaml", &set]).succeeds().prints("(sharegpt)").prints("samples   5;");
+            dir.ferrotune(&["data", "c.yaml", &set]).succeeds().prints("(sharegpt)").prints("samples   5\n");
         ran.says("1 row has an answer without a word");
     }
     dir.ferrotune(&["data", "c.yaml", "dataset=org/name"])
