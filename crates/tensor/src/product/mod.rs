@@ -17,7 +17,6 @@ mod kernel_split;
 #[cfg(target_arch = "x86_64")]
 mod pack;
 mod portable;
-#[cfg(target_arch = "x86_64")]
 mod scratch;
 mod tensors;
 #[cfg(target_arch = "x86_64")]

@@ -2,6 +2,7 @@
 
 use rayon::prelude::*;
 
+use super::scratch::{self, lend};
 use super::{Matrix, MatrixMut, Tiles};
 use crate::tensor::Real;
 
@@ -45,6 +46,48 @@ pub(super) fn product<T: Real>(
 /// Numbers of a [`Tiles`] that are written out at once.
 const PIECE: usize = 1 << 20;
 
+/// Most rows of `a` with which each row of a [`Tiles`] is multiplied as soon as it is written out, as in generating text.
+const FEW_ROWS: usize = 4;
+
+/// `c = alpha·a·wᵀ + beta·c` for few rows of `a`: what `w` writes out stays in the L1 cache.
+fn few_rows(alpha: f32, a: Matrix<'_, f32>, w: &dyn Tiles, beta: f32, c: MatrixMut<'_, f32>, threads: usize) {
+    let (k, n) = (a.cols, w.rows());
+    let mut sums = vec![0.0; n * a.rows];
+    let lines = n.div_ceil(threads * 4).max(1);
+    let part = |(index, sums): (usize, &mut [f32])| {
+        lend(&scratch::PIECE, k, |row| {
+            for (line, sums) in sums.chunks_mut(a.rows).enumerate() {
+                let line = index * lines + line;
+                w.read(line..line + 1, 0..k, &mut row[..k]);
+                for (i, sum) in sums.iter_mut().enumerate() {
+                    *sum = alpha * dot(&a.data[i * a.row_stride..][..k], &row[..k]);
+                }
+            }
+        });
+    };
+    match threads {
+        1 => sums.chunks_mut(lines * a.rows).enumerate().for_each(part),
+        _ => sums.par_chunks_mut(lines * a.rows).enumerate().for_each(part),
+    }
+    for (i, c) in c.data.chunks_mut(c.row_stride).take(a.rows).enumerate() {
+        for (c, sums) in c[..n].iter_mut().zip(sums.chunks(a.rows)) {
+            *c = if beta == 0.0 { sums[i] } else { sums[i] + beta * *c };
+        }
+    }
+}
+
+/// Sixteen sums side by side, which a compiler keeps in registers of any width.
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    const WIDTH: usize = 16;
+    let mut sums = [0.0; WIDTH];
+    let (a, b) = (a.chunks_exact(WIDTH), b.chunks_exact(WIDTH));
+    let rest: f32 = a.remainder().iter().zip(b.remainder()).map(|(a, b)| a * b).sum();
+    for (a, b) in a.zip(b) {
+        sums.iter_mut().zip(a.iter().zip(b)).for_each(|(sum, (a, b))| *sum += a * b);
+    }
+    sums.iter().sum::<f32>() + rest
+}
+
 /// The same with a matrix that writes out pieces of itself: some of its rows at a time.
 pub(super) fn product_tiles(
     alpha: f32,
@@ -55,12 +98,33 @@ pub(super) fn product_tiles(
     c: MatrixMut<'_, f32>,
     threads: usize,
 ) {
+    if transposed && a.rows <= FEW_ROWS && (a.col_stride == 1 || a.cols == 1) {
+        return few_rows(alpha, a, w, beta, c, threads);
+    }
     let (rows, cols) = (w.rows(), w.cols());
     let step = (PIECE / cols.max(1)).clamp(1, rows.max(1));
-    let mut piece = vec![0.0; step * cols];
+    lend(&scratch::RIGHT, step * cols, |piece| {
+        in_pieces(alpha, a, w, transposed, beta, c, threads, &mut piece[..step * cols]);
+    });
+}
+
+/// [`product_tiles`] with as many rows at a time as there is room for.
+#[expect(clippy::too_many_arguments, reason = "the operands of one product, and room")]
+fn in_pieces(
+    alpha: f32,
+    a: Matrix<'_, f32>,
+    w: &dyn Tiles,
+    transposed: bool,
+    beta: f32,
+    c: MatrixMut<'_, f32>,
+    threads: usize,
+    room: &mut [f32],
+) {
+    let (rows, cols) = (w.rows(), w.cols());
+    let step = room.len() / cols.max(1);
     for start in (0..rows).step_by(step) {
         let part = start..rows.min(start + step);
-        let piece = &mut piece[..part.len() * cols];
+        let piece = &mut room[..part.len() * cols];
         let lines = part.len().div_ceil(threads).max(1);
         piece.par_chunks_mut(lines * cols).enumerate().for_each(|(index, out)| {
             let first = start + index * lines;
