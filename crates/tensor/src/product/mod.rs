@@ -258,6 +258,15 @@ fn dense<T: Real>(
         return by_engine(engine, alpha, a, blocked::Right::Dense(b), beta, c, threads);
     }
     let _ = precision;
+    // As of a matrix that is read in pieces: the same bits.
+    if let (Some(a), Some(b)) = (a.as_f32(), b.as_f32())
+        && portable::is_few(&a)
+        && b.row_stride == 1
+    {
+        let c = c.into_f32().expect("the type of a");
+        let (alpha, beta) = (alpha.wide() as f32, beta.wide() as f32);
+        return portable::few_rows(alpha, a, &portable::Lines(b.transposed()), beta, c, threads);
+    }
     portable::product(alpha, a, b, beta, c, threads);
 }
 

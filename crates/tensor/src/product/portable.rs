@@ -1,5 +1,7 @@
 //! Products through the `gemm` crate: f64, and f32 on CPUs that we have no kernels for.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::scratch::{self, lend};
@@ -50,7 +52,14 @@ const PIECE: usize = 1 << 20;
 const FEW_ROWS: usize = 4;
 
 /// `c = alpha·a·wᵀ + beta·c` for few rows of `a`: what `w` writes out stays in the L1 cache.
-fn few_rows(alpha: f32, a: Matrix<'_, f32>, w: &dyn Tiles, beta: f32, c: MatrixMut<'_, f32>, threads: usize) {
+pub(super) fn few_rows(
+    alpha: f32,
+    a: Matrix<'_, f32>,
+    w: &dyn Tiles,
+    beta: f32,
+    c: MatrixMut<'_, f32>,
+    threads: usize,
+) {
     let (k, n) = (a.cols, w.rows());
     let mut sums = vec![0.0; n * a.rows];
     let lines = n.div_ceil(threads * 4).max(1);
@@ -72,6 +81,30 @@ fn few_rows(alpha: f32, a: Matrix<'_, f32>, w: &dyn Tiles, beta: f32, c: MatrixM
     for (i, c) in c.data.chunks_mut(c.row_stride).take(a.rows).enumerate() {
         for (c, sums) in c[..n].iter_mut().zip(sums.chunks(a.rows)) {
             *c = if beta == 0.0 { sums[i] } else { sums[i] + beta * *c };
+        }
+    }
+}
+
+/// Whether [`few_rows`] takes this left operand.
+pub(super) fn is_few(a: &Matrix<'_, f32>) -> bool {
+    a.rows <= FEW_ROWS && (a.col_stride == 1 || a.cols == 1)
+}
+
+/// A matrix whose rows are each in one piece, as a [`Tiles`].
+pub(super) struct Lines<'a>(pub(super) Matrix<'a, f32>);
+
+impl Tiles for Lines<'_> {
+    fn rows(&self) -> usize {
+        self.0.rows
+    }
+
+    fn cols(&self) -> usize {
+        self.0.cols
+    }
+
+    fn read(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
+        for (row, out) in rows.zip(out.chunks_mut(cols.len())) {
+            out.copy_from_slice(&self.0.data[row * self.0.row_stride..][cols.clone()]);
         }
     }
 }
@@ -98,7 +131,7 @@ pub(super) fn product_tiles(
     c: MatrixMut<'_, f32>,
     threads: usize,
 ) {
-    if transposed && a.rows <= FEW_ROWS && (a.col_stride == 1 || a.cols == 1) {
+    if transposed && is_few(&a) {
         return few_rows(alpha, a, w, beta, c, threads);
     }
     let (rows, cols) = (w.rows(), w.cols());
