@@ -61,8 +61,10 @@ pub(super) fn few_rows(
     threads: usize,
 ) {
     let (k, n) = (a.cols, w.rows());
-    let mut sums = vec![0.0; n * a.rows];
-    let lines = n.div_ceil(threads * 4).max(1);
+    if n == 0 {
+        return;
+    }
+    let lines = n.div_ceil(threads * 4);
     let part = |(index, sums): (usize, &mut [f32])| {
         lend(&scratch::PIECE, k, |row| {
             for (line, sums) in sums.chunks_mut(a.rows).enumerate() {
@@ -74,20 +76,23 @@ pub(super) fn few_rows(
             }
         });
     };
-    match threads {
-        1 => sums.chunks_mut(lines * a.rows).enumerate().for_each(part),
-        _ => sums.par_chunks_mut(lines * a.rows).enumerate().for_each(part),
-    }
-    for (i, c) in c.data.chunks_mut(c.row_stride).take(a.rows).enumerate() {
-        for (c, sums) in c[..n].iter_mut().zip(sums.chunks(a.rows)) {
-            *c = if beta == 0.0 { sums[i] } else { sums[i] + beta * *c };
+    lend(&scratch::LEFT, n * a.rows, |sums| {
+        let sums = &mut sums[..n * a.rows];
+        match threads {
+            1 => sums.chunks_mut(lines * a.rows).enumerate().for_each(part),
+            _ => sums.par_chunks_mut(lines * a.rows).enumerate().for_each(part),
         }
-    }
+        for (i, c) in c.data.chunks_mut(c.row_stride).take(a.rows).enumerate() {
+            for (c, sums) in c[..n].iter_mut().zip(sums.chunks(a.rows)) {
+                *c = if beta == 0.0 { sums[i] } else { sums[i] + beta * *c };
+            }
+        }
+    });
 }
 
 /// Whether [`few_rows`] takes this left operand.
 pub(super) fn is_few(a: &Matrix<'_, f32>) -> bool {
-    a.rows <= FEW_ROWS && (a.col_stride == 1 || a.cols == 1)
+    (1..=FEW_ROWS).contains(&a.rows) && (a.col_stride == 1 || a.cols == 1)
 }
 
 /// A matrix whose rows are each in one piece, as a [`Tiles`].
@@ -136,43 +141,26 @@ pub(super) fn product_tiles(
     }
     let (rows, cols) = (w.rows(), w.cols());
     let step = (PIECE / cols.max(1)).clamp(1, rows.max(1));
-    lend(&scratch::RIGHT, step * cols, |piece| {
-        in_pieces(alpha, a, w, transposed, beta, c, threads, &mut piece[..step * cols]);
-    });
-}
-
-/// [`product_tiles`] with as many rows at a time as there is room for.
-#[expect(clippy::too_many_arguments, reason = "the operands of one product, and room")]
-fn in_pieces(
-    alpha: f32,
-    a: Matrix<'_, f32>,
-    w: &dyn Tiles,
-    transposed: bool,
-    beta: f32,
-    c: MatrixMut<'_, f32>,
-    threads: usize,
-    room: &mut [f32],
-) {
-    let (rows, cols) = (w.rows(), w.cols());
-    let step = room.len() / cols.max(1);
-    for start in (0..rows).step_by(step) {
-        let part = start..rows.min(start + step);
-        let piece = &mut room[..part.len() * cols];
-        let lines = part.len().div_ceil(threads).max(1);
-        piece.par_chunks_mut(lines * cols).enumerate().for_each(|(index, out)| {
-            let first = start + index * lines;
-            w.read(first..first + out.len() / cols, 0..cols, out);
-        });
-        let b = Matrix::new(piece, part.len(), cols);
-        let MatrixMut { rows, row_stride, .. } = c;
-        let c = &mut *c.data;
-        if transposed {
-            let c = MatrixMut { data: c, rows, cols: w.rows(), row_stride }.columns(part);
-            product(alpha, a, b.transposed(), beta, c, threads);
-        } else {
-            let beta = if start == 0 { beta } else { 1.0 };
-            let c = MatrixMut { data: c, rows, cols, row_stride };
-            product(alpha, a.columns(part), b, beta, c, threads);
+    lend(&scratch::RIGHT, step * cols, |room| {
+        for start in (0..rows).step_by(step) {
+            let part = start..rows.min(start + step);
+            let piece = &mut room[..part.len() * cols];
+            let lines = part.len().div_ceil(threads).max(1);
+            piece.par_chunks_mut(lines * cols).enumerate().for_each(|(index, out)| {
+                let first = start + index * lines;
+                w.read(first..first + out.len() / cols, 0..cols, out);
+            });
+            let b = Matrix::new(piece, part.len(), cols);
+            let MatrixMut { rows, row_stride, .. } = c;
+            let c = &mut *c.data;
+            if transposed {
+                let c = MatrixMut { data: c, rows, cols: w.rows(), row_stride }.columns(part);
+                product(alpha, a, b.transposed(), beta, c, threads);
+            } else {
+                let beta = if start == 0 { beta } else { 1.0 };
+                let c = MatrixMut { data: c, rows, cols, row_stride };
+                product(alpha, a.columns(part), b, beta, c, threads);
+            }
         }
-    }
+    });
 }
